@@ -1,0 +1,72 @@
+"""The adversarial term: hinge losses, DiffAugment and the adaptive weight that balances it against the line loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch.nn import functional as F
+
+Augmentation = Literal["color", "translation", "cutout"]
+
+
+def hinge_discriminator(real_logits: torch.Tensor, fake_logits: torch.Tensor) -> torch.Tensor:
+    """max(0, 1 - D(real)) + max(0, 1 + D(fake)), averaged (Lim & Ye 2017)."""
+    return F.relu(1 - real_logits).mean() + F.relu(1 + fake_logits).mean()
+
+
+def hinge_generator(fake_logits: torch.Tensor) -> torch.Tensor:
+    """-D(fake), averaged."""
+    return -fake_logits.mean()
+
+
+def adaptive_weight(
+    lines_loss: torch.Tensor, adversarial_loss: torch.Tensor, last_layer: torch.Tensor
+) -> torch.Tensor:
+    """lambda = |grad L_lines| / (|grad L_adv| + 1e-4), gradients by the last layer's weight, clamped to [0.01, 10].
+
+    (Esser et al. 2021, eq. 7; the clamp is CTM's.) Detached; both graphs are kept for the backward pass.
+    """
+    (of_lines,) = torch.autograd.grad(lines_loss, last_layer, retain_graph=True)
+    (of_adversarial,) = torch.autograd.grad(adversarial_loss, last_layer, retain_graph=True)
+    return (of_lines.norm() / (of_adversarial.norm() + 1e-4)).clamp(0.01, 10.0).detach()
+
+
+def diff_augment(
+    images: torch.Tensor, policy: Sequence[Augmentation], generator: torch.Generator
+) -> torch.Tensor:
+    """Differentiable augmentation of (B, C, H, W) before the discriminator (Zhao et al. 2020).
+
+    color: brightness +-0.5, saturation 0 to 2, contrast 0.5 to 1.5; translation: up to 12.5 % of each side, zeros move in;
+    cutout: a square of 20 % of each side becomes zero. All draws come from `generator`.
+    """
+    batch, _, height, width = images.shape
+
+    def uniform(low: float, high: float) -> torch.Tensor:
+        draw = torch.rand(batch, 1, 1, 1, generator=generator, device=images.device)
+        return low + (high - low) * draw
+
+    if "color" in policy:
+        images = images + uniform(-0.5, 0.5)
+        grey = images.mean(dim=1, keepdim=True)
+        images = (images - grey) * uniform(0.0, 2.0) + grey
+        mean = images.mean(dim=(1, 2, 3), keepdim=True)
+        images = (images - mean) * uniform(0.5, 1.5) + mean
+    rows = torch.arange(height, device=images.device)[None, :, None]
+    cols = torch.arange(width, device=images.device)[None, None, :]
+    if "translation" in policy:
+        reach_y, reach_x = int(height * 0.125 + 0.5), int(width * 0.125 + 0.5)
+        dy = torch.randint(-reach_y, reach_y + 1, (batch, 1, 1), generator=generator, device=images.device)
+        dx = torch.randint(-reach_x, reach_x + 1, (batch, 1, 1), generator=generator, device=images.device)
+        padded = F.pad(images, (reach_x, reach_x, reach_y, reach_y))
+        item = torch.arange(batch, device=images.device)[:, None, None]
+        images = padded[item, :, rows + dy + reach_y, cols + dx + reach_x].permute(0, 3, 1, 2)
+    if "cutout" in policy:
+        side_y, side_x = int(height * 0.2 + 0.5), int(width * 0.2 + 0.5)
+        top = torch.randint(0, height + 1 - side_y % 2, (batch, 1, 1), generator=generator, device=images.device)
+        left = torch.randint(0, width + 1 - side_x % 2, (batch, 1, 1), generator=generator, device=images.device)
+        top, left = top - side_y // 2, left - side_x // 2
+        hole = (rows >= top) & (rows < top + side_y) & (cols >= left) & (cols < left + side_x)
+        images = images * ~hole[:, None]
+    return images

@@ -1,0 +1,122 @@
+"""A model is a folder of two files: model.safetensors (weights) and config.json (how to build it, where it came from).
+
+config.json: {"format": 1, "kind": "denoiser" | "probe", "network": {...}, "few_step": {...} | null, "about": {...}}.
+Weights carry the names of EDM's state dicts (`model.enc...`) and load in plain PyTorch. Nothing here ever unpickles.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import nn
+
+from beeline.config import NetworkConfig, ProbeNetworkConfig, from_dict, to_dict
+from beeline.denoiser import Denoiser
+from beeline.errors import BeelineError
+from beeline.features import Probe
+from beeline.networks.dhariwal import DhariwalUNet
+from beeline.networks.songunet import SongUNet
+from beeline.samplers import FewStep
+
+FORMAT = 1
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+
+
+def build(config: NetworkConfig) -> Denoiser:
+    """A denoiser with fresh weights."""
+    arguments = to_dict(config)
+    kind = arguments.pop("kind")
+    channels = arguments.pop("img_channels")
+    arguments |= {"in_channels": channels, "out_channels": channels}
+    if kind == "adm":
+        network: nn.Module = DhariwalUNet(**arguments)
+    else:
+        ncsnpp = {
+            "embedding_type": "fourier",
+            "encoder_type": "residual",
+            "channel_mult_noise": 2,
+            "resample_filter": (1, 3, 3, 1),
+        }
+        network = SongUNet(**arguments, **(ncsnpp if kind == "ncsnpp" else {}))
+    model = Denoiser(
+        network, img_resolution=config.img_resolution, img_channels=channels, label_dim=config.label_dim
+    )
+    model.network_config = config
+    return model
+
+
+def dump(model: Denoiser | Probe, about: Mapping[str, Any]) -> dict[str, bytes]:
+    """The checkpoint's files, name to bytes; the same model gives the same bytes. `about` is free-form provenance."""
+    if isinstance(model, Denoiser):
+        few_step = None if model.few_step is None else to_dict(model.few_step)
+        config = {"kind": "denoiser", "network": to_dict(model.network_config), "few_step": few_step}
+    else:
+        network = to_dict(model.config) | {"channels": model.channels, "num_classes": model.num_classes}
+        config = {"kind": "probe", "network": network}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    text = json.dumps({"format": FORMAT, **config, "about": about}, indent=2)
+    return {WEIGHTS: safetensors.torch.save(tensors), CONFIG: text.encode()}
+
+
+def restore(files: Mapping[str, bytes], where: str) -> Denoiser | Probe:
+    """The model in eval mode, frozen, from its files; `where` is named in errors.
+
+    Raises BeelineError for a format or kind this version does not know, damaged files, and weights of another shape.
+    """
+    try:
+        config = json.loads(files[CONFIG])
+        tensors = safetensors.torch.load(files[WEIGHTS])
+    except (json.JSONDecodeError, UnicodeDecodeError, safetensors.SafetensorError) as error:
+        raise BeelineError(f"{where} is not a readable checkpoint ({error}); make or copy it again") from error
+    if config.get("format") != FORMAT or config.get("kind") not in ("denoiser", "probe"):
+        raise BeelineError(
+            f"{where}/{CONFIG} has format {config.get('format')!r} and kind {config.get('kind')!r}; this version reads "
+            f"format {FORMAT} of kind 'denoiser' or 'probe'"
+        )
+    network = dict(config["network"])
+    if config["kind"] == "probe":
+        channels, num_classes = network.pop("channels"), network.pop("num_classes")
+        model: Denoiser | Probe = Probe(
+            from_dict(ProbeNetworkConfig, network), channels=channels, num_classes=num_classes
+        )
+    else:
+        model = build(from_dict(NetworkConfig, network))
+        if config["few_step"]:
+            model.few_step = from_dict(FewStep, config["few_step"])
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise BeelineError(f"{where}: the weights do not fit the network that {CONFIG} describes: {error}") from error
+    return model.eval().requires_grad_(False)
+
+
+def load(folder: str | Path) -> Denoiser:
+    """The teacher or student in a local folder, in eval mode. Raises BeelineError where there is none."""
+    path = Path(folder)
+    if not (path / CONFIG).is_file() or not (path / WEIGHTS).is_file():
+        raise BeelineError(f"{path} is not a model folder: expected {WEIGHTS} and {CONFIG} in it")
+    model = restore({name: (path / name).read_bytes() for name in (WEIGHTS, CONFIG)}, str(path))
+    if not isinstance(model, Denoiser):
+        raise BeelineError(f"{path} holds a probe, not a teacher or student")
+    return model
+
+
+def digest(files: Mapping[str, bytes]) -> str:
+    """SHA-256 of the weights: what plans record of the model they used."""
+    return hashlib.sha256(files[WEIGHTS]).hexdigest()
+
+
+@torch.no_grad()
+def ema_update(average: nn.Module, model: nn.Module, half_life: float, step: int, ramp: float = 0.05) -> None:
+    """One step of an exponential moving average with the given half-life, in steps, as EDM keeps it: at most `ramp` of
+    the steps seen so far, so that the average forgets its start. Buffers are copied."""
+    beta = 0.5 ** (1 / max(min(half_life, step * ramp), 1e-8))
+    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - beta)
+    for ours, theirs in zip(average.buffers(), model.buffers(), strict=True):
+        ours.copy_(theirs)

@@ -1,0 +1,270 @@
+"""The settings of every stage, as frozen keyword-only dataclasses. A recipe (recipes.py) is a function returning all.
+
+Fields made with `resource(...)` say how the work is spread over machines: they may change between a run and its
+continuation. Every other field is part of the result's identity: changed against an existing artifact, it is refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal, TypeVar
+
+T = TypeVar("T")
+
+
+def resource(default: Any) -> Any:
+    """A dataclass field that changes how, not what: workers, threads, how often to log."""
+    return dataclasses.field(default=default, metadata={"resource": True})
+
+
+def to_dict(config: Any, *, resources: bool = True) -> dict[str, Any]:
+    """A config as JSON-ready dict (tuples become lists); without `resources`, only what the result depends on."""
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        if resources or not field.metadata.get("resource"):
+            value = getattr(config, field.name)
+            if dataclasses.is_dataclass(value):
+                value = to_dict(value, resources=resources)
+            values[field.name] = list(value) if isinstance(value, tuple) else value
+    return values
+
+
+def from_dict(cls: type[T], values: Mapping[str, Any]) -> T:
+    """The inverse of `to_dict`. Raises TypeError for an unknown or missing key."""
+    hints = typing.get_type_hints(cls)
+    made = {}
+    for name, value in values.items():
+        if dataclasses.is_dataclass(hints.get(name)) and isinstance(value, Mapping):
+            value = from_dict(typing.cast(type, hints[name]), value)
+        made[name] = tuple(value) if isinstance(value, list) else value
+    return cls(**made)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NetworkConfig:
+    """A denoiser's network, in the terms of EDM's configs."""
+
+    kind: Literal["ddpmpp", "ncsnpp", "adm"]
+    img_resolution: int
+    img_channels: int
+    label_dim: int = 0
+    augment_dim: int = 0
+    model_channels: int = 128
+    channel_mult: tuple[int, ...] = (2, 2, 2)
+    channel_mult_emb: int = 4
+    num_blocks: int = 4
+    attn_resolutions: tuple[int, ...] = (16,)
+    dropout: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProbeNetworkConfig:
+    """A probe: one convolution per entry of `widths`."""
+
+    widths: tuple[int, ...]
+    strides: tuple[int, ...]
+    kernel: int = 3
+    activation: Literal["relu", "silu", "gelu"] = "relu"
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImagesConfig:
+    """Real images into images/."""
+
+    source: str = "digits"
+    """"digits" (scikit-learn's, built in), a folder of images (sub-folders are classes), or a zip in EDM's layout."""
+    resolution: int = 8
+    """Side in pixels; other images are centre-cropped to a square and resized."""
+    channels: int = 1
+    shard_size: int = 1024
+    """Images per Parquet file."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProbeConfig:
+    """The two probes: features for the losses, and other features for measuring."""
+
+    losses: ProbeNetworkConfig
+    measure: ProbeNetworkConfig
+    iterations: int = 600
+    batch_size: int = 128
+    lr: float = 4e-3
+    min_accuracy: float = 0.9
+    """Held-out accuracy below which the probe is refused: its features would say little."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """Adam or RAdam with linear warm-up, then a constant or cosine learning rate."""
+
+    kind: Literal["adam", "radam"] = "adam"
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    warmup: int = 0
+    """Steps of linear warm-up."""
+    decay: Literal["constant", "cosine"] = "constant"
+    """"cosine" falls to 5 % of `lr` at the last step."""
+    clip: float = 1.0
+    """Gradient norm above which gradients are scaled down."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WorkersConfig:
+    """How training is spread: changing it leaves the artifact's identity, though not its last bits, alone."""
+
+    count: int = 1
+    """Training processes (DDP ranks); the batch is divided among them."""
+    gpus: float = 0
+    """GPUs of each."""
+    threads: int = 1
+    """CPU threads, and Ray CPUs, of each."""
+    max_failures: int = 10
+    """Restarts from the last checkpoint before training gives up; -1 never does."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TeacherConfig:
+    """EDM training of the teacher."""
+
+    network: NetworkConfig
+    iterations: int
+    batch_size: int
+    optimizer: OptimizerConfig
+    ema_half_life: float
+    """In iterations."""
+    seed: int = 0
+    log_every: int = resource(50)
+    checkpoint_every: int = resource(500)
+    workers: WorkersConfig = resource(WorkersConfig())
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PoolConfig:
+    """An actor pool for sampling or measuring."""
+
+    min_actors: int = 1
+    max_actors: int = 2
+    gpus: float = 0
+    """GPUs of each actor; fractions share one."""
+    cpus: float = 0.5
+    """Ray CPUs that each actor reserves. Below 1 where actors would otherwise take every CPU and starve Ray Data."""
+    threads: int = 1
+    """CPU threads of each actor."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PairsConfig:
+    """Noise-image pairs from the teacher into pairs/."""
+
+    count: int
+    shard_size: int
+    """Pairs per Parquet file: what one actor makes in one to three minutes, at most 128 MB."""
+    batch_size: int = 256
+    """Pairs sampled at once; part of the identity, since kernels are not exactly batch-invariant."""
+    num_steps: int = 18
+    """Heun steps; 2 num_steps - 1 evaluations."""
+    seed: int = 0
+    pool: PoolConfig = resource(PoolConfig())
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PhaseConfig:
+    """One phase of student training. Without `steps` levels follow `levels`; with them (SOT) only those are drawn."""
+
+    iterations: int
+    optimizer: OptimizerConfig
+    distance: Literal["l2", "perceptual"] = "perceptual"
+    pixel_weight: float = 0.1
+    """Weight of the pixel distance beside the perceptual one."""
+    levels: Literal["schedule", "sigma"] = "schedule"
+    steps: tuple[int, ...] | None = None
+    adversarial_weight: float = 0.0
+    """Weight of the adversarial term, times its adaptive weight; 0 leaves the discriminator out."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DiscriminatorConfig:
+    """The critic of the adversarial phase, on the features of the losses' probe."""
+
+    optimizer: OptimizerConfig
+    width: int = 64
+    augment: tuple[Literal["color", "translation", "cutout"], ...] = ("color", "translation", "cutout")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LmmConfig:
+    """A student: a reconstruction phase, then an adversarial one. A phase of 0 iterations is left out."""
+
+    name: str = "lmm"
+    init: str = "teacher"
+    """Folder of the model whose weights the student starts from: "teacher" or "students/<name>"."""
+    num_steps: int = 18
+    """Levels of the EDM schedule."""
+    line: Literal["ve", "lerp"] = "ve"
+    rule: Literal["same_noise", "line", "fresh_noise"] = "same_noise"
+    """Sampling rule: "same_noise" goes with the line "ve", "line" with "lerp"."""
+    batch_size: int = 512
+    ema_half_life: float = 693.0
+    """In iterations; 693 is the paper's decay of 0.999."""
+    seed: int = 0
+    reconstruction: PhaseConfig
+    adversarial: PhaseConfig
+    discriminator: DiscriminatorConfig
+    log_every: int = resource(50)
+    checkpoint_every: int = resource(500)
+    workers: WorkersConfig = resource(WorkersConfig())
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SweepConfig:
+    """A sweep over SOT step schedules and learning rates, every trial from one shared student."""
+
+    name: str = "sot"
+    init: str = "students/lmm/reconstruction"
+    schedules: tuple[str, ...] = ("0", "0,1")
+    """Step schedules, each as "0,8": a trial trains on and is measured at them."""
+    learning_rates: tuple[float, ...] = (1e-4, 1e-3)
+    iterations: int = 1000
+    rungs: int = 2
+    """Measurements of a trial, evenly spaced; ASHA stops the worse trials at each but the last."""
+    max_concurrent: int = resource(2)
+    threads: int = resource(1)
+    gpus: float = resource(0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Distances of models to the real images, in the features of the measuring probe."""
+
+    draws: int = 3
+    """Independent noise seeds; the report gives mean, standard deviation and minimum over them."""
+    count: int = 0
+    """Samples per draw; 0 takes one for each real image, with its label."""
+    shard_size: int = 1024
+    """Samples per work item."""
+    batch_size: int = 256
+    seed: int = 1000
+    nfe: tuple[int, ...] = (35, 9, 3, 1)
+    """Teacher: evaluations per image. Odd counts from 15 on are Heun, fewer are Euler (few-step Heun explodes)."""
+    steps: tuple[str, ...] = ("0",)
+    """Students: step schedules, each as "0,8"."""
+    samples: int = 40
+    """Images of the sample sheet."""
+    pool: PoolConfig = resource(PoolConfig())
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything that one data set needs, stage by stage. `students` are the main one and its ablations."""
+
+    name: str
+    images: ImagesConfig
+    probe: ProbeConfig
+    teacher: TeacherConfig
+    pairs: PairsConfig
+    students: dict[str, LmmConfig]
+    sweep: SweepConfig
+    evaluate: EvaluateConfig

@@ -1,0 +1,107 @@
+"""EDM preconditioning: a raw network F becomes a denoiser D(x; sigma) that predicts the clean image at any noise level.
+
+    D(x; sigma) = c_skip(sigma) x + c_out(sigma) F(c_in(sigma) x; c_noise(sigma))
+
+(Karras et al. 2022, eq. 7 and Table 1.) Teacher and student are both denoisers; nothing downstream sees F.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from beeline.config import NetworkConfig
+    from beeline.samplers import FewStep
+
+
+def as_one_hot(labels: torch.Tensor | None, num_classes: int, batch: int, device: torch.device) -> torch.Tensor | None:
+    """Labels as float32 one-hot (B, K): class indices (B,) are expanded, one-hot passes, None stays None.
+
+    Raises ValueError for a conditional model without labels, an unconditional one with labels, or a wrong class count.
+    """
+    if num_classes == 0:
+        if labels is not None:
+            raise ValueError("labels were given to an unconditional model; pass labels=None")
+        return None
+    if labels is None:
+        raise ValueError(f"the model is conditional on {num_classes} classes; pass labels of shape (B,) or (B, K)")
+    if labels.ndim == 1:
+        labels = F.one_hot(labels.to(device=device, dtype=torch.int64), num_classes)
+    if labels.shape != (batch, num_classes):
+        raise ValueError(f"labels have shape {tuple(labels.shape)}; expected ({batch},) or ({batch}, {num_classes})")
+    return labels.to(device=device, dtype=torch.float32)
+
+
+class Denoiser(nn.Module):
+    """EDM-preconditioned denoiser around a network `model(x, c_noise, labels) -> (B, C, H, W)`.
+
+    Parameter names are those of EDM's own state dict (they begin with `model.`), so released weights load as they are.
+    """
+
+    sigma_data: float = 0.5
+
+    def __init__(self, model: nn.Module, *, img_resolution: int, img_channels: int, label_dim: int) -> None:
+        super().__init__()
+        self.model = model
+        self.img_resolution = img_resolution
+        self.img_channels = img_channels
+        self.label_dim = label_dim
+        self.network_config: NetworkConfig | None = None  # what `checkpoint.build` made it from
+        self.few_step: FewStep | None = None  # set on students: how they may be sampled
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the images."""
+        return self.img_channels, self.img_resolution, self.img_resolution
+
+    def check_input(self, x: torch.Tensor) -> None:
+        """Raise ValueError unless `x` is (B, C, H, W) of this model's resolution and channel count."""
+        if x.ndim != 4 or tuple(x.shape[1:]) != self.image_shape:
+            raise ValueError(f"x has shape {tuple(x.shape)}; this model takes (B, {', '.join(map(str, self.image_shape))})")
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        sigma: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        augment_labels: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Denoised images, float32 (B, C, H, W), of noisy images `x` (B, C, H, W) at noise levels `sigma` (B,) or ().
+
+        `labels`: None, class indices (B,) or one-hot (B, K). `augment_labels` (B, A) are for training with non-leaking
+        augmentation; leave them out when sampling.
+        """
+        self.check_input(x)
+        x = x.to(torch.float32)
+        sigma = sigma.to(device=x.device, dtype=torch.float32).reshape(-1, 1, 1, 1)
+        one_hot = as_one_hot(labels, self.label_dim, len(x), x.device)
+        total = (sigma**2 + self.sigma_data**2).sqrt()
+        c_skip = self.sigma_data**2 / total**2
+        c_out = sigma * self.sigma_data / total
+        c_noise = (sigma.log() / 4).flatten().expand(len(x))
+        raw = self.model(x / total, c_noise, one_hot, augment_labels)
+        return c_skip * x + c_out * raw.to(torch.float32)
+
+
+def edm_loss(
+    denoiser: nn.Module,
+    images: torch.Tensor,
+    labels: torch.Tensor | None,
+    generator: torch.Generator | None = None,
+    p_mean: float = -1.2,
+    p_std: float = 1.2,
+) -> torch.Tensor:
+    """EDM's training loss, averaged over pixels and batch: ln sigma ~ N(p_mean, p_std^2), weight
+    (sigma^2 + sigma_data^2) / (sigma sigma_data)^2 (Karras et al. 2022, eq. 2 and Table 1).
+
+    `images` (B, C, H, W) in [-1, 1]; the draws come from `generator` (torch's global one if None).
+    """
+    normal = torch.randn(len(images), 1, 1, 1, device=images.device, generator=generator)
+    sigma = (normal * p_std + p_mean).exp()
+    noise = torch.randn(images.shape, device=images.device, generator=generator) * sigma
+    weight = (sigma**2 + Denoiser.sigma_data**2) / (sigma * Denoiser.sigma_data) ** 2
+    return (weight * (denoiser(images + noise, sigma.flatten(), labels) - images) ** 2).mean()

@@ -1,0 +1,94 @@
+"""Frozen feature networks: what perceptual losses, discriminators and Fréchet distances look through.
+
+One small protocol serves all of them. The probe is the feature network that needs no download: a small classifier trained
+on the real images in seconds. A recipe trains two, one for the losses and one, of another architecture and seed, for
+measuring, so that no score is measured in features that a loss used.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from beeline.config import ProbeNetworkConfig
+
+
+class FeatureNetwork(Protocol):
+    """Any frozen network with intermediate feature maps."""
+
+    @property
+    def tap_channels(self) -> tuple[int, ...]:
+        """Channels of each feature map of `taps`."""
+        ...
+
+    def taps(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """Feature maps (B, C_l, H_l, W_l) of images (B, C, H, W) in [-1, 1], shallow to deep."""
+        ...
+
+
+class Probe(nn.Module):
+    """A convolutional classifier whose layers are the taps and whose last layer, averaged over space, is the feature."""
+
+    def __init__(self, config: ProbeNetworkConfig, *, channels: int, num_classes: int) -> None:
+        super().__init__()
+        self.config = config
+        self.channels, self.num_classes = channels, num_classes
+        widths = (channels, *config.widths)
+        self.convs = nn.ModuleList(
+            nn.Conv2d(a, b, config.kernel, stride, padding=config.kernel // 2)
+            for a, b, stride in zip(widths, config.widths, config.strides, strict=False)
+        )
+        self.norms = nn.ModuleList(nn.GroupNorm(4, width) for width in config.widths)
+        self.head = nn.Linear(config.widths[-1], num_classes)
+
+    @property
+    def tap_channels(self) -> tuple[int, ...]:
+        return self.config.widths
+
+    def taps(self, images: torch.Tensor) -> list[torch.Tensor]:
+        activation = {"relu": F.relu, "silu": F.silu, "gelu": F.gelu}[self.config.activation]
+        maps = []
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            images = activation(norm(conv(images)))
+            maps.append(images)
+        return maps
+
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        """The feature vector (B, widths[-1]) that distances are measured in."""
+        return self.taps(images)[-1].mean(dim=(2, 3))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Class logits (B, K)."""
+        return self.head(self.features(images))
+
+
+def train_probe(
+    probe: Probe, images: torch.Tensor, labels: torch.Tensor, *, iterations: int, batch_size: int, lr: float, seed: int
+) -> float:
+    """Train the probe in place on images (n, C, H, W) in [-1, 1]; return its accuracy on the tenth held out.
+
+    Augmentation: shifts of up to one pixel and noise of 0.1, so that features see content rather than position.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(images), generator=generator)
+    held_out, rest = order[: len(order) // 10], order[len(order) // 10 :]
+    optimizer = torch.optim.AdamW(probe.parameters(), lr=lr, weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=iterations)
+    probe.train()
+    for _ in range(iterations):
+        rows = rest[torch.randint(len(rest), (batch_size,), generator=generator)]
+        x = F.pad(images[rows], (1, 1, 1, 1), mode="replicate")
+        top, left = torch.randint(3, (2,), generator=generator).tolist()
+        x = x[:, :, top : top + images.shape[2], left : left + images.shape[3]]
+        x = x + 0.1 * torch.randn(x.shape, generator=generator)
+        loss = F.cross_entropy(probe(x), labels[rows], label_smoothing=0.05)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    probe.eval().requires_grad_(False)
+    with torch.inference_mode():
+        return float((probe(images[held_out]).argmax(1) == labels[held_out]).float().mean())

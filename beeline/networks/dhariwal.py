@@ -1,0 +1,119 @@
+"""ADM (Dhariwal & Nichol 2021), as EDM uses it for ImageNet-64: `DhariwalUNet` in EDM's terms."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from beeline.networks.layers import BlockStyle, Conv2d, GroupNorm, Linear, PositionalEmbedding, UNetBlock, kaiming
+
+
+class DhariwalUNet(nn.Module):
+    """U-Net of ADM: scale-and-shift modulation, attention heads of 64 channels. Arguments are those of EDM's configs."""
+
+    def __init__(
+        self,
+        *,
+        img_resolution: int,
+        in_channels: int,
+        out_channels: int,
+        label_dim: int = 0,
+        augment_dim: int = 0,
+        model_channels: int = 192,
+        channel_mult: Sequence[int] = (1, 2, 3, 4),
+        channel_mult_emb: int = 4,
+        num_blocks: int = 3,
+        attn_resolutions: Sequence[int] = (32, 16, 8),
+        dropout: float = 0.10,
+    ) -> None:
+        super().__init__()
+        emb_channels = model_channels * channel_mult_emb
+        third, zero = kaiming(math.sqrt(1 / 3)), kaiming(0.0)
+        weights = {"init": third, "init_bias": third}
+        style = BlockStyle(
+            emb_channels=emb_channels,
+            dropout=dropout,
+            eps=1e-5,
+            skip_scale=1.0,
+            adaptive_scale=True,
+            resample_proj=False,
+            resample_filter=(1, 1),
+            channels_per_head=64,
+            init=third,
+            init_bias=third,
+            init_zero=zero,
+            init_attn=third,
+        )
+        self.map_noise = PositionalEmbedding(model_channels, endpoint=False)
+        self.map_augment = Linear(augment_dim, model_channels, init=zero, bias=False) if augment_dim else None
+        self.map_layer0 = Linear(model_channels, emb_channels, **weights)
+        self.map_layer1 = Linear(emb_channels, emb_channels, **weights)
+        self.map_label = None
+        if label_dim:
+            self.map_label = Linear(label_dim, emb_channels, init=kaiming(0.0), bias=False)
+            nn.init.normal_(self.map_label.weight)  # Kaiming-normal times sqrt(label_dim): unit variance
+
+        self.enc, self.dec = nn.ModuleDict(), nn.ModuleDict()
+        skips: list[int] = []
+        width = model_channels * channel_mult[0]
+        for level, mult in enumerate(channel_mult):
+            res = img_resolution >> level
+            if level == 0:
+                self.enc[f"{res}x{res}_conv"] = Conv2d(in_channels, width, 3, **weights)
+            else:
+                self.enc[f"{res}x{res}_down"] = UNetBlock(width, width, style, down=True)
+            skips.append(width)
+            for block in range(num_blocks):
+                attention = res in attn_resolutions
+                self.enc[f"{res}x{res}_block{block}"] = UNetBlock(width, model_channels * mult, style, attention=attention)
+                width = model_channels * mult
+                skips.append(width)
+        for level, mult in reversed(list(enumerate(channel_mult))):
+            res = img_resolution >> level
+            if level == len(channel_mult) - 1:
+                self.dec[f"{res}x{res}_in0"] = UNetBlock(width, width, style, attention=True)
+                self.dec[f"{res}x{res}_in1"] = UNetBlock(width, width, style)
+            else:
+                self.dec[f"{res}x{res}_up"] = UNetBlock(width, width, style, up=True)
+            for block in range(num_blocks + 1):
+                self.dec[f"{res}x{res}_block{block}"] = UNetBlock(
+                    width + skips.pop(), model_channels * mult, style, attention=res in attn_resolutions
+                )
+                width = model_channels * mult
+        self.out_norm = GroupNorm(width, eps=1e-5)
+        self.out_conv = Conv2d(width, out_channels, 3, init=zero)
+
+    @property
+    def last_layer(self) -> nn.Parameter:
+        """The weight of the output convolution: where the adversarial phase compares its two gradients."""
+        assert self.out_conv.weight is not None
+        return self.out_conv.weight
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        noise_labels: torch.Tensor,
+        labels: torch.Tensor | None,
+        augment_labels: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """x (B, C, H, W), noise_labels (B,) = c_noise(sigma), labels one-hot (B, K) or None, to (B, C_out, H, W)."""
+        emb = self.map_noise(noise_labels)
+        if self.map_augment is not None and augment_labels is not None:
+            emb = emb + self.map_augment(augment_labels)
+        emb = self.map_layer1(F.silu(self.map_layer0(emb)))
+        if self.map_label is not None and labels is not None:
+            emb = emb + self.map_label(labels)
+        emb = F.silu(emb)
+
+        skips = []
+        for block in self.enc.values():
+            x = block(x, emb) if isinstance(block, UNetBlock) else block(x)
+            skips.append(x)
+        for block in self.dec.values():
+            assert isinstance(block, UNetBlock)
+            x = block(torch.cat([x, skips.pop()], dim=1) if x.shape[1] != block.in_channels else x, emb)
+        return self.out_conv(F.silu(self.out_norm(x)))

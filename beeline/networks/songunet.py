@@ -1,0 +1,153 @@
+"""DDPM++ and NCSN++ (Song et al. 2021), as EDM uses them for CIFAR-10 and AFHQv2: `SongUNet` in EDM's terms."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from beeline.networks.layers import (
+    BlockStyle,
+    Conv2d,
+    FourierEmbedding,
+    GroupNorm,
+    Linear,
+    PositionalEmbedding,
+    UNetBlock,
+    xavier,
+)
+
+
+class SongUNet(nn.Module):
+    """U-Net of DDPM++ (the defaults) or NCSN++ (embedding "fourier", encoder "residual", filter [1, 3, 3, 1],
+    channel_mult_noise 2). The arguments are those of EDM's configs; `augment_dim` inputs are optional at run time."""
+
+    def __init__(
+        self,
+        *,
+        img_resolution: int,
+        in_channels: int,
+        out_channels: int,
+        label_dim: int = 0,
+        augment_dim: int = 0,
+        model_channels: int = 128,
+        channel_mult: Sequence[int] = (1, 2, 2, 2),
+        channel_mult_emb: int = 4,
+        num_blocks: int = 4,
+        attn_resolutions: Sequence[int] = (16,),
+        dropout: float = 0.10,
+        embedding_type: str = "positional",
+        channel_mult_noise: int = 1,
+        encoder_type: str = "standard",
+        decoder_type: str = "standard",
+        resample_filter: Sequence[float] = (1, 1),
+    ) -> None:
+        super().__init__()
+        if embedding_type not in ("positional", "fourier"):
+            raise ValueError(f"embedding_type is {embedding_type!r}; expected 'positional' or 'fourier'")
+        if encoder_type not in ("standard", "residual") or decoder_type != "standard":
+            raise ValueError(
+                f"encoder_type {encoder_type!r} with decoder_type {decoder_type!r} is not built; "
+                "expected encoder 'standard' or 'residual' and decoder 'standard' (EDM's released networks)"
+            )
+        emb_channels, noise_channels = model_channels * channel_mult_emb, model_channels * channel_mult_noise
+        init, init_zero = xavier(), xavier(1e-5)
+        style = BlockStyle(
+            emb_channels=emb_channels,
+            dropout=dropout,
+            eps=1e-6,
+            skip_scale=math.sqrt(0.5),
+            adaptive_scale=False,
+            resample_proj=True,
+            resample_filter=tuple(resample_filter),
+            channels_per_head=None,
+            init=init,
+            init_bias=None,
+            init_zero=init_zero,
+            init_attn=xavier(math.sqrt(0.2)),
+        )
+        self.map_noise = (
+            PositionalEmbedding(noise_channels, endpoint=True)
+            if embedding_type == "positional"
+            else FourierEmbedding(noise_channels)
+        )
+        self.map_label = Linear(label_dim, noise_channels, init=init) if label_dim else None
+        self.map_augment = Linear(augment_dim, noise_channels, init=init, bias=False) if augment_dim else None
+        self.map_layer0 = Linear(noise_channels, emb_channels, init=init)
+        self.map_layer1 = Linear(emb_channels, emb_channels, init=init)
+
+        self.enc, self.dec = nn.ModuleDict(), nn.ModuleDict()
+        skips: list[int] = []
+        width = model_channels
+        for level, mult in enumerate(channel_mult):
+            res = img_resolution >> level
+            if level == 0:
+                self.enc[f"{res}x{res}_conv"] = Conv2d(in_channels, width, 3, init=init)
+            else:
+                self.enc[f"{res}x{res}_down"] = UNetBlock(width, width, style, down=True)
+                if encoder_type == "residual":
+                    self.enc[f"{res}x{res}_aux_residual"] = Conv2d(
+                        in_channels if level == 1 else skips[-1], width, 3,
+                        init=init, down=True, resample_filter=resample_filter, fused=True,
+                    )  # fmt: skip
+            skips.append(width)
+            for block in range(num_blocks):
+                attention = res in attn_resolutions
+                self.enc[f"{res}x{res}_block{block}"] = UNetBlock(width, model_channels * mult, style, attention=attention)
+                width = model_channels * mult
+                skips.append(width)
+        for level, mult in reversed(list(enumerate(channel_mult))):
+            res = img_resolution >> level
+            if level == len(channel_mult) - 1:
+                self.dec[f"{res}x{res}_in0"] = UNetBlock(width, width, style, attention=True)
+                self.dec[f"{res}x{res}_in1"] = UNetBlock(width, width, style)
+            else:
+                self.dec[f"{res}x{res}_up"] = UNetBlock(width, width, style, up=True)
+            for block in range(num_blocks + 1):
+                attention = block == num_blocks and res in attn_resolutions
+                self.dec[f"{res}x{res}_block{block}"] = UNetBlock(
+                    width + skips.pop(), model_channels * mult, style, attention=attention
+                )
+                width = model_channels * mult
+        self.dec[f"{img_resolution}x{img_resolution}_aux_norm"] = GroupNorm(width, eps=1e-6)
+        self.dec[f"{img_resolution}x{img_resolution}_aux_conv"] = Conv2d(width, out_channels, 3, init=init_zero)
+
+    @property
+    def last_layer(self) -> nn.Parameter:
+        """The weight of the output convolution: where the adversarial phase compares its two gradients."""
+        weight = self.dec[next(reversed(self.dec))].weight
+        assert isinstance(weight, nn.Parameter)
+        return weight
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        noise_labels: torch.Tensor,
+        labels: torch.Tensor | None,
+        augment_labels: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """x (B, C, H, W), noise_labels (B,) = c_noise(sigma), labels one-hot (B, K) or None, to (B, C_out, H, W)."""
+        emb = self.map_noise(noise_labels)
+        emb = emb.reshape(len(emb), 2, -1).flip(1).reshape(emb.shape)  # released weights expect [sin, cos]
+        if self.map_label is not None and labels is not None:
+            emb = emb + self.map_label(labels * math.sqrt(self.map_label.in_features))
+        if self.map_augment is not None and augment_labels is not None:
+            emb = emb + self.map_augment(augment_labels)
+        emb = F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))
+
+        skips, aux = [], x
+        for name, block in self.enc.items():
+            if name.endswith("aux_residual"):
+                x = skips[-1] = aux = (x + block(aux)) * math.sqrt(0.5)
+            else:
+                x = block(x, emb) if isinstance(block, UNetBlock) else block(x)
+                skips.append(x)
+        for name, block in self.dec.items():
+            if isinstance(block, UNetBlock):
+                x = block(torch.cat([x, skips.pop()], dim=1) if x.shape[1] != block.in_channels else x, emb)
+            else:
+                x = block(F.silu(x)) if name.endswith("aux_conv") else block(x)
+        return x

@@ -1,0 +1,175 @@
+"""From noise to images: EDM's deterministic Heun and Euler solvers for teachers, the few-step sampler for students.
+
+All take unit-variance noise `latents` (B, C, H, W) and return float32 images (B, C, H, W), nominally in [-1, 1]. The ODE
+state is float64, the network runs in float32, as in EDM.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
+
+import torch
+from torch import nn
+
+from beeline.denoiser import Denoiser
+from beeline.errors import BeelineError
+from beeline.noise import stream_seed, x0
+from beeline.schedule import check_steps, edm_sigmas
+
+Solver = Literal["heun", "euler"]
+FewStepRule = Literal["same_noise", "line", "fresh_noise"]
+
+
+def solve(
+    denoiser: nn.Module, latents: torch.Tensor, labels: torch.Tensor | None, *, solver: Solver, num_steps: int
+) -> torch.Tensor:
+    """Integrate the probability-flow ODE dx/dsigma = (x - D(x; sigma)) / sigma from sigma_max to 0.
+
+    "heun" is Karras et al. 2022, Algorithm 1 (2 num_steps - 1 evaluations); "euler" its first-order part (num_steps).
+    """
+    sigmas = [*edm_sigmas(num_steps).tolist(), 0.0]
+    x = latents.to(torch.float64) * sigmas[0]
+
+    def slope(x: torch.Tensor, sigma: float) -> torch.Tensor:
+        denoised = denoiser(x.to(torch.float32), torch.full((len(x),), sigma, device=x.device), labels)
+        return (x - denoised.to(torch.float64)) / sigma
+
+    for sigma, following in zip(sigmas, sigmas[1:], strict=False):
+        d = slope(x, sigma)
+        ahead = x + (following - sigma) * d
+        if solver == "heun" and following > 0:
+            ahead = x + (following - sigma) * (d + slope(ahead, following)) / 2
+        x = ahead
+    return x.to(torch.float32)
+
+
+def evaluations(solver: Solver, num_steps: int) -> int:
+    """Network evaluations (NFE) per image of `solve`."""
+    return 2 * num_steps - 1 if solver == "heun" else num_steps
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FewStep:
+    """How a student is sampled: what it learned on, and so what may be asked of it. Kept in the student's config.json.
+
+    `num_steps`: levels of the EDM schedule that step indices refer to. `trained_steps`: the indices the student was
+    trained on where that is not all of them (SOT). `rule`: how the next point is made (lmm.md, appendix A.4).
+    """
+
+    num_steps: int
+    rule: FewStepRule = "same_noise"
+    trained_steps: tuple[int, ...] | None = None
+
+    def check(self, steps: Sequence[int]) -> tuple[int, ...]:
+        """`steps` as a tuple; BeelineError where the schedule lacks them or the student was never trained on them."""
+        try:
+            steps = check_steps(steps, self.num_steps)
+        except ValueError as error:
+            raise BeelineError(str(error)) from error
+        unseen = [] if self.trained_steps is None else sorted(set(steps) - set(self.trained_steps))
+        if unseen:
+            raise BeelineError(
+                f"steps {steps} were asked for, but this student was trained with SOT on {self.trained_steps} alone and "
+                f"has never seen level {unseen[0]}; sample it at those steps, or use a student trained on all levels"
+            )
+        return steps
+
+
+def few_step(
+    denoiser: nn.Module,
+    latents: torch.Tensor,
+    labels: torch.Tensor | None,
+    *,
+    steps: Sequence[int],
+    how: FewStep,
+    fresh: Callable[[int], torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """One evaluation per entry of `steps`; the last prediction is the image (LMM, appendix A.4).
+
+    `fresh(n)` gives unit-variance noise (B, C, H, W) for the n-th transition; only the rule "fresh_noise" needs it.
+    """
+    steps = how.check(steps)
+    levels = edm_sigmas(how.num_steps).tolist()
+    sigmas = [levels[i] for i in steps]
+    noise = latents.to(torch.float64)
+    x = noise * sigmas[0]
+    image = x
+    for n, sigma in enumerate(sigmas):
+        image = denoiser(x.to(torch.float32), torch.full((len(x),), sigma, device=x.device), labels).to(torch.float64)
+        if n + 1 == len(sigmas):
+            break
+        following = sigmas[n + 1]
+        if how.rule == "same_noise":
+            x = image + following * noise
+        elif how.rule == "line":
+            x = following / sigma * x + (1 - following / sigma) * image
+        else:
+            if fresh is None:
+                raise ValueError("the rule fresh_noise needs the argument `fresh`")
+            x = image + max(following**2 - levels[-1] ** 2, 0.0) ** 0.5 * fresh(n).to(torch.float64)
+    return image.to(torch.float32)
+
+
+def sample(
+    model: Denoiser,
+    indices: Sequence[int],
+    labels: torch.Tensor | None,
+    *,
+    seed: int,
+    steps: Sequence[int] | None = None,
+    solver: Solver = "heun",
+    num_steps: int = 18,
+    how: FewStep | None = None,
+) -> torch.Tensor:
+    """Images (n, C, H, W) for the noise of (seed, indices): few-step where `steps` are given, else by `solver`."""
+    device = next(model.parameters()).device
+
+    def noise(which_seed: int) -> torch.Tensor:
+        return torch.from_numpy(x0(which_seed, indices, model.image_shape)).to(device)
+
+    with torch.inference_mode():
+        if steps is None:
+            return solve(model, noise(seed), labels, solver=solver, num_steps=num_steps)
+        how = how or model.few_step
+        if how is None:
+            raise BeelineError("steps were given, but this model is a teacher: use solver= and num_steps=")
+        return few_step(
+            model, noise(seed), labels, steps=steps, how=how, fresh=lambda n: noise(stream_seed(seed, n))
+        )
+
+
+def batches(count: int, size: int) -> Iterator[range]:
+    """Consecutive ranges of at most `size` covering range(count)."""
+    return (range(start, min(start + size, count)) for start in range(0, count, size))
+
+
+def generate(
+    model: Denoiser,
+    n: int,
+    *,
+    seed: int = 0,
+    labels: torch.Tensor | None = None,
+    steps: Sequence[int] | None = None,
+    solver: Solver = "heun",
+    num_steps: int = 18,
+    batch_size: int = 256,
+) -> torch.Tensor:
+    """`n` images, float32 (n, C, H, W) in [-1, 1]; image i depends on (seed, i) and its label alone.
+
+    Students: `steps` (schedule indices, one evaluation each). Teachers: `solver` "heun" (2 num_steps - 1 evaluations) or
+    "euler" (num_steps). A conditional model without `labels` takes class i mod K for image i.
+    """
+    if labels is None and model.label_dim:
+        labels = torch.arange(n) % model.label_dim
+    if labels is not None and len(labels) != n:
+        raise ValueError(f"{len(labels)} labels for {n} images; pass one per image")
+    if steps is None and model.few_step is not None:
+        steps = (0,)
+    parts = [
+        sample(model, rows, None if labels is None else labels[rows.start : rows.stop],
+               seed=seed, steps=steps, solver=solver, num_steps=num_steps)
+        for rows in batches(n, batch_size)
+    ]  # fmt: skip
+    return torch.cat(parts).clamp(-1, 1) if parts else torch.empty(0, *model.image_shape)
