@@ -1,4 +1,5 @@
-"""Recipes: a function per data set that returns the settings of every stage. A variant is `dataclasses.replace`."""
+"""Recipes: a function per data set that returns the settings of every stage,
+seeded as a whole. A variant is `dataclasses.replace`."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ from beeline.config import (
 )
 
 
-def digits() -> Recipe:
+def digits(seed: int = 0) -> Recipe:
     """scikit-learn's 1,797 handwritten digits, 8x8, ten classes: the whole method in minutes on two CPU cores."""
     network = NetworkConfig(
         kind="ddpmpp",
@@ -46,6 +47,7 @@ def digits() -> Recipe:
     lmm = LmmConfig(
         batch_size=128,
         ema_half_life=50,
+        seed=seed,
         reconstruction=reconstruction,
         adversarial=replace(sot, adversarial_weight=0.3),
         discriminator=DiscriminatorConfig(
@@ -58,9 +60,9 @@ def digits() -> Recipe:
         name="digits",
         images=ImagesConfig(source="digits", resolution=8, channels=1, shard_size=600),
         probe=ProbeConfig(
-            losses=ProbeNetworkConfig(widths=(32, 64, 64, 64), strides=(1, 1, 2, 1), activation="relu", seed=1),
+            losses=ProbeNetworkConfig(widths=(32, 64, 64, 64), strides=(1, 1, 2, 1), activation="relu", seed=2 * seed + 1),
             measure=ProbeNetworkConfig(
-                widths=(24, 48, 96, 64), strides=(1, 2, 1, 1), kernel=3, activation="gelu", seed=2
+                widths=(24, 48, 96, 64), strides=(1, 2, 1, 1), kernel=3, activation="gelu", seed=2 * seed + 2
             ),
             iterations=500,
         ),
@@ -70,10 +72,11 @@ def digits() -> Recipe:
             batch_size=128,
             optimizer=OptimizerConfig(lr=2e-3, warmup=100, decay="cosine"),
             ema_half_life=200,
+            seed=seed,
             checkpoint_every=500,
             workers=pair_of_cores,
         ),
-        pairs=PairsConfig(count=5000, shard_size=500, batch_size=250),
+        pairs=PairsConfig(count=5000, shard_size=500, batch_size=250, seed=seed),
         students={
             "lmm": lmm,
             "l2": replace(lmm, name="l2", reconstruction=replace(reconstruction, distance="l2"), adversarial=no_phase),
@@ -82,8 +85,8 @@ def digits() -> Recipe:
             ),
         },
         sweep=SweepConfig(schedules=("0", "0,8"), learning_rates=(1e-4, 1e-3), iterations=160),
-        evaluate=EvaluateConfig(shard_size=599, batch_size=300),
+        evaluate=EvaluateConfig(shard_size=599, batch_size=300, seed=1000 + seed),
     )
 
 
-RECIPES: dict[str, Callable[[], Recipe]] = {"digits": digits}
+RECIPES: dict[str, Callable[[int], Recipe]] = {"digits": digits}

@@ -1,0 +1,55 @@
+"""A pool of actors that works through a list of items: the shell that pairs, images and evaluation share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import ray
+import ray.data
+
+from beeline.config import PoolConfig
+from pipeline.command import ensure_ray
+
+
+def run_pool(
+    worker: type, arguments: Mapping[str, Any], items: Sequence[int], pool: PoolConfig
+) -> Iterator[dict[str, Any]]:
+    """Call `worker(**arguments).work(item)` for each item on an actor pool; yield the rows (dicts) as they come.
+
+    One item is one task: a dead actor's items are retried on another. Workers write their own results, under names and
+    with bytes that depend on the item alone, so a retry can do no harm.
+    """
+    if not items:
+        return
+    ensure_ray()
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    rows = ray.data.from_items([{"item": int(k)} for k in items], override_num_blocks=len(items)).map_batches(
+        _Shell,
+        fn_constructor_kwargs={"worker": worker, "arguments": dict(arguments), "threads": pool.threads},
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(
+            min_size=min(pool.min_actors, len(items)),
+            max_size=max(1, min(pool.max_actors, len(items))),
+            max_tasks_in_flight_per_actor=2,
+        ),
+        num_cpus=pool.cpus,
+        num_gpus=pool.gpus,
+    )
+    yield from rows.iter_rows()
+
+
+class _Shell:
+    """The actor: one worker, told how many threads it may use."""
+
+    def __init__(self, worker: type, arguments: dict[str, Any], threads: int) -> None:
+        import torch
+
+        torch.set_num_threads(threads)
+        self.worker = worker(**arguments)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
+        rows = [self.worker.work(int(item)) for item in batch["item"]]
+        return {key: [row[key] for row in rows] for key in rows[0]}

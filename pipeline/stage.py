@@ -1,0 +1,142 @@
+"""What all stages share: a plan that says what is being made, and a marker that says it is complete.
+
+Every stage owns a folder of the workspace. plan.json is written first and fixes what goes there; a different plan in the
+same place is refused with the difference named, never mixed. `_SUCCESS` comes last and holds the time it took.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from beeline import checkpoint
+from beeline.checkpoint import CONFIG, WEIGHTS
+from beeline.denoiser import Denoiser
+from beeline.errors import BeelineError
+from beeline.features import Probe
+from pipeline.storage import Folder
+
+PLAN, SUCCESS = "plan.json", "_SUCCESS"
+MADE_BY = {
+    "images": "pipeline/ingest_images.py",
+    "probe": "trainers/train_probe.py",
+    "teacher": "trainers/train_teacher.py",
+    "pairs": "pipeline/gen_pairs.py",
+    "students": "trainers/train_lmm.py",
+    "sweeps": "trainers/sweep_lmm.py",
+    "evaluation": "evaluation/evaluate.py",
+}
+
+
+def fingerprint(plan: Any) -> str:
+    """SHA-256 of a plan: equal for equal plans, whatever the order of keys."""
+    return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
+
+
+def differences(old: Any, new: Any, at: str = "") -> list[str]:
+    """Where two plans differ, as "pairs.count: 5000 there, 2000 asked for"."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        keys = [*old, *(key for key in new if key not in old)]
+        return [d for key in keys for d in differences(old.get(key), new.get(key), f"{at}.{key}" if at else key)]
+    return [] if old == new else [f"{at}: {old} there, {new} asked for"]
+
+
+class Stage:
+    """A stage's folder `name` in the workspace, and its plan (JSON-ready; config and digests of inputs)."""
+
+    def __init__(self, workspace: Folder, name: str, plan: Mapping[str, Any]) -> None:
+        self.name = name
+        self.folder = workspace / name
+        self.plan: dict[str, Any] = json.loads(json.dumps(plan))  # as it will be read back
+        self._started = time.monotonic()
+
+    def begin(self) -> bool:
+        """Take the folder for this plan. True if work is left; False, with a line said, if the stage is complete.
+
+        Raises BeelineError if the folder holds another plan's work, or cannot be written.
+        """
+        found = self.folder.read_json(PLAN)
+        if found is None:
+            if WEIGHTS in self.folder.sizes():
+                raise BeelineError(
+                    f"{self.folder} holds a model that this command did not make; it is left alone. "
+                    "Use it as it is, move it away, or choose another --workspace"
+                )
+            self.folder.write_json(PLAN, self.plan)
+        elif found != self.plan:
+            changes = "; ".join(differences(found, self.plan))
+            raise BeelineError(
+                f"{self.folder} was made with other settings: {changes}. Nothing was changed. Use the settings that are "
+                "there, choose another --workspace, or remove that folder to make it anew"
+            )
+        if self.is_complete():
+            print(f"{self.name}: already complete in {self.folder}", flush=True)
+            return False
+        return True
+
+    def is_complete(self) -> bool:
+        """Whether `_SUCCESS` is there and every file it lists has the size it had."""
+        done = self.folder.read_json(SUCCESS)
+        if done is None:
+            return False
+        sizes = self.folder.sizes()
+        return all(sizes.get(name) == size for name, size in done["files"].items())
+
+    def finish(self, **facts: Any) -> None:
+        """Write `_SUCCESS`: `facts`, the seconds since this stage was made and the sizes of its files."""
+        files = {name: size for name, size in self.folder.sizes().items() if name != SUCCESS}
+        seconds = round(time.monotonic() - self._started, 1)
+        self.folder.write_json(SUCCESS, {"seconds": seconds, **facts, "files": files})
+        print(f"{self.name}: complete in {seconds:.0f} s", flush=True)
+
+
+def require(workspace: Folder, name: str, recipe: str) -> dict[str, Any]:
+    """The plan of a complete stage. Raises BeelineError naming the command that makes it, or remakes what is damaged."""
+    folder = workspace / name
+    plan, done = folder.read_json(PLAN), folder.read_json(SUCCESS)
+    command = f"python {MADE_BY[name.split('/')[0]]} {recipe} --workspace {workspace}"
+    if plan is None or done is None:
+        raise BeelineError(f"{folder} is missing or not complete; make it with: {command}")
+    sizes = folder.sizes()
+    for file, size in done["files"].items():
+        if sizes.get(file) != size:
+            found = "is missing" if file not in sizes else f"has {sizes[file]} bytes"
+            raise BeelineError(f"{folder}/{file} {found}, expected {size} bytes; mend it with: {command}")
+    return plan
+
+
+def require_model(workspace: Folder, name: str, recipe: str) -> tuple[Denoiser, str]:
+    """The teacher or student in folder `name`, in eval mode, and the SHA-256 of its weights."""
+    model, digest = _load(workspace, name, recipe)
+    if not isinstance(model, Denoiser):
+        raise BeelineError(f"{workspace / name} holds a probe, not a teacher or student")
+    return model, digest
+
+
+def require_probe(workspace: Folder, which: str, recipe: str) -> tuple[Probe, str]:
+    """The probe "losses" or "measure", and the SHA-256 of its weights."""
+    model, digest = _load(workspace, f"probe/{which}", recipe)
+    if not isinstance(model, Probe):
+        raise BeelineError(f"{workspace / 'probe' / which} holds a denoiser, not a probe")
+    return model, digest
+
+
+def _load(workspace: Folder, name: str, recipe: str) -> tuple[Denoiser | Probe, str]:
+    folder = workspace / name
+    try:
+        files = {file: folder.read(file) for file in (WEIGHTS, CONFIG)}
+    except FileNotFoundError as error:
+        command = f"python {MADE_BY.get(name.split('/')[0], '...')} {recipe} --workspace {workspace}"
+        if name.startswith("students/"):
+            command += f" --student {name.split('/')[1]}"
+        raise BeelineError(f"{folder} holds no model; make it with: {command}") from error
+    return checkpoint.restore(files, str(folder)), checkpoint.digest(files)
+
+
+def publish_model(folder: Folder, files: Mapping[str, bytes]) -> None:
+    """Write a checkpoint's files, config.json last: a folder with a config.json has its weights."""
+    folder.write(WEIGHTS, files[WEIGHTS])
+    folder.write(CONFIG, files[CONFIG])

@@ -1,0 +1,71 @@
+"""The two probes into probe/: small classifiers of the real images, one for the losses, one for measuring.
+
+    python trainers/train_probe.py digits
+"""
+
+from __future__ import annotations
+
+import ray
+import torch
+import tyro
+
+from beeline.checkpoint import dump
+from beeline.config import ProbeConfig, ProbeNetworkConfig, to_dict
+from beeline.errors import BeelineError
+from beeline.features import Probe, train_probe
+from pipeline.command import ensure_ray, run_command
+from pipeline.reader import real_images, to_float
+from pipeline.stage import Stage, fingerprint, publish_model, require
+from pipeline.storage import Folder
+
+
+def train_probes(workspace: str, recipe: tyro.conf.Suppress[str], probe: ProbeConfig) -> None:
+    """Train both probes on <workspace>/images.
+
+    Args:
+        workspace: Local folder or s3://bucket/prefix.
+    """
+    place = Folder(workspace)
+    images = require(place, "images", recipe)
+    if images["images"]["num_classes"] == 0:
+        raise BeelineError(f"{place / 'images'} has no labels; a probe is a classifier and needs them")
+    stage = Stage(place, "probe", {"probe": to_dict(probe), "images": fingerprint(images)})
+    if not stage.begin():
+        return
+    ensure_ray()
+    remote = ray.remote(num_cpus=1)(_train)
+    jobs = {which: remote.remote(place, getattr(probe, which), probe, images) for which in ("losses", "measure")}
+    accuracies = {}
+    for which, job in jobs.items():
+        files, accuracies[which] = ray.get(job)
+        print(f"probe: {which}, held-out accuracy {accuracies[which]:.3f}", flush=True)
+        if accuracies[which] < probe.min_accuracy:
+            raise BeelineError(
+                f"the {which} probe reached a held-out accuracy of {accuracies[which]:.3f}, under the {probe.min_accuracy} "
+                "asked for; train it longer (--probe.iterations) in another workspace, or lower --probe.min-accuracy"
+            )
+        publish_model(place / "probe" / which, files)
+    stage.finish(accuracies=accuracies)
+
+
+def _train(
+    workspace: Folder, network: ProbeNetworkConfig, config: ProbeConfig, images: dict
+) -> tuple[dict[str, bytes], float]:
+    torch.set_num_threads(1)
+    torch.manual_seed(network.seed)
+    pixels, labels = real_images(workspace / "images", images["images"])
+    probe = Probe(network, channels=pixels.shape[1], num_classes=images["images"]["num_classes"])
+    accuracy = train_probe(
+        probe,
+        torch.from_numpy(to_float(pixels)),
+        torch.from_numpy(labels).to(torch.int64),
+        iterations=config.iterations,
+        batch_size=config.batch_size,
+        lr=config.lr,
+        seed=network.seed,
+    )
+    return dump(probe, {"held_out_accuracy": accuracy}), accuracy
+
+
+if __name__ == "__main__":
+    run_command(train_probes)

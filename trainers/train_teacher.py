@@ -1,0 +1,106 @@
+"""The EDM teacher into teacher/: denoising score matching on the real images, DDP on Ray Train.
+
+    python trainers/train_teacher.py digits --teacher.workers.count 2
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import tyro
+
+from beeline.checkpoint import build, dump, ema_update
+from beeline.config import TeacherConfig, to_dict
+from beeline.denoiser import edm_loss
+from beeline.errors import BeelineError
+from beeline.noise import stream_seed
+from pipeline.command import run_command
+from pipeline.reader import ShardReader, to_float
+from pipeline.stage import Stage, fingerprint, publish_model, require
+from pipeline.storage import Folder
+from trainers import loop
+from trainers.launch import launch
+
+
+class TeacherTask:
+    """EDM training (Karras et al. 2022, section 5), with an EMA of the weights as the result."""
+
+    name = "teacher"
+
+    def __init__(
+        self, *, session: loop.Session, workspace: str, config: TeacherConfig, images: dict[str, Any]
+    ) -> None:
+        self.session, self.config, self.workspace = session, config, Folder(workspace)
+        self.iterations, self.images_per_step = config.iterations, config.batch_size
+        torch.manual_seed(stream_seed(config.seed, 0))
+        self.model = build(config.network).to(session.device)
+        self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
+        self.parallel = session.parallel(self.model)
+        self.optimizer = loop.make_optimizer(self.model.parameters(), config.optimizer)
+        self.reader = ShardReader(self.workspace / "images", images["images"], config.seed)
+
+    def step(self, step: int) -> dict[str, float]:
+        generator = self.session.generator(self.config.seed, step)
+        batch = self.reader.batch(*self.session.share(self.config.batch_size, step))
+        images = torch.from_numpy(to_float(batch["image"])).to(self.session.device)
+        labels = torch.from_numpy(batch["label"]).to(self.session.device) if self.model.label_dim else None
+        loss = edm_loss(self.parallel, images, labels, generator)
+        loss.backward()
+        figures = loop.update(self.optimizer, self.config.optimizer, step, self.iterations)
+        ema_update(self.ema, self.model, self.config.ema_half_life, step + 1)
+        return {"loss": float(loss.detach()), **figures}
+
+    def state_dict(self, step: int) -> loop.State:
+        return {
+            "model": self.model.state_dict(),
+            "ema": self.ema.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+    def load_state_dict(self, state: loop.State) -> None:
+        self.model.load_state_dict(state["model"])
+        self.ema.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+    def publish(self) -> None:
+        publish_model(self.workspace / "teacher", dump(self.ema, {"trained": to_dict(self.config, resources=False)}))
+
+
+def train_teacher(workspace: str, recipe: tyro.conf.Suppress[str], teacher: TeacherConfig) -> None:
+    """Train the teacher on <workspace>/images.
+
+    Args:
+        workspace: Local folder or s3://bucket/prefix.
+    """
+    place = Folder(workspace)
+    images = require(place, "images", recipe)
+    found, network = images["images"], teacher.network
+    if (found["resolution"], found["channels"]) != (network.img_resolution, network.img_channels):
+        raise BeelineError(
+            f"{place / 'images'} has {found['channels']} channels at {found['resolution']} pixels; teacher.network takes "
+            f"{network.img_channels} at {network.img_resolution}. Make the two agree"
+        )
+    if network.label_dim not in (0, found["num_classes"]):
+        raise BeelineError(
+            f"{place / 'images'} has {found['num_classes']} classes; teacher.network.label_dim is {network.label_dim}. "
+            "Make the two agree, or set it to 0 for an unconditional teacher"
+        )
+    stage = Stage(place, "teacher", {"teacher": to_dict(teacher, resources=False), "images": fingerprint(images)})
+    if not stage.begin():
+        return
+    launch(
+        TeacherTask,
+        {"workspace": workspace, "config": teacher, "images": images},
+        stage.folder,
+        batch_size=teacher.batch_size,
+        workers=teacher.workers,
+        log_every=teacher.log_every,
+        checkpoint_every=teacher.checkpoint_every,
+    )
+    stage.finish(images_seen=teacher.iterations * teacher.batch_size)
+
+
+if __name__ == "__main__":
+    run_command(train_teacher)
