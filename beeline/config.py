@@ -266,5 +266,7 @@ class Recipe:
     teacher: TeacherConfig
     pairs: PairsConfig
     students: dict[str, LmmConfig]
+    few_steps: tuple[str, ...]
+    """Step schedules at which the student of all levels (the first phase's) is measured."""
     sweep: SweepConfig
     evaluate: EvaluateConfig

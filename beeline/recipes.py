@@ -40,6 +40,7 @@ def digits(seed: int = 0) -> Recipe:
     reconstruction = PhaseConfig(
         iterations=500, optimizer=OptimizerConfig(lr=1e-3, warmup=50, decay="cosine"), distance="perceptual"
     )
+    one_core = WorkersConfig(count=1, threads=1)  # the ablations train side by side
     no_phase = replace(reconstruction, iterations=0)
     sot = replace(
         reconstruction, iterations=400, optimizer=OptimizerConfig(lr=5e-4, warmup=20, decay="cosine"), steps=(0,)
@@ -79,11 +80,23 @@ def digits(seed: int = 0) -> Recipe:
         pairs=PairsConfig(count=5000, shard_size=500, batch_size=250, seed=seed),
         students={
             "lmm": lmm,
-            "l2": replace(lmm, name="l2", reconstruction=replace(reconstruction, distance="l2"), adversarial=no_phase),
+            "l2": replace(
+                lmm,
+                name="l2",
+                reconstruction=replace(reconstruction, distance="l2"),
+                adversarial=no_phase,
+                workers=one_core,
+            ),
             "sot": replace(
-                lmm, name="sot", init="students/lmm/reconstruction", reconstruction=no_phase, adversarial=sot
+                lmm,
+                name="sot",
+                init="students/lmm/reconstruction",
+                reconstruction=no_phase,
+                adversarial=sot,
+                workers=one_core,
             ),
         },
+        few_steps=("0", "0,8", "0,6,12"),
         sweep=SweepConfig(schedules=("0", "0,8"), learning_rates=(1e-4, 1e-3), iterations=160),
         evaluate=EvaluateConfig(shard_size=599, batch_size=300, seed=1000 + seed),
     )

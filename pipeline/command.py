@@ -21,6 +21,8 @@ import tyro
 from beeline.errors import BeelineError
 from beeline.recipes import RECIPES
 
+WORKER_ENVIRONMENT = {"RAY_TRAIN_ENABLE_PRINT_PATCH": "0"}  # patched, every printed line comes twice
+
 
 def run_command(stage: Callable[..., Any]) -> NoReturn:
     """Parse the command line, run `stage`, exit: 0 for a complete result, 1 with one clear message, 2 for bad options.
@@ -116,12 +118,19 @@ def ensure_ray() -> None:
     if ray.is_initialized():
         return
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(logging_level="warning")
+        ray.init(logging_level="warning", runtime_env={"env_vars": WORKER_ENVIRONMENT})
         return
     # At least 4 logical CPUs: pools reserve whole CPUs, and Ray Data needs some of its own to make progress.
     cpus = max(4, os.cpu_count() or 1)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    ray.init(address="local", num_cpus=cpus, object_store_memory=300 * 2**20, logging_level="warning")
+    ray.init(
+        address="local",
+        num_cpus=cpus,
+        object_store_memory=300 * 2**20,
+        include_dashboard=False,  # it takes a tenth of a small machine; a cluster's head has one
+        logging_level="warning",
+        runtime_env={"env_vars": WORKER_ENVIRONMENT},
+    )
 
 
 class Progress:

@@ -42,7 +42,6 @@ def launch(
             f"batch size {batch_size} does not divide among {workers.count} workers; choose a multiple, or other workers"
         )
     ensure_ray()
-    filesystem, path = pyarrow.fs.FileSystem.from_uri(folder.uri)
     trainer = ray.train.torch.TorchTrainer(
         _rank,
         train_loop_config={
@@ -60,13 +59,18 @@ def launch(
         ),
         run_config=ray.train.RunConfig(
             name=CHECKPOINTS,
-            storage_path=path,
-            storage_filesystem=filesystem,
+            **ray_storage(folder),
             failure_config=ray.train.FailureConfig(max_failures=workers.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
         ),
     )
     trainer.fit()
+
+
+def ray_storage(folder: Folder) -> dict[str, Any]:
+    """The arguments that make a RunConfig of Train or Tune keep its files in `folder`."""
+    filesystem, path = pyarrow.fs.FileSystem.from_uri(folder.uri)
+    return {"storage_path": path, "storage_filesystem": filesystem}
 
 
 def _rank(config: dict[str, Any]) -> None:

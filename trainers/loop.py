@@ -52,7 +52,8 @@ class Session:
         """The model, wrapped so that gradients are averaged over ranks."""
         if self.world_size == 1:
             return model
-        return DistributedDataParallel(model, broadcast_buffers=False)
+        # Buffers follow the weights by themselves (spectral norm, resampling filters): nothing to broadcast.
+        return DistributedDataParallel(model, forward_sync_buffers=False, gradient_as_bucket_view=True)
 
 
 class Task(Protocol):
@@ -135,7 +136,8 @@ def write_log(folder: Folder, rows: Iterable[dict[str, Any]]) -> None:
 def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
     """The optimiser that `config` names."""
     cls = {"adam": torch.optim.Adam, "radam": torch.optim.RAdam}[config.kind]
-    return cls(list(parameters), lr=config.lr, betas=config.betas)
+    extra = {"fused": True} if config.kind == "adam" else {"foreach": True}
+    return cls(list(parameters), lr=config.lr, betas=config.betas, **extra)
 
 
 def update(optimizer: torch.optim.Optimizer, config: OptimizerConfig, step: int, total: int) -> dict[str, float]:

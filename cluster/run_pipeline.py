@@ -1,0 +1,63 @@
+"""Every stage in order, as one job: images, probes, teacher, pairs, students, sweep, evaluation, report.
+
+    python cluster/run_pipeline.py digits
+    ray job submit --working-dir . -- python cluster/run_pipeline.py digits --workspace s3://bucket/prefix
+
+Finished stages are skipped, interrupted ones continue.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from typing import Annotated
+
+import ray
+import tyro
+
+from beeline.config import LmmConfig, Recipe
+from evaluation.evaluate import evaluate
+from evaluation.report import report
+from pipeline.command import ensure_ray, run_command
+from pipeline.gen_pairs import gen_pairs
+from pipeline.ingest_images import ingest_images
+from trainers.objective import RECONSTRUCTION
+from trainers.sweep_lmm import sweep_lmm
+from trainers.train_lmm import train_lmm
+from trainers.train_probe import train_probes
+from trainers.train_teacher import train_teacher
+
+
+def run_pipeline(workspace: str, recipe: Annotated[Recipe, tyro.conf.arg(name="")]) -> None:
+    """Run the recipe from real images to report.html; settings of any stage can be overridden.
+
+    Args:
+        workspace: Local folder or s3://bucket/prefix.
+    """
+    start, name = time.monotonic(), recipe.name
+    ensure_ray()
+    ingest_images(workspace, name, recipe.images)
+    train_probes(workspace, name, recipe.probe)
+    train_teacher(workspace, name, recipe.teacher)
+    gen_pairs(workspace, name, recipe.pairs)
+    main = recipe.students["lmm"]
+    train_lmm(workspace, name, main)
+    train_together(workspace, name, [student for student in recipe.students.values() if student != main])
+    sweep_lmm(workspace, name, recipe.sweep, main, recipe.evaluate)
+    models = ["teacher", *(f"students/{student}" for student in recipe.students)]
+    evaluate(workspace, name, recipe.evaluate, tuple(models))
+    if main.reconstruction.iterations:
+        every_level = replace(recipe.evaluate, steps=recipe.few_steps)
+        evaluate(workspace, name, every_level, (f"students/lmm/{RECONSTRUCTION}",))
+    report(workspace, name)
+    print(f"pipeline: complete in {time.monotonic() - start:.0f} s", flush=True)
+
+
+def train_together(workspace: str, recipe: str, students: list[LmmConfig]) -> None:
+    """Train the ablations at the same time: each starts once the cluster has room for its workers."""
+    remote = ray.remote(num_cpus=0)(train_lmm)
+    ray.get([remote.remote(workspace, recipe, student) for student in students])
+
+
+if __name__ == "__main__":
+    run_command(run_pipeline)

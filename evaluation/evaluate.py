@@ -1,0 +1,166 @@
+"""Distances of models to the real images into evaluation/<model>/, by a pool of actors.
+
+    python evaluation/evaluate.py digits --model teacher
+    python evaluation/evaluate.py digits --model students/lmm students/l2 --evaluate.steps 0
+
+The metric is `fd_probe`: the Fréchet distance in the features of the measuring probe, which no loss has used. It is not
+FID. Class labels match those of the real images. The same numbers come out, to the last bit, for any number of actors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+import tyro
+
+from beeline import frechet, lines
+from beeline.config import EvaluateConfig, to_dict
+from beeline.errors import BeelineError
+from beeline.frechet import Statistics
+from beeline.noise import x0
+from beeline.samplers import FewStep
+from beeline.schedule import edm_sigmas
+from beeline.straightness import straightness
+from evaluation.measure import (
+    Measure,
+    Row,
+    draw,
+    locate,
+    noise_seed,
+    part_name,
+    reference,
+    rows_for,
+    shards_per_draw,
+)
+from evaluation.sheet import sheet_png
+from pipeline.command import Progress, run_command
+from pipeline.gen_pairs import pair_labels
+from pipeline.pool import run_pool
+from pipeline.reader import ShardReader, real_images
+from pipeline.stage import Stage, fingerprint, require, require_model, require_probe
+from pipeline.storage import Folder
+
+METRICS, SAMPLES = "metrics.json", "samples.png"
+STRAIGHTNESS_PAIRS = 512
+
+
+def evaluate(
+    workspace: str, recipe: tyro.conf.Suppress[str], evaluate: EvaluateConfig, model: tuple[str, ...] = ("teacher",)
+) -> None:
+    """Measure models against <workspace>/images.
+
+    Args:
+        workspace: Local folder or s3://bucket/prefix.
+        model: Folders of the models: teacher, students/<name>.
+    """
+    place = Folder(workspace)
+    images = require(place, "images", recipe)
+    probe, probe_digest = require_probe(place, "measure", recipe)
+    count = evaluate.count or images["images"]["count"]
+    dimensions = probe.tap_channels[-1]
+    if count <= dimensions:
+        raise BeelineError(
+            f"{count} samples are too few for a distance in {dimensions} features; take more than {dimensions}"
+        )
+    for name in model:
+        student, digest = require_model(place, name, recipe)
+        rows = rows_for(student, evaluate)
+        plan = {
+            "evaluate": to_dict(evaluate, resources=False),
+            "rows": [row.label for row in rows],
+            "model_sha256": digest,
+            "probe_sha256": probe_digest,
+            "images": fingerprint(images),
+        }
+        stage = Stage(place, f"evaluation/{name}", plan)
+        if not stage.begin():
+            continue
+        total = len(rows) * evaluate.draws * shards_per_draw(evaluate, count)
+        there = stage.folder.sizes()
+        left = [item for item in range(total) if part_name(item) not in there or not _sound(stage.folder, item)]
+        samples = sum(len(locate(item, rows, evaluate, count)[2]) for item in left)
+        progress = Progress(f"evaluation of {name}", samples, "samples")
+        arguments = {
+            "workspace": workspace, "recipe": recipe, "model": name, "rows": rows, "config": evaluate,
+            "images": images["images"],
+        }  # fmt: skip
+        for done in run_pool(Measure, arguments, left, evaluate.pool):
+            progress.add(done["samples"])
+        metrics = {
+            "rows": _distances(stage.folder, name, rows, evaluate, count, reference(place, probe, images["images"])),
+            "straightness": _straightness(place, student, recipe),
+            "provenance": stage.plan | {"torch": torch.__version__, "numpy": np.__version__},
+        }
+        stage.folder.write_json(METRICS, metrics)
+        labels = real_images(place / "images", images["images"])[1]
+        wanted = np.arange(evaluate.samples) % (images["images"]["num_classes"] or 1)
+        shown = [
+            draw(student, row, range(evaluate.samples), wanted.astype(labels.dtype), seed=noise_seed(evaluate, 0),
+                 batch_size=evaluate.samples)
+            for row in rows
+        ]  # fmt: skip
+        stage.folder.write(SAMPLES, sheet_png(torch.cat(shown), columns=evaluate.samples))
+        for row in metrics["rows"]:
+            print(f"{name} {row['sampler']}: NFE {row['nfe']}, fd_probe {row['mean']:.3f} +- {row['std']:.3f}", flush=True)
+        stage.folder.clean()
+        stage.finish(samples=total and evaluate.draws * count * len(rows))
+
+
+def _sound(folder: Folder, item: int) -> bool:
+    try:
+        Statistics.from_npz(folder.read(part_name(item)))
+    except (OSError, ValueError, KeyError, EOFError) as error:
+        print(f"{folder}/{part_name(item)}: unreadable ({error}); it will be made again", flush=True)
+        return False
+    return True
+
+
+def _distances(
+    folder: Folder, model: str, rows: list[Row], config: EvaluateConfig, count: int, real: Statistics
+) -> list[dict[str, Any]]:
+    """A row of metrics.json per sampler setting: the parts merged in index order, draw by draw."""
+    shards, made = shards_per_draw(config, count), []
+    for r, row in enumerate(rows):
+        draws = []
+        for number in range(config.draws):
+            first = (r * config.draws + number) * shards
+            parts = [Statistics.from_npz(folder.read(part_name(first + shard))) for shard in range(shards)]
+            draws.append(frechet.frechet_distance(frechet.merge(parts), real))
+        made.append(
+            {
+                "model": model,
+                "nfe": row.nfe,
+                "steps": row.steps,
+                "sampler": row.label,
+                "metric": "fd_probe",
+                "n": count,
+                "mean": float(np.mean(draws)),
+                "std": float(np.std(draws, ddof=1)) if len(draws) > 1 else 0.0,
+                "min": min(draws),
+                "draws": draws,
+            }
+        )
+    return made
+
+
+def _straightness(place: Folder, model: Any, recipe: str) -> dict[str, Any] | None:
+    """Straightness of the model along the teacher's lines, at every level of the schedule; None before there are pairs
+    and for students of single levels, which mean nothing elsewhere."""
+    if model.few_step is not None and model.few_step.trained_steps is not None:
+        return None
+    try:
+        plan = require(place, "pairs", recipe)
+    except BeelineError:
+        return None
+    batch = ShardReader(place / "pairs", plan["pairs"], seed=0).batch(0, STRAIGHTNESS_PAIRS)
+    sigmas = edm_sigmas(plan["pairs"]["num_steps"])
+    labels = torch.from_numpy(batch["label"]) if model.label_dim else None
+    values = straightness(model, torch.from_numpy(batch["x1"]), torch.from_numpy(batch["noise"]), labels, sigmas)
+    return {"mean": float(np.mean(values)), "sigmas": sigmas.tolist(), "values": values, "pairs": STRAIGHTNESS_PAIRS}
+
+
+if __name__ == "__main__":
+    run_command(evaluate)
