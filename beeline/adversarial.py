@@ -21,21 +21,31 @@ def hinge_generator(fake_logits: torch.Tensor) -> torch.Tensor:
     return -fake_logits.mean()
 
 
-def adaptive_weight(
-    lines_loss: torch.Tensor, adversarial_loss: torch.Tensor, last_layer: torch.Tensor
-) -> torch.Tensor:
-    """lambda = |grad L_lines| / (|grad L_adv| + 1e-4), gradients by the last layer's weight, clamped to [0.01, 10].
+def balanced_gradient(
+    images: torch.Tensor,
+    lines_loss: torch.Tensor,
+    adversarial_loss: torch.Tensor,
+    last_layer: torch.Tensor,
+    weight: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradient of L_lines + weight lambda L_adv by the generated `images` (B, C, H, W), and lambda.
 
-    (Esser et al. 2021, eq. 7; the clamp is CTM's.) Detached; both graphs are kept for the backward pass.
+        lambda = |grad L_lines| / (|grad L_adv| + 1e-4), by the weight of the last layer, clamped to [0.01, 10]
+
+    (Esser et al. 2021, eq. 7; the clamp is CTM's.) Both losses are differentiated once, down to the images; from there to
+    the last layer is one convolution. Continue with `images.backward(gradient)`, whose graph is kept.
     """
-    (of_lines,) = torch.autograd.grad(lines_loss, last_layer, retain_graph=True)
-    (of_adversarial,) = torch.autograd.grad(adversarial_loss, last_layer, retain_graph=True)
-    return (of_lines.norm() / (of_adversarial.norm() + 1e-4)).clamp(0.01, 10.0).detach()
+    (of_lines,) = torch.autograd.grad(lines_loss, images, retain_graph=True)
+    (of_adversarial,) = torch.autograd.grad(adversarial_loss, images, retain_graph=True)
+
+    def norm(gradient: torch.Tensor) -> torch.Tensor:
+        return torch.autograd.grad(images, last_layer, gradient, retain_graph=True)[0].norm()
+
+    balance = (norm(of_lines) / (norm(of_adversarial) + 1e-4)).clamp(0.01, 10.0)
+    return of_lines + weight * balance * of_adversarial, balance
 
 
-def diff_augment(
-    images: torch.Tensor, policy: Sequence[Augmentation], generator: torch.Generator
-) -> torch.Tensor:
+def diff_augment(images: torch.Tensor, policy: Sequence[Augmentation], generator: torch.Generator) -> torch.Tensor:
     """Differentiable augmentation of (B, C, H, W) before the discriminator (Zhao et al. 2020).
 
     color: brightness +-0.5, saturation 0 to 2, contrast 0.5 to 1.5; translation: up to 12.5 % of each side, zeros move in;

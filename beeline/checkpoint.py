@@ -44,9 +44,7 @@ def build(config: NetworkConfig) -> Denoiser:
             "resample_filter": (1, 3, 3, 1),
         }
         network = SongUNet(**arguments, **(ncsnpp if kind == "ncsnpp" else {}))
-    model = Denoiser(
-        network, img_resolution=config.img_resolution, img_channels=channels, label_dim=config.label_dim
-    )
+    model = Denoiser(network, img_resolution=config.img_resolution, img_channels=channels, label_dim=config.label_dim)
     model.network_config = config
     return model
 
@@ -82,9 +80,7 @@ def restore(files: Mapping[str, bytes], where: str) -> Denoiser | Probe:
     network = dict(config["network"])
     if config["kind"] == "probe":
         channels, num_classes = network.pop("channels"), network.pop("num_classes")
-        model: Denoiser | Probe = Probe(
-            from_dict(ProbeNetworkConfig, network), channels=channels, num_classes=num_classes
-        )
+        model: Denoiser | Probe = Probe(from_dict(ProbeNetworkConfig, network), channels=channels, num_classes=num_classes)
     else:
         model = build(from_dict(NetworkConfig, network))
         if config["few_step"]:
@@ -117,6 +113,7 @@ def ema_update(average: nn.Module, model: nn.Module, half_life: float, step: int
     """One step of an exponential moving average with the given half-life, in steps, as EDM keeps it: at most `ramp` of
     the steps seen so far, so that the average forgets its start. Buffers are copied."""
     beta = 0.5 ** (1 / max(min(half_life, step * ramp), 1e-8))
-    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - beta)
+    for ours, theirs in zip(average.parameters(), model.parameters(), strict=True):
+        ours.lerp_(theirs, 1 - beta)
     for ours, theirs in zip(average.buffers(), model.buffers(), strict=True):
         ours.copy_(theirs)

@@ -67,6 +67,9 @@ class ProbeNetworkConfig:
     strides: tuple[int, ...]
     kernel: int = 3
     activation: Literal["relu", "silu", "gelu"] = "relu"
+    norm: bool = True
+    """Group normalisation after each convolution. Without it features grow with what is wrong in an image: a distance
+    in them does not saturate."""
     seed: int = 0
 
 
@@ -121,7 +124,7 @@ class WorkersConfig:
     """GPUs of each."""
     threads: int = 1
     """CPU threads, and Ray CPUs, of each."""
-    max_failures: int = 10
+    max_failures: int = 3
     """Restarts from the last checkpoint before training gives up; -1 never does."""
 
 

@@ -41,7 +41,7 @@ class Probe(nn.Module):
             nn.Conv2d(a, b, config.kernel, stride, padding=config.kernel // 2)
             for a, b, stride in zip(widths, config.widths, config.strides, strict=False)
         )
-        self.norms = nn.ModuleList(nn.GroupNorm(4, width) for width in config.widths)
+        self.norms = nn.ModuleList(nn.GroupNorm(4, width) if config.norm else nn.Identity() for width in config.widths)
         self.head = nn.Linear(config.widths[-1], num_classes)
 
     @property

@@ -12,9 +12,7 @@ def l2(images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return (images - targets).square().mean(dim=(1, 2, 3))
 
 
-def perceptual(
-    network: FeatureNetwork, images: torch.Tensor, targets: torch.Tensor, pixel_weight: float
-) -> torch.Tensor:
+def perceptual(network: FeatureNetwork, images: torch.Tensor, targets: torch.Tensor, pixel_weight: float) -> torch.Tensor:
     """Feature distance per image, (B,): the squared difference of channel-normalised feature maps, summed over channels,
     averaged over space and summed over taps (LPIPS without learned weights; Zhang et al. 2018, eq. 1), plus
     `pixel_weight` times the pixel distance, which keeps what the features do not see.

@@ -38,22 +38,18 @@ def digits(seed: int = 0) -> Recipe:
     )
     pair_of_cores = WorkersConfig(count=2, threads=1)
     reconstruction = PhaseConfig(
-        iterations=500, optimizer=OptimizerConfig(lr=1e-3, warmup=50, decay="cosine"), distance="perceptual"
+        iterations=400, optimizer=OptimizerConfig(lr=1e-3, warmup=50, decay="cosine"), distance="perceptual"
     )
     one_core = WorkersConfig(count=1, threads=1)  # the ablations train side by side
     no_phase = replace(reconstruction, iterations=0)
-    sot = replace(
-        reconstruction, iterations=400, optimizer=OptimizerConfig(lr=5e-4, warmup=20, decay="cosine"), steps=(0,)
-    )
+    sot = replace(reconstruction, iterations=300, optimizer=OptimizerConfig(lr=5e-4, warmup=20, decay="cosine"), steps=(0,))
     lmm = LmmConfig(
         batch_size=128,
         ema_half_life=50,
         seed=seed,
         reconstruction=reconstruction,
         adversarial=replace(sot, adversarial_weight=0.3),
-        discriminator=DiscriminatorConfig(
-            optimizer=OptimizerConfig(lr=2e-3, betas=(0.5, 0.9)), augment=("translation",)
-        ),
+        discriminator=DiscriminatorConfig(optimizer=OptimizerConfig(lr=2e-3, betas=(0.5, 0.9)), augment=("translation",)),
         checkpoint_every=200,
         workers=pair_of_cores,
     )
@@ -63,13 +59,13 @@ def digits(seed: int = 0) -> Recipe:
         probe=ProbeConfig(
             losses=ProbeNetworkConfig(widths=(32, 64, 64, 64), strides=(1, 1, 2, 1), activation="relu", seed=2 * seed + 1),
             measure=ProbeNetworkConfig(
-                widths=(24, 48, 96, 64), strides=(1, 2, 1, 1), kernel=3, activation="gelu", seed=2 * seed + 2
+                widths=(24, 48, 96, 64), strides=(1, 2, 1, 1), kernel=3, activation="gelu", norm=False, seed=2 * seed + 2
             ),
             iterations=500,
         ),
         teacher=TeacherConfig(
             network=network,
-            iterations=1500,
+            iterations=1000,
             batch_size=128,
             optimizer=OptimizerConfig(lr=2e-3, warmup=100, decay="cosine"),
             ema_half_life=200,
@@ -77,7 +73,7 @@ def digits(seed: int = 0) -> Recipe:
             checkpoint_every=500,
             workers=pair_of_cores,
         ),
-        pairs=PairsConfig(count=5000, shard_size=500, batch_size=250, seed=seed),
+        pairs=PairsConfig(count=4000, shard_size=500, batch_size=250, seed=seed),
         students={
             "lmm": lmm,
             "l2": replace(
@@ -97,7 +93,7 @@ def digits(seed: int = 0) -> Recipe:
             ),
         },
         few_steps=("0", "0,8", "0,6,12"),
-        sweep=SweepConfig(schedules=("0", "0,8"), learning_rates=(1e-4, 1e-3), iterations=160),
+        sweep=SweepConfig(schedules=("0", "0,8"), learning_rates=(1e-4, 1e-3), iterations=80),
         evaluate=EvaluateConfig(shard_size=599, batch_size=300, seed=1000 + seed),
     )
 

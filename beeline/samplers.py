@@ -7,6 +7,7 @@ state is float64, the network runs in float32, as in EDM.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
@@ -36,7 +37,7 @@ def solve(
         denoised = denoiser(x.to(torch.float32), torch.full((len(x),), sigma, device=x.device), labels)
         return (x - denoised.to(torch.float64)) / sigma
 
-    for sigma, following in zip(sigmas, sigmas[1:], strict=False):
+    for sigma, following in itertools.pairwise(sigmas):
         d = slope(x, sigma)
         ahead = x + (following - sigma) * d
         if solver == "heun" and following > 0:
@@ -135,9 +136,7 @@ def sample(
         how = how or model.few_step
         if how is None:
             raise BeelineError("steps were given, but this model is a teacher: use solver= and num_steps=")
-        return few_step(
-            model, noise(seed), labels, steps=steps, how=how, fresh=lambda n: noise(stream_seed(seed, n))
-        )
+        return few_step(model, noise(seed), labels, steps=steps, how=how, fresh=lambda n: noise(stream_seed(seed, n)))
 
 
 def batches(count: int, size: int) -> Iterator[range]:

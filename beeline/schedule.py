@@ -17,9 +17,7 @@ SIGMA_MAX = 80.0
 RHO = 7.0
 
 
-def edm_sigmas(
-    num_steps: int, sigma_min: float = SIGMA_MIN, sigma_max: float = SIGMA_MAX, rho: float = RHO
-) -> torch.Tensor:
+def edm_sigmas(num_steps: int, sigma_min: float = SIGMA_MIN, sigma_max: float = SIGMA_MAX, rho: float = RHO) -> torch.Tensor:
     """The N = `num_steps` noise levels of the schedule, descending, float64 of shape (N,). One level is sigma_max alone."""
     if num_steps < 1:
         raise ValueError(f"num_steps is {num_steps}; a schedule has at least 1 level")

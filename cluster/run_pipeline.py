@@ -9,14 +9,13 @@ Finished stages are skipped, interrupted ones continue.
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 from typing import Annotated
 
 import ray
 import tyro
 
 from beeline.config import LmmConfig, Recipe
-from evaluation.evaluate import evaluate
+from evaluation.evaluate import measure
 from evaluation.report import report
 from pipeline.command import ensure_ray, run_command
 from pipeline.gen_pairs import gen_pairs
@@ -44,11 +43,10 @@ def run_pipeline(workspace: str, recipe: Annotated[Recipe, tyro.conf.arg(name=""
     train_lmm(workspace, name, main)
     train_together(workspace, name, [student for student in recipe.students.values() if student != main])
     sweep_lmm(workspace, name, recipe.sweep, main, recipe.evaluate)
-    models = ["teacher", *(f"students/{student}" for student in recipe.students)]
-    evaluate(workspace, name, recipe.evaluate, tuple(models))
+    models = {"teacher": (), **{f"students/{student}": recipe.evaluate.steps for student in recipe.students}}
     if main.reconstruction.iterations:
-        every_level = replace(recipe.evaluate, steps=recipe.few_steps)
-        evaluate(workspace, name, every_level, (f"students/lmm/{RECONSTRUCTION}",))
+        models[f"students/lmm/{RECONSTRUCTION}"] = recipe.few_steps
+    measure(workspace, name, recipe.evaluate, models)
     report(workspace, name)
     print(f"pipeline: complete in {time.monotonic() - start:.0f} s", flush=True)
 

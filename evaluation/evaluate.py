@@ -9,26 +9,25 @@ FID. Class labels match those of the real images. The same numbers come out, to 
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 import tyro
 
-from beeline import frechet, lines
+from beeline import frechet
 from beeline.config import EvaluateConfig, to_dict
+from beeline.denoiser import Denoiser
 from beeline.errors import BeelineError
 from beeline.frechet import Statistics
-from beeline.noise import x0
-from beeline.samplers import FewStep
 from beeline.schedule import edm_sigmas
 from beeline.straightness import straightness
 from evaluation.measure import (
+    Job,
     Measure,
     Row,
     draw,
-    locate,
+    jobs_of,
     noise_seed,
     part_name,
     reference,
@@ -37,9 +36,8 @@ from evaluation.measure import (
 )
 from evaluation.sheet import sheet_png
 from pipeline.command import Progress, run_command
-from pipeline.gen_pairs import pair_labels
 from pipeline.pool import run_pool
-from pipeline.reader import ShardReader, real_images
+from pipeline.reader import ShardReader
 from pipeline.stage import Stage, fingerprint, require, require_model, require_probe
 from pipeline.storage import Folder
 
@@ -56,57 +54,63 @@ def evaluate(
         workspace: Local folder or s3://bucket/prefix.
         model: Folders of the models: teacher, students/<name>.
     """
+    measure(workspace, recipe, evaluate, {name: evaluate.steps for name in model})
+
+
+def measure(workspace: str, recipe: str, config: EvaluateConfig, models: Mapping[str, tuple[str, ...]]) -> None:
+    """Measure several models with one pool; `models` gives each student the step schedules to sample it at."""
     place = Folder(workspace)
     images = require(place, "images", recipe)
     probe, probe_digest = require_probe(place, "measure", recipe)
-    count = evaluate.count or images["images"]["count"]
+    count = config.count or images["images"]["count"]
     dimensions = probe.tap_channels[-1]
     if count <= dimensions:
-        raise BeelineError(
-            f"{count} samples are too few for a distance in {dimensions} features; take more than {dimensions}"
-        )
-    for name in model:
-        student, digest = require_model(place, name, recipe)
-        rows = rows_for(student, evaluate)
+        raise BeelineError(f"{count} samples are too few for a distance in {dimensions} features; take more than {dimensions}")
+    work: list[tuple[Stage, Denoiser, list[Row], list[Job]]] = []
+    for name, steps in models.items():
+        model, digest = require_model(place, name, recipe)
+        rows = rows_for(model, replace(config, steps=steps))
         plan = {
-            "evaluate": to_dict(evaluate, resources=False),
+            "evaluate": to_dict(replace(config, steps=steps), resources=False),
             "rows": [row.label for row in rows],
             "model_sha256": digest,
             "probe_sha256": probe_digest,
             "images": fingerprint(images),
         }
         stage = Stage(place, f"evaluation/{name}", plan)
-        if not stage.begin():
-            continue
-        total = len(rows) * evaluate.draws * shards_per_draw(evaluate, count)
-        there = stage.folder.sizes()
-        left = [item for item in range(total) if part_name(item) not in there or not _sound(stage.folder, item)]
-        samples = sum(len(locate(item, rows, evaluate, count)[2]) for item in left)
-        progress = Progress(f"evaluation of {name}", samples, "samples")
-        arguments = {
-            "workspace": workspace, "recipe": recipe, "model": name, "rows": rows, "config": evaluate,
-            "images": images["images"],
-        }  # fmt: skip
-        for done in run_pool(Measure, arguments, left, evaluate.pool):
-            progress.add(done["samples"])
+        if stage.begin():
+            there = stage.folder.sizes()
+            jobs = jobs_of(name, rows, config, count)
+            left = [job for job in jobs if part_name(job.item) not in there or not _sound(stage.folder, job.item)]
+            work.append((stage, model, rows, left))
+    jobs = [job for *_, left in work for job in left]
+    progress = Progress("evaluation", sum(len(job.indices) for job in jobs), "samples")
+    arguments = {"workspace": workspace, "recipe": recipe, "jobs": jobs, "config": config, "images": images["images"]}
+    for done in run_pool(Measure, arguments, range(len(jobs)), config.pool):
+        progress.add(done["samples"])
+    real = reference(place, probe, images["images"])
+    for stage, model, rows, _ in work:
+        name = stage.name.removeprefix("evaluation/")
         metrics = {
-            "rows": _distances(stage.folder, name, rows, evaluate, count, reference(place, probe, images["images"])),
-            "straightness": _straightness(place, student, recipe),
+            "rows": _distances(stage.folder, name, rows, config, count, real),
+            "straightness": _straightness(place, model, recipe),
             "provenance": stage.plan | {"torch": torch.__version__, "numpy": np.__version__},
         }
         stage.folder.write_json(METRICS, metrics)
-        labels = real_images(place / "images", images["images"])[1]
-        wanted = np.arange(evaluate.samples) % (images["images"]["num_classes"] or 1)
-        shown = [
-            draw(student, row, range(evaluate.samples), wanted.astype(labels.dtype), seed=noise_seed(evaluate, 0),
-                 batch_size=evaluate.samples)
-            for row in rows
-        ]  # fmt: skip
-        stage.folder.write(SAMPLES, sheet_png(torch.cat(shown), columns=evaluate.samples))
+        stage.folder.write(SAMPLES, _sample_sheet(model, rows, config, images["images"]["num_classes"]))
         for row in metrics["rows"]:
-            print(f"{name} {row['sampler']}: NFE {row['nfe']}, fd_probe {row['mean']:.3f} +- {row['std']:.3f}", flush=True)
+            spread = f"{row['mean']:.3f} +- {row['std']:.3f}"
+            print(f"{name}, {row['sampler']}: NFE {row['nfe']}, {row['metric']} {spread} (n = {count})", flush=True)
         stage.folder.clean()
-        stage.finish(samples=total and evaluate.draws * count * len(rows))
+        stage.finish(samples=config.draws * count * len(rows), evaluations=config.draws * count * sum(r.nfe for r in rows))
+
+
+def _sample_sheet(model: Denoiser, rows: list[Row], config: EvaluateConfig, num_classes: int) -> bytes:
+    """A line of samples per row: the same noise and classes for every row and every model."""
+    classes = np.arange(config.samples, dtype=np.int32) % max(num_classes, 1)
+    indices, seed = range(config.samples), noise_seed(config, 0)
+    shown = [draw(model, row, indices, classes, seed=seed, batch_size=config.samples) for row in rows]
+    return sheet_png(torch.cat(shown), columns=config.samples)
 
 
 def _sound(folder: Folder, item: int) -> bool:
@@ -146,7 +150,7 @@ def _distances(
     return made
 
 
-def _straightness(place: Folder, model: Any, recipe: str) -> dict[str, Any] | None:
+def _straightness(place: Folder, model: Denoiser, recipe: str) -> dict[str, Any] | None:
     """Straightness of the model along the teacher's lines, at every level of the schedule; None before there are pairs
     and for students of single levels, which mean nothing elsewhere."""
     if model.few_step is not None and model.few_step.trained_steps is not None:

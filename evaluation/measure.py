@@ -64,9 +64,7 @@ def parse_steps(text: str) -> tuple[int, ...]:
         raise BeelineError(f"steps {text!r} are not indices separated by commas, for example 0 or 0,8") from error
 
 
-def draw(
-    model: Denoiser, row: Row, indices: Sequence[int], labels: np.ndarray, *, seed: int, batch_size: int
-) -> torch.Tensor:
+def draw(model: Denoiser, row: Row, indices: Sequence[int], labels: np.ndarray, *, seed: int, batch_size: int) -> torch.Tensor:
     """Samples (n, C, H, W) in [-1, 1] on the CPU for noise (seed, indices) and classes `labels` (n,)."""
     device = next(model.parameters()).device
     parts = []
@@ -105,9 +103,7 @@ class Measure:
         """Make item `item`; the row says how many samples it took."""
         row, number, indices = locate(item, self.rows, self.config, self.count)
         labels = self.labels[np.asarray(indices) % len(self.labels)]
-        images = draw(
-            self.model, row, indices, labels, seed=noise_seed(self.config, number), batch_size=self.config.batch_size
-        )
+        images = draw(self.model, row, indices, labels, seed=noise_seed(self.config, number), batch_size=self.config.batch_size)
         self.folder.write(part_name(item), Statistics.of(features(self.probe, images.to(self.device))).to_npz())
         return {"item": item, "samples": len(indices)}
 
@@ -128,12 +124,32 @@ def shards_per_draw(config: EvaluateConfig, count: int) -> int:
     return -(-count // config.shard_size)
 
 
-def locate(item: int, rows: Sequence[Row], config: EvaluateConfig, count: int) -> tuple[Row, int, range]:
-    """(row, draw, sample indices) of a work item; items run over rows, then draws, then shards."""
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One work item of one model: item numbers run over rows, then draws, then shards."""
+
+    model: str
+    item: int
+    row: Row
+    draw: int
+    indices: range
+
+
+def jobs_of(model: str, rows: Sequence[Row], config: EvaluateConfig, count: int) -> list[Job]:
+    """All work items of a model, in order."""
     shards = shards_per_draw(config, count)
-    row, rest = divmod(item, config.draws * shards)
-    number, shard = divmod(rest, shards)
-    return rows[row], number, range(shard * config.shard_size, min((shard + 1) * config.shard_size, count))
+    return [
+        Job(
+            model,
+            (r * config.draws + number) * shards + shard,
+            row,
+            number,
+            range(shard * config.shard_size, min((shard + 1) * config.shard_size, count)),
+        )
+        for r, row in enumerate(rows)
+        for number in range(config.draws)
+        for shard in range(shards)
+    ]
 
 
 def reference(place: Folder, probe: Any, images: dict[str, Any]) -> Statistics:

@@ -1,6 +1,6 @@
 """One self-contained report.html of a workspace: samples, distances, ablation, losses, straightness, sweep, cost.
 
-    python evaluation/report.py digits
+python evaluation/report.py digits
 """
 
 from __future__ import annotations
@@ -83,9 +83,7 @@ def report(workspace: str, recipe: tyro.conf.Suppress[str]) -> None:
             "sweep": _data_uri((place / "sweeps" / sweep[0]).read("pareto.png")) if sweep else "",
         },
         straightness=", ".join(
-            f"{_short(name)} {metrics[name]['straightness']['mean']:.3f}"
-            for name in models
-            if metrics[name]["straightness"]
+            f"{_short(name)} {metrics[name]['straightness']['mean']:.3f}" for name in models if metrics[name]["straightness"]
         ),
         sweep=sweep[1] if sweep else [],
         stages=_stages(place, models),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import logging
 import os
 import sys
 import time
@@ -118,7 +119,7 @@ def ensure_ray() -> None:
     if ray.is_initialized():
         return
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(logging_level="warning", runtime_env={"env_vars": WORKER_ENVIRONMENT})
+        ray.init(logging_level=logging.WARNING, runtime_env={"env_vars": WORKER_ENVIRONMENT})
         return
     # At least 4 logical CPUs: pools reserve whole CPUs, and Ray Data needs some of its own to make progress.
     cpus = max(4, os.cpu_count() or 1)
@@ -127,8 +128,8 @@ def ensure_ray() -> None:
         address="local",
         num_cpus=cpus,
         object_store_memory=300 * 2**20,
-        include_dashboard=False,  # it takes a tenth of a small machine; a cluster's head has one
-        logging_level="warning",
+        include_dashboard=True,  # Ray Train asks it whether its controller is alive
+        logging_level=logging.WARNING,
         runtime_env={"env_vars": WORKER_ENVIRONMENT},
     )
 

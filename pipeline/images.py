@@ -38,9 +38,9 @@ class Digits:
                 f"the digits are 8x8 with 1 channel; images.resolution {config.resolution} and images.channels "
                 f"{config.channels} were asked for"
             )
-        data = load_digits()
-        self.labels = data.target.astype(np.int32)
-        self._images = np.rint(data.images * (255 / 16)).astype(np.uint8)[:, None]
+        pixels, target = load_digits(return_X_y=True)
+        self.labels = np.asarray(target, np.int32)
+        self._images = np.rint(np.asarray(pixels).reshape(-1, 1, 8, 8) * (255 / 16)).astype(np.uint8)
 
     def image(self, index: int) -> np.ndarray:
         return self._images[index]
@@ -87,9 +87,7 @@ class ImageFiles:
         name = self.names[index]
         try:
             data = (
-                self._zip.read(name)
-                if self._zip
-                else open(os.path.join(self.config.source, name), "rb").read()  # noqa: SIM115
+                self._zip.read(name) if self._zip else open(os.path.join(self.config.source, name), "rb").read()  # noqa: SIM115
             )
             picture = Image.open(io.BytesIO(data)).convert("L" if self.config.channels == 1 else "RGB")
         except (UnidentifiedImageError, OSError, zipfile.BadZipFile, SyntaxError) as error:

@@ -1,7 +1,7 @@
 """Real images into images/: uint8 Parquet shards with labels, from scikit-learn's digits, a folder or EDM's zip.
 
-    python pipeline/ingest_images.py digits
-    python pipeline/ingest_images.py digits --images.source photos/ --images.resolution 32 --images.channels 3
+python pipeline/ingest_images.py digits
+python pipeline/ingest_images.py digits --images.source photos/ --images.resolution 32 --images.channels 3
 """
 
 from __future__ import annotations

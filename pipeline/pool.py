@@ -12,9 +12,7 @@ from beeline.config import PoolConfig
 from pipeline.command import ensure_ray
 
 
-def run_pool(
-    worker: type, arguments: Mapping[str, Any], items: Sequence[int], pool: PoolConfig
-) -> Iterator[dict[str, Any]]:
+def run_pool(worker: type, arguments: Mapping[str, Any], items: Sequence[int], pool: PoolConfig) -> Iterator[dict[str, Any]]:
     """Call `worker(**arguments).work(item)` for each item on an actor pool; yield the rows (dicts) as they come.
 
     One item is one task: a dead actor's items are retried on another. Workers write their own results, under names and

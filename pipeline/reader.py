@@ -38,7 +38,7 @@ class ShardReader:
             columns, order = self._window(epoch, window)
             take = order[offset - begin : offset - begin + size]
             parts.append({name: column[take] for name, column in columns.items()})
-            assert len(take) and len(order) == window_rows
+            assert len(order) == window_rows
             start, size = start + len(take), size - len(take)
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 

@@ -62,7 +62,7 @@ def encode(
     ).replace_schema_metadata({"beeline": json.dumps(metadata, sort_keys=True)})
     sink = io.BytesIO()
     pq.write_table(
-        table, sink, row_group_size=ROW_GROUP, use_dictionary=False, compression="none", write_statistics=["index"],
+        table, sink, row_group_size=ROW_GROUP, use_dictionary=False, compression="none", write_statistics=["index"],  # pyright: ignore[reportArgumentType]  (pyarrow takes column names)
         write_page_checksum=True,
     )  # fmt: skip
     return sink.getvalue()

@@ -61,7 +61,7 @@ class Folder:
     def read(self, name: str) -> bytes:
         """The file's bytes. Raises FileNotFoundError."""
         fs, path = self._at(name)
-        return fs.cat_file(path)
+        return bytes(fs.cat_file(path))  # pyright: ignore[reportArgumentType]
 
     def read_json(self, name: str) -> Any:
         """The file's JSON, or None where it does not exist. Raises BeelineError where it is damaged."""

@@ -68,9 +68,7 @@ class LmmTask:
                 self.probe, width=config.discriminator.width, num_classes=self.model.label_dim
             ).to(device)
             self.parallel_discriminator = session.parallel(self.discriminator)
-            self.critic_optimizer = loop.make_optimizer(
-                self.discriminator.parameters(), config.discriminator.optimizer
-            )
+            self.critic_optimizer = loop.make_optimizer(self.discriminator.parameters(), config.discriminator.optimizer)
             self.images = ShardReader(place / "images", images["images"], config.seed + 1)
         self._begin_phase(0 if config.reconstruction.iterations else 1)
 
@@ -106,10 +104,13 @@ class LmmTask:
             self.discriminator.requires_grad_(False)
             fake = adversarial.diff_augment(student, self.config.discriminator.augment, generator)
             fooling = adversarial.hinge_generator(self.discriminator(fake, labels))
-            balance = adversarial.adaptive_weight(loss, fooling, last_layer(self.model))
-            loss = loss + phase.adversarial_weight * balance * fooling
+            gradient, balance = adversarial.balanced_gradient(
+                student, loss, fooling, last_layer(self.model), phase.adversarial_weight
+            )
+            student.backward(gradient)
             figures |= {"adversarial": float(fooling.detach()), "lambda": float(balance)}
-        loss.backward()
+        else:
+            loss.backward()
         local = step - self.phase_start
         figures |= loop.update(self.optimizer, phase.optimizer, local, phase.iterations)
         ema_update(self.ema, self.model, self.config.ema_half_life, local + 1)

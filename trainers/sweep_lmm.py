@@ -10,7 +10,6 @@ that what is chosen here is not chosen by the measure that is reported.
 from __future__ import annotations
 
 import io
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -20,7 +19,6 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
-import numpy as np
 import pandas as pd
 import torch
 import tyro
@@ -112,7 +110,9 @@ def sweep_lmm(
         for k in members:
             row = folder.read_json(_progress_name(k))
             folder.write_json(_row_name(k), row)
-            print(f"sweep: steps {row['steps']}, lr {row['lr']:.0e}: {METRIC} {row[METRIC]:.3f} at step {row['step']}", flush=True)
+            print(
+                f"sweep: steps {row['steps']}, lr {row['lr']:.0e}: {METRIC} {row[METRIC]:.3f} at step {row['step']}", flush=True
+            )
     table = pd.DataFrame([folder.read_json(_row_name(k)) for k in range(len(grid))])
     buffer = io.BytesIO()
     table.to_parquet(buffer, index=False)
@@ -180,9 +180,10 @@ def _pareto(table: pd.DataFrame) -> bytes:
     for rate in rates:
         part = table[table["lr"] == rate]
         axes.scatter(part["nfe"], part[METRIC], label=f"lr {rate:.0e}", s=40)
-    best = table.groupby("nfe")[METRIC].min()
-    axes.plot(best.index, best.to_numpy(), color="0.4", linewidth=1, zorder=0)
-    axes.set_xticks(sorted(set(table["nfe"])))
+    counts = sorted(set(table["nfe"]))
+    best = [table.loc[table["nfe"] == nfe, METRIC].min() for nfe in counts]
+    axes.plot(counts, best, color="0.4", linewidth=1, zorder=0)
+    axes.set_xticks(counts)
     axes.set_xlabel("network evaluations per image")
     axes.set_ylabel("Fréchet distance, losses' probe")
     axes.legend(frameon=False)

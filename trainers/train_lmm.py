@@ -1,7 +1,7 @@
 """A student into students/<name>/: lines matching on the pairs, then with an adversarial term, DDP on Ray Train.
 
-    python trainers/train_lmm.py digits                  # the recipe's main student
-    python trainers/train_lmm.py digits --student l2     # one of its ablations
+python trainers/train_lmm.py digits                  # the recipe's main student
+python trainers/train_lmm.py digits --student l2     # one of its ablations
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The two probes into probe/: small classifiers of the real images, one for the losses, one for measuring.
 
-    python trainers/train_probe.py digits
+python trainers/train_probe.py digits
 """
 
 from __future__ import annotations
@@ -48,9 +48,7 @@ def train_probes(workspace: str, recipe: tyro.conf.Suppress[str], probe: ProbeCo
     stage.finish(accuracies=accuracies)
 
 
-def _train(
-    workspace: Folder, network: ProbeNetworkConfig, config: ProbeConfig, images: dict
-) -> tuple[dict[str, bytes], float]:
+def _train(workspace: Folder, network: ProbeNetworkConfig, config: ProbeConfig, images: dict) -> tuple[dict[str, bytes], float]:
     torch.set_num_threads(1)
     torch.manual_seed(network.seed)
     pixels, labels = real_images(workspace / "images", images["images"])

@@ -1,6 +1,6 @@
 """The EDM teacher into teacher/: denoising score matching on the real images, DDP on Ray Train.
 
-    python trainers/train_teacher.py digits --teacher.workers.count 2
+python trainers/train_teacher.py digits --teacher.workers.count 2
 """
 
 from __future__ import annotations
@@ -29,9 +29,7 @@ class TeacherTask:
 
     name = "teacher"
 
-    def __init__(
-        self, *, session: loop.Session, workspace: str, config: TeacherConfig, images: dict[str, Any]
-    ) -> None:
+    def __init__(self, *, session: loop.Session, workspace: str, config: TeacherConfig, images: dict[str, Any]) -> None:
         self.session, self.config, self.workspace = session, config, Folder(workspace)
         self.iterations, self.images_per_step = config.iterations, config.batch_size
         torch.manual_seed(stream_seed(config.seed, 0))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -33,7 +34,7 @@ class DhariwalUNet(nn.Module):
         super().__init__()
         emb_channels = model_channels * channel_mult_emb
         third, zero = kaiming(math.sqrt(1 / 3)), kaiming(0.0)
-        weights = {"init": third, "init_bias": third}
+        weights: dict[str, Any] = {"init": third, "init_bias": third}
         style = BlockStyle(
             emb_channels=emb_channels,
             dropout=dropout,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -56,6 +57,8 @@ class Conv2d(nn.Module):
     `kernel` 0 resamples only. The [1, 1] filter is nearest-neighbour up and 2x2 mean down; [1, 3, 3, 1] is NCSN++'s.
     `fused` runs the convolution before the down-sampling filter (NCSN++'s residual encoder).
     """
+
+    resample_filter: torch.Tensor
 
     def __init__(
         self,
@@ -160,8 +163,8 @@ class UNetBlock(nn.Module):
         self.in_channels, self.out_channels = in_channels, out_channels
         self.dropout, self.skip_scale, self.adaptive_scale = style.dropout, style.skip_scale, style.adaptive_scale
         self.num_heads = 0 if not attention else out_channels // style.channels_per_head if style.channels_per_head else 1
-        weights = {"init": style.init, "init_bias": style.init_bias}
-        resample = {"up": up, "down": down, "resample_filter": style.resample_filter}
+        weights: dict[str, Any] = {"init": style.init, "init_bias": style.init_bias}
+        resample: dict[str, Any] = {"up": up, "down": down, "resample_filter": style.resample_filter}
         self.norm0 = GroupNorm(in_channels, style.eps)
         self.conv0 = Conv2d(in_channels, out_channels, 3, **weights, **resample)
         self.affine = Linear(style.emb_channels, out_channels * (2 if style.adaptive_scale else 1), **weights)
@@ -205,17 +208,19 @@ class PositionalEmbedding(nn.Module):
 
     def __init__(self, channels: int, *, endpoint: bool) -> None:
         super().__init__()
-        self.half = channels // 2
-        self.denominator = self.half - (1 if endpoint else 0)
+        self.frequencies = channels // 2
+        self.denominator = self.frequencies - (1 if endpoint else 0)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        exponent = torch.arange(self.half, dtype=torch.float32, device=x.device) / self.denominator
+        exponent = torch.arange(self.frequencies, dtype=torch.float32, device=x.device) / self.denominator
         angles = x[:, None] * (1 / 10000) ** exponent
         return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
 class FourierEmbedding(nn.Module):
     """Sinusoids of the noise level at random frequencies (NCSN++), kept as a buffer: (B,) to (B, channels), [cos, sin]."""
+
+    freqs: torch.Tensor
 
     def __init__(self, channels: int, scale: float = 16.0) -> None:
         super().__init__()

@@ -118,7 +118,7 @@ class SongUNet(nn.Module):
     @property
     def last_layer(self) -> nn.Parameter:
         """The weight of the output convolution: where the adversarial phase compares its two gradients."""
-        weight = self.dec[next(reversed(self.dec))].weight
+        weight = list(self.dec.values())[-1].weight
         assert isinstance(weight, nn.Parameter)
         return weight
 
