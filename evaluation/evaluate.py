@@ -9,6 +9,8 @@ FID. Class labels match those of the real images. The same numbers come out, to 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np

@@ -87,25 +87,27 @@ def noise_seed(config: EvaluateConfig, number: int) -> int:
 class Measure:
     """The worker: samples of one work item, through the measuring probe, to statistics in a file."""
 
-    def __init__(
-        self, workspace: str, recipe: str, model: str, rows: list[Row], config: EvaluateConfig, images: dict[str, Any]
-    ) -> None:
-        place = Folder(workspace)
-        self.folder = place / "evaluation" / model
-        self.rows, self.config = rows, config
+    def __init__(self, workspace: str, recipe: str, jobs: list[Job], config: EvaluateConfig, images: dict[str, Any]) -> None:
+        self.place, self.recipe, self.jobs, self.config = Folder(workspace), recipe, jobs, config
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.model = require_model(place, model, recipe)[0].to(self.device)
-        self.probe = require_probe(place, "measure", recipe)[0].to(self.device)
-        self.labels = real_images(place / "images", images)[1]
-        self.count = config.count or len(self.labels)
+        self.probe = require_probe(self.place, "measure", recipe)[0].to(self.device)
+        self.labels = real_images(self.place / "images", images)[1]
+        self._model: tuple[str, Denoiser] | None = None
 
-    def work(self, item: int) -> dict[str, Any]:
-        """Make item `item`; the row says how many samples it took."""
-        row, number, indices = locate(item, self.rows, self.config, self.count)
-        labels = self.labels[np.asarray(indices) % len(self.labels)]
-        images = draw(self.model, row, indices, labels, seed=noise_seed(self.config, number), batch_size=self.config.batch_size)
-        self.folder.write(part_name(item), Statistics.of(features(self.probe, images.to(self.device))).to_npz())
-        return {"item": item, "samples": len(indices)}
+    def work(self, number: int) -> dict[str, Any]:
+        """Do job `number`; the row says how many samples it took."""
+        job = self.jobs[number]
+        labels = self.labels[np.asarray(job.indices) % len(self.labels)]
+        seed = noise_seed(self.config, job.draw)
+        images = draw(self._load(job.model), job.row, job.indices, labels, seed=seed, batch_size=self.config.batch_size)
+        statistics = Statistics.of(features(self.probe, images.to(self.device)))
+        (self.place / "evaluation" / job.model).write(part_name(job.item), statistics.to_npz())
+        return {"samples": len(job.indices)}
+
+    def _load(self, name: str) -> Denoiser:
+        if self._model is None or self._model[0] != name:
+            self._model = name, require_model(self.place, name, self.recipe)[0].to(self.device)
+        return self._model[1]
 
 
 @torch.inference_mode()
