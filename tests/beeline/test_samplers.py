@@ -11,6 +11,7 @@ from torch import nn
 
 from beeline.denoiser import Denoiser
 from beeline.errors import BeelineError
+from beeline.lines import point
 from beeline.noise import stream_seed, x0
 from beeline.samplers import FewStep, batches, evaluations, few_step, generate, sample, solve
 from beeline.schedule import edm_sigmas
@@ -41,7 +42,7 @@ def solution_error(solver: Literal["heun", "euler"], num_steps: int) -> float:
     latents = noise(0)
     wanted = latents * 80 * SIGMA_D / (SIGMA_D**2 + 80**2) ** 0.5
     images = solve(Gaussian(), latents, None, solver=solver, num_steps=num_steps)
-    return float(((images - wanted).norm() / wanted.norm()))
+    return float((images - wanted).norm() / wanted.norm())
 
 
 def test_solvers_converge_at_their_orders() -> None:
@@ -107,8 +108,6 @@ def test_transitions(rule: Rule, steps: tuple[int, ...]) -> None:
 @pytest.mark.parametrize(("line", "rule"), [("ve", "same_noise"), ("lerp", "line")])
 def test_a_perfect_student_stays_on_its_line(line: Literal["ve", "lerp"], rule: Rule) -> None:
     """With the rule that goes with its line, a student that always sees x1 is only ever asked about points of that line."""
-    from beeline.lines import point
-
     x1, asked = noise(1).clamp(-1, 1), []
 
     class Student(nn.Module):

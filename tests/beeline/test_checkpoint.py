@@ -1,0 +1,161 @@
+"""Model folders: round trips, bytes that depend on the model alone, errors that name the fault, and the moving average."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import beeline
+from beeline.checkpoint import CONFIG, FORMAT, WEIGHTS, digest, dump, ema_update, load, restore
+from beeline.denoiser import Denoiser
+from beeline.errors import BeelineError
+from beeline.features import Probe
+from beeline.samplers import FewStep
+
+
+@pytest.mark.parametrize("kind", ["ddpmpp", "ncsnpp", "adm"])
+@pytest.mark.parametrize("few_step", [None, FewStep(num_steps=18, rule="line", trained_steps=(0, 8))])
+def test_denoisers_come_back(make_denoiser: Callable[..., Denoiser], kind: str, few_step: FewStep | None) -> None:
+    model = make_denoiser(kind=kind, label_dim=3, augment_dim=9, dropout=0.2)
+    model.few_step = few_step
+    again = restore(dump(model, {"from": "a test"}), "here")
+    assert isinstance(again, Denoiser)
+    assert again.few_step == few_step
+    assert again.network_config == model.network_config
+    assert not again.training
+    assert not any(parameter.requires_grad for parameter in again.parameters())
+    x, sigma, labels = torch.randn(2, 2, 8, 8), torch.tensor([0.1, 10.0]), torch.tensor([2, 0])
+    assert torch.equal(again(x, sigma, labels), model(x, sigma, labels))
+
+
+def test_probes_come_back(probe: Probe) -> None:
+    again = restore(dump(probe, {}), "here")
+    assert isinstance(again, Probe)
+    assert again.config == probe.config
+    images = torch.randn(2, 1, 8, 8)
+    assert torch.equal(again(images), probe(images))
+
+
+def test_the_same_model_gives_the_same_bytes(make_denoiser: Callable[..., Denoiser]) -> None:
+    model, about = make_denoiser(), {"trained": {"seed": 0}}
+    files = dump(model, about)
+    assert set(files) == {WEIGHTS, CONFIG}
+    assert dump(make_denoiser(), about) == files
+    again = restore(files, "here")
+    assert dump(again, about) == files
+    assert digest(dump(again, {"other": "provenance"})) == digest(files)
+    next(again.parameters()).view(-1)[0] += 1e-3
+    assert digest(dump(again, about)) != digest(files)
+
+
+def test_config_says_what_it_is(make_denoiser: Callable[..., Denoiser]) -> None:
+    config = json.loads(dump(make_denoiser(), {"seed": 3})[CONFIG])
+    assert config["format"] == FORMAT
+    assert config["kind"] == "denoiser"
+    assert config["network"]["channel_mult"] == [1, 2]
+    assert config["few_step"] is None
+    assert config["about"] == {"seed": 3}
+
+
+def write(folder: Path, files: dict[str, bytes]) -> Path:
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    return folder
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+def test_load_a_folder(make_denoiser: Callable[..., Denoiser], tmp_path: Path, as_text: bool) -> None:
+    model = make_denoiser()
+    folder = write(tmp_path, dump(model, {}))
+    x = torch.randn(1, 2, 8, 8)
+    assert torch.equal(beeline.load(str(folder) if as_text else folder)(x, torch.ones(1)), model(x, torch.ones(1)))
+
+
+@pytest.mark.parametrize("missing", [(WEIGHTS,), (CONFIG,), (WEIGHTS, CONFIG)])
+def test_incomplete_folders_are_refused(
+    make_denoiser: Callable[..., Denoiser], tmp_path: Path, missing: tuple[str, ...]
+) -> None:
+    folder = write(tmp_path, {name: data for name, data in dump(make_denoiser(), {}).items() if name not in missing})
+    with pytest.raises(BeelineError, match="not a model folder"):
+        load(folder)
+
+
+def test_missing_folders_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(BeelineError, match="nowhere is not a model folder"):
+        load(tmp_path / "nowhere")
+
+
+def test_probes_are_no_models(probe: Probe, tmp_path: Path) -> None:
+    with pytest.raises(BeelineError, match="holds a probe"):
+        load(write(tmp_path, dump(probe, {})))
+
+
+def changed(files: dict[str, bytes], **values: object) -> bytes:
+    return json.dumps(json.loads(files[CONFIG]) | values).encode()
+
+
+Damage = Callable[[dict[str, bytes]], dict[str, bytes]]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        pytest.param(lambda f: {CONFIG: f[CONFIG][:-5]}, "not a readable checkpoint", id="json cut off"),
+        pytest.param(lambda f: {CONFIG: b"\xff\xfe\x00"}, "not a readable checkpoint", id="not text"),
+        pytest.param(lambda f: {WEIGHTS: b""}, "not a readable checkpoint", id="no weights"),
+        pytest.param(lambda f: {WEIGHTS: f[WEIGHTS][:100]}, "not a readable checkpoint", id="weights cut in the header"),
+        pytest.param(lambda f: {WEIGHTS: f[WEIGHTS][:-1]}, "not a readable checkpoint", id="weights cut at the end"),
+        pytest.param(lambda f: {CONFIG: changed(f, format=2)}, "format 2 .* reads format 1", id="another format"),
+        pytest.param(lambda f: {CONFIG: changed(f, kind="vae")}, "kind 'vae'", id="another kind"),
+    ],
+)
+def test_damaged_files_are_refused(
+    make_denoiser: Callable[..., Denoiser], tmp_path: Path, damage: Damage, message: str
+) -> None:
+    files = dump(make_denoiser(), {})
+    with pytest.raises(BeelineError, match=message) as caught:
+        load(write(tmp_path, files | damage(files)))
+    assert str(tmp_path) in str(caught.value)
+
+
+@pytest.mark.parametrize("change", [{"model_channels": 32}, {"num_blocks": 2}, {"label_dim": 3}])
+def test_weights_of_another_shape_are_refused(
+    make_denoiser: Callable[..., Denoiser], tmp_path: Path, change: dict[str, int]
+) -> None:
+    files = dump(make_denoiser(), {})
+    network = json.loads(files[CONFIG])["network"] | change
+    with pytest.raises(BeelineError, match="do not fit"):
+        load(write(tmp_path, files | {CONFIG: changed(files, network=network)}))
+
+
+class Point(nn.Module):
+    """One parameter and one buffer."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.at = nn.Parameter(torch.full((3,), value))
+        self.register_buffer("seen", torch.full((2,), value))
+
+
+@pytest.mark.parametrize("half_life", [1.0, 20.0, 693.0])
+def test_ema_halves_the_distance_in_a_half_life(half_life: float) -> None:
+    average, model = Point(1.0), Point(0.0)
+    for _ in range(int(half_life)):
+        ema_update(average, model, half_life, step=10**9)
+    torch.testing.assert_close(average.at.detach(), torch.full((3,), 0.5), rtol=1e-3, atol=0)
+    assert torch.equal(average.get_buffer("seen"), torch.zeros(2))
+    assert torch.equal(model.at, torch.zeros(3))
+
+
+@pytest.mark.parametrize(
+    ("step", "beta"), [(0, 0.0), (20, 0.5), (100, 0.5 ** (1 / 5)), (4000, 0.5 ** (1 / 200)), (8000, 0.5**0.005)]
+)
+def test_ema_forgets_its_start(step: int, beta: float) -> None:
+    average = Point(1.0)
+    ema_update(average, Point(0.0), half_life=200, step=step, ramp=0.05)
+    torch.testing.assert_close(average.at.detach(), torch.full((3,), beta), rtol=1e-5, atol=1e-7)

@@ -1,0 +1,78 @@
+"""Pairs are made exactly once: killed at any moment and run again, the files are those of an undisturbed run."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import ROOT, TINY_PAIRS, Head, Run, files, wait_for
+
+import beeline
+from beeline.noise import crc32, x0
+from beeline.samplers import sample
+from pipeline.shards import decode
+
+
+def fresh(trained: Path, tmp_path: Path) -> Path:
+    """A copy of the workspace without its pairs."""
+    workspace = tmp_path / "ws"
+    shutil.copytree(trained, workspace, ignore=shutil.ignore_patterns("pairs"))
+    return workspace
+
+
+@pytest.mark.parametrize("victim", ["driver", "actor"])
+def test_kill_and_rerun_gives_the_same_bytes(victim: str, head: Head, run: Run, trained: Path, tmp_path: Path) -> None:
+    workspace, chance = fresh(trained, tmp_path), random.Random(victim)
+    expected = files(trained / "pairs", "part-*")
+    assert len(expected) == 6
+    command = [sys.executable, "pipeline/gen_pairs.py", "digits", "--workspace", str(workspace), *TINY_PAIRS]
+    for already in sorted(chance.sample(range(0, 4), 2)):
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=head.environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        wait_for(lambda n=already: len(files(workspace / "pairs", "part-*.parquet")) >= n, 120, f"{already} shards")
+        if victim == "actor":
+            wait_for(lambda: bool(head.workers("MapWorker")), 120, "an actor")
+            for worker in head.workers("MapWorker"):
+                worker.send_signal(signal.SIGKILL)
+            assert process.wait(300) == 0
+        else:
+            process.kill()
+            process.wait()
+    run("pipeline/gen_pairs.py", "digits", "--workspace", workspace, *TINY_PAIRS)
+    assert files(workspace / "pairs", "part-*") == expected
+    assert (workspace / "pairs" / "_SUCCESS").exists()
+
+
+def test_a_truncated_shard_is_found_and_made_again(run: Run, trained: Path, tmp_path: Path) -> None:
+    workspace = tmp_path / "ws"
+    shutil.copytree(trained, workspace)
+    shard = workspace / "pairs" / "part-00002.parquet"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-50])
+    failed = run("trainers/train_lmm.py", "digits", "--workspace", workspace, ok=False)
+    assert "part-00002.parquet has" in failed.stderr
+    assert "mend it with: python pipeline/gen_pairs.py digits" in failed.stderr
+    mended = run("pipeline/gen_pairs.py", "digits", "--workspace", workspace, *TINY_PAIRS)
+    assert "part-00002.parquet: unreadable" in mended.stdout
+    assert shard.read_bytes() == whole
+
+
+def test_pairs_are_the_teachers_and_x0_is_not_stored(trained: Path) -> None:
+    data = (trained / "pairs" / "part-00003.parquet").read_bytes()
+    x1, labels, indices, metadata = decode(data)
+    assert set(pq.read_schema(trained / "pairs" / "part-00003.parquet").names) == {"index", "label", "x1"}
+    assert list(indices) == list(range(60, 80))
+    assert labels.tolist() == [i % 10 for i in indices]
+    assert metadata["x0_crc32"] == crc32(x0(0, indices, (1, 8, 8)))
+    teacher = beeline.load(trained / "teacher")
+    again = sample(teacher, indices.tolist(), torch.from_numpy(labels), seed=0, num_steps=6)
+    np.testing.assert_allclose(again.numpy(), x1, atol=1e-4)

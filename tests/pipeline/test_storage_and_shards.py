@@ -1,0 +1,170 @@
+"""Files appear whole or not at all; shards are a function of their plan; damage is found."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from beeline import noise
+from beeline.errors import BeelineError
+from pipeline import shards
+from pipeline.reader import ShardReader
+from pipeline.stage import Stage, differences, require
+from pipeline.storage import Folder
+
+PLAN = {"pairs": {"count": 50, "shard_size": 8, "seed": 3}}
+
+
+def write_pairs(folder: Folder, plan: dict = PLAN) -> None:
+    config = plan["pairs"]
+    for k in range(shards.shard_count(config["count"], config["shard_size"])):
+        rows = shards.shard_rows(k, config["shard_size"], config["count"])
+        x1 = np.stack([np.full((1, 4, 4), i, np.float32) for i in rows])
+        data = shards.encode("x1", x1, np.asarray(rows) % 10, rows, plan)
+        folder.write(shards.shard_name(k), data)
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = Folder(str(tmp_path / "f"))
+    folder.write("a", b"old")
+
+    def full_disk(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full_disk)
+    with pytest.raises(BeelineError, match="No space left"):
+        folder.write("a", b"new")
+    assert folder.read("a") == b"old"
+    assert list(folder.sizes()) == ["a"]
+    assert [p.name for p in (tmp_path / "f").iterdir()] == ["a"]
+
+
+def test_leftovers_of_killed_writers_are_not_seen_and_are_cleaned(tmp_path: Path) -> None:
+    folder = Folder(str(tmp_path))
+    folder.write("part", b"x")
+    (tmp_path / "part.123.tmp").write_bytes(b"half")
+    assert folder.sizes() == {"part": 1}
+    folder.clean()
+    assert [p.name for p in tmp_path.iterdir()] == ["part"]
+
+
+@given(count=st.integers(1, 200), size=st.integers(1, 60))
+def test_shards_cover_every_row_once(count: int, size: int) -> None:
+    rows = [i for k in range(shards.shard_count(count, size)) for i in shards.shard_rows(k, size, count)]
+    assert rows == list(range(count))
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_shard_round_trip_and_same_bytes(dtype: type) -> None:
+    images = np.random.default_rng(0).integers(0, 255, (9, 3, 4, 4)).astype(dtype)
+    labels = np.arange(9, dtype=np.int32)
+    data = shards.encode("image", images, labels, range(9), PLAN, note=1)
+    assert data == shards.encode("image", images, labels, range(9), PLAN, note=1)
+    back, back_labels, indices, metadata = shards.decode(data)
+    assert back.dtype == dtype
+    np.testing.assert_array_equal(back, images)
+    np.testing.assert_array_equal(back_labels, labels)
+    assert list(indices) == list(range(9))
+    assert metadata["plan"] == PLAN
+
+
+def test_a_flipped_bit_is_found() -> None:
+    images = np.random.default_rng(0).normal(size=(9, 1, 8, 8)).astype(np.float32)
+    data = bytearray(shards.encode("x1", images, np.zeros(9, np.int32), range(9), PLAN))
+    data[data.find(images.tobytes()[:64]) + 5] ^= 1
+    with pytest.raises(OSError, match=r"(?i)crc|checksum"):
+        shards.decode(bytes(data))
+
+
+def test_plain_pyarrow_reads_a_shard(tmp_path: Path) -> None:
+    write_pairs(Folder(str(tmp_path)))
+    table = pq.read_table(tmp_path / "part-00001.parquet")
+    assert table["index"].to_pylist() == list(range(8, 16))
+    assert table["x1"].combine_chunks().to_numpy_ndarray()[3].tolist() == np.full((1, 4, 4), 11).tolist()
+
+
+def test_todo_names_what_is_missing_truncated_or_foreign(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = Folder(str(tmp_path))
+    write_pairs(folder)
+    assert shards.todo(folder, PLAN, 50, 8) == []
+    (tmp_path / "part-00000.parquet").unlink()
+    truncated = (tmp_path / "part-00002.parquet").read_bytes()[:-100]
+    (tmp_path / "part-00002.parquet").write_bytes(truncated)
+    other = shards.encode("x1", np.zeros((8, 1, 4, 4), np.float32), np.zeros(8), range(8), {"pairs": {"seed": 4}})
+    (tmp_path / "part-00004.parquet").write_bytes(other)
+    assert shards.todo(folder, PLAN, 50, 8) == [0, 2, 4]
+    said = capsys.readouterr().out
+    assert "part-00002.parquet: unreadable" in said
+    assert "part-00004.parquet: made by another plan" in said
+
+
+@settings(deadline=None, max_examples=15)
+@given(
+    seed=st.integers(0, 5),
+    batch=st.integers(1, 30),
+    ranks=st.sampled_from([1, 2, 3]),
+    step=st.integers(0, 8),
+    wide=st.booleans(),
+)
+def test_reader_order_depends_on_seed_and_position_alone(
+    tmp_path_factory: pytest.TempPathFactory, seed: int, batch: int, ranks: int, step: int, wide: bool
+) -> None:
+    plan = {"pairs": {"count": 50, "shard_size": 2 if wide else 8, "seed": 3}}
+    folder = tmp_path_factory.getbasetemp() / f"reader-{wide}"
+    if not folder.exists():
+        write_pairs(Folder(str(folder)), plan)
+
+    def reader() -> ShardReader:
+        return ShardReader(Folder(str(folder)), plan["pairs"], seed)
+
+    def index(rows: dict[str, np.ndarray]) -> list[int]:
+        return rows["x1"][:, 0, 0, 0].astype(int).tolist()
+
+    epoch = reader().batch(50, 50)
+    assert sorted(index(epoch)) == list(range(50))
+    np.testing.assert_array_equal(epoch["noise"], noise.x0(3, index(epoch), (1, 4, 4)))
+    size = batch * ranks
+    whole = index(reader().batch(step * size, size))
+    assert whole == [i for r in range(ranks) for i in index(reader().batch(step * size + r * batch, batch))]
+    assert index(reader().batch(0, 50)) != index(reader().batch(50, 50))
+
+
+def test_a_damaged_shard_is_named_to_the_reader(tmp_path: Path) -> None:
+    folder = Folder(str(tmp_path))
+    write_pairs(folder)
+    (tmp_path / "part-00003.parquet").write_bytes(b"PAR1 not quite")
+    with pytest.raises(BeelineError, match=r"part-00003\.parquet is damaged"):
+        ShardReader(folder, PLAN["pairs"], 0).batch(0, 50)
+
+
+def test_stage_refuses_another_plan_and_notices_lost_files(tmp_path: Path) -> None:
+    place = Folder(str(tmp_path))
+    stage = Stage(place, "pairs", {"pairs": {"count": 2, "seed": 0}})
+    assert stage.begin()
+    with pytest.raises(
+        BeelineError, match=r"pairs is missing or not complete; make it with: python pipeline/gen_pairs\.py digits"
+    ):
+        require(place, "pairs", "digits")
+    stage.folder.write("part-00000.parquet", b"1234")
+    stage.finish()
+    assert not Stage(place, "pairs", {"pairs": {"seed": 0, "count": 2}}).begin()
+    with pytest.raises(BeelineError, match=r"pairs\.count: 2 there, 3 asked for"):
+        Stage(place, "pairs", {"pairs": {"count": 3, "seed": 0}}).begin()
+    assert require(place, "pairs", "digits") == {"pairs": {"count": 2, "seed": 0}}
+    (tmp_path / "pairs" / "part-00000.parquet").write_bytes(b"12")
+    with pytest.raises(BeelineError, match=r"has 2 bytes, expected 4 bytes; mend it with"):
+        require(place, "pairs", "digits")
+    assert stage.begin()
+
+
+def test_differences_are_named_in_depth() -> None:
+    assert differences({"a": {"b": 1}, "c": 2}, {"a": {"b": 2}, "d": 3}) == [
+        "a.b: 1 there, 2 asked for",
+        "c: 2 there, None asked for",
+        "d: None there, 3 asked for",
+    ]
