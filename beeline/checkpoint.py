@@ -34,6 +34,8 @@ def build(config: NetworkConfig) -> Denoiser:
     kind = arguments.pop("kind")
     channels = arguments.pop("img_channels")
     arguments |= {"in_channels": channels, "out_channels": channels}
+    if kind not in ("ddpmpp", "ncsnpp", "adm"):
+        raise ValueError(f"network kind is {kind!r}; expected 'ddpmpp', 'ncsnpp' or 'adm'")
     if kind == "adm":
         network: nn.Module = DhariwalUNet(**arguments)
     else:
@@ -72,24 +74,29 @@ def restore(files: Mapping[str, bytes], where: str) -> Denoiser | Probe:
         tensors = safetensors.torch.load(files[WEIGHTS])
     except (json.JSONDecodeError, UnicodeDecodeError, safetensors.SafetensorError) as error:
         raise BeelineError(f"{where} is not a readable checkpoint ({error}); make or copy it again") from error
-    if config.get("format") != FORMAT or config.get("kind") not in ("denoiser", "probe"):
-        raise BeelineError(
-            f"{where}/{CONFIG} has format {config.get('format')!r} and kind {config.get('kind')!r}; this version reads "
-            f"format {FORMAT} of kind 'denoiser' or 'probe'"
-        )
-    network = dict(config["network"])
-    if config["kind"] == "probe":
-        channels, num_classes = network.pop("channels"), network.pop("num_classes")
-        model: Denoiser | Probe = Probe(from_dict(ProbeNetworkConfig, network), channels=channels, num_classes=num_classes)
-    else:
-        model = build(from_dict(NetworkConfig, network))
-        if config["few_step"]:
-            model.few_step = from_dict(FewStep, config["few_step"])
+    if not isinstance(config, dict) or config.get("format") != FORMAT or config.get("kind") not in ("denoiser", "probe"):
+        found = {key: config.get(key) for key in ("format", "kind")} if isinstance(config, dict) else type(config).__name__
+        raise BeelineError(f"{where}/{CONFIG} holds {found}; this version reads format {FORMAT}, kind 'denoiser' or 'probe'")
+    try:
+        model = _build_from(config)
+    except (KeyError, TypeError, ValueError) as error:
+        raise BeelineError(f"{where}/{CONFIG} does not describe a network: {type(error).__name__} {error}") from error
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
         raise BeelineError(f"{where}: the weights do not fit the network that {CONFIG} describes: {error}") from error
     return model.eval().requires_grad_(False)
+
+
+def _build_from(config: Mapping[str, Any]) -> Denoiser | Probe:
+    network = dict(config["network"])
+    if config["kind"] == "probe":
+        channels, num_classes = network.pop("channels"), network.pop("num_classes")
+        return Probe(from_dict(ProbeNetworkConfig, network), channels=channels, num_classes=num_classes)
+    model = build(from_dict(NetworkConfig, network))
+    if config["few_step"]:
+        model.few_step = from_dict(FewStep, config["few_step"])
+    return model
 
 
 def load(folder: str | Path) -> Denoiser:

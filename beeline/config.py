@@ -27,6 +27,8 @@ def to_dict(config: Any, *, resources: bool = True) -> dict[str, Any]:
             value = getattr(config, field.name)
             if dataclasses.is_dataclass(value):
                 value = to_dict(value, resources=resources)
+            elif isinstance(value, dict):
+                value = {key: to_dict(item, resources=resources) for key, item in value.items()}
             values[field.name] = list(value) if isinstance(value, tuple) else value
     return values
 
@@ -36,8 +38,11 @@ def from_dict(cls: type[T], values: Mapping[str, Any]) -> T:
     hints = typing.get_type_hints(cls)
     made = {}
     for name, value in values.items():
-        if dataclasses.is_dataclass(hints.get(name)) and isinstance(value, Mapping):
-            value = from_dict(typing.cast(type, hints[name]), value)
+        hint = hints.get(name)
+        if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
+            value = from_dict(typing.cast(type, hint), value)
+        elif typing.get_origin(hint) is dict:
+            value = {key: from_dict(typing.get_args(hint)[1], item) for key, item in value.items()}
         made[name] = tuple(value) if isinstance(value, list) else value
     return cls(**made)
 

@@ -36,6 +36,8 @@ class Probe(nn.Module):
         super().__init__()
         self.config = config
         self.channels, self.num_classes = channels, num_classes
+        if len(config.strides) != len(config.widths):
+            raise ValueError(f"a probe has one stride per width; found strides {config.strides}, widths {config.widths}")
         widths = (channels, *config.widths)
         self.convs = nn.ModuleList(
             nn.Conv2d(a, b, config.kernel, stride, padding=config.kernel // 2)

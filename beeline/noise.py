@@ -7,6 +7,7 @@ in the tests and a CRC-32 in each shard guard those.
 
 from __future__ import annotations
 
+import hashlib
 import zlib
 from collections.abc import Iterable, Sequence
 
@@ -29,14 +30,15 @@ def crc32(noise: np.ndarray) -> int:
     return zlib.crc32(np.ascontiguousarray(noise).tobytes())
 
 
-def stream(seed: int, *where: int) -> np.random.Generator:
-    """A generator that depends on `seed` and a place (step, rank, epoch, ...) alone: the order and noise of training.
+def stream(seed: int, *where: int | str) -> np.random.Generator:
+    """A generator that depends on `seed` and a place, ("order", epoch) say, alone: the order and noise of training.
 
     Nothing of it needs saving in a checkpoint: a resumed run at the same place draws the same numbers.
     """
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, *where])))
+    key = hashlib.sha256(repr((int(seed), *where)).encode()).digest()
+    return np.random.Generator(np.random.Philox(key=np.frombuffer(key[:16], np.uint64)))
 
 
-def stream_seed(seed: int, *where: int) -> int:
+def stream_seed(seed: int, *where: int | str) -> int:
     """A 63-bit seed for torch's generators with the same property as `stream`."""
     return int(stream(seed, *where).integers(2**63))

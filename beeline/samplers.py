@@ -136,7 +136,7 @@ def sample(
         how = how or model.few_step
         if how is None:
             raise BeelineError("steps were given, but this model is a teacher: use solver= and num_steps=")
-        return few_step(model, noise(seed), labels, steps=steps, how=how, fresh=lambda n: noise(stream_seed(seed, n)))
+        return few_step(model, noise(seed), labels, steps=steps, how=how, fresh=lambda n: noise(stream_seed(seed, "fresh", n)))
 
 
 def batches(count: int, size: int) -> Iterator[range]:

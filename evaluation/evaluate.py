@@ -86,10 +86,10 @@ def measure(workspace: str, recipe: str, config: EvaluateConfig, models: Mapping
             left = [job for job in jobs if part_name(job.item) not in there or not _sound(stage.folder, job.item)]
             work.append((stage, model, rows, left))
     jobs = [job for *_, left in work for job in left]
-    progress = Progress("evaluation", sum(len(job.indices) for job in jobs), "samples")
+    progress = Progress("evaluation", sum(job.evaluations for job in jobs), "network evaluations")
     arguments = {"workspace": workspace, "recipe": recipe, "jobs": jobs, "config": config, "images": images["images"]}
     for done in run_pool(Measure, arguments, range(len(jobs)), config.pool):
-        progress.add(done["samples"])
+        progress.add(done["evaluations"])
     real = reference(place, probe, images["images"])
     for stage, model, rows, _ in work:
         name = stage.name.removeprefix("evaluation/")

@@ -81,7 +81,7 @@ def draw(model: Denoiser, row: Row, indices: Sequence[int], labels: np.ndarray, 
 
 def noise_seed(config: EvaluateConfig, number: int) -> int:
     """The seed of draw `number`: 63 bits of their own, never that of the training pairs."""
-    return stream_seed(config.seed, number)
+    return stream_seed(config.seed, "draw", number)
 
 
 class Measure:
@@ -95,14 +95,14 @@ class Measure:
         self._model: tuple[str, Denoiser] | None = None
 
     def work(self, number: int) -> dict[str, Any]:
-        """Do job `number`; the row says how many samples it took."""
+        """Do job `number`; the row says how many network evaluations it took."""
         job = self.jobs[number]
         labels = self.labels[np.asarray(job.indices) % len(self.labels)]
         seed = noise_seed(self.config, job.draw)
         images = draw(self._load(job.model), job.row, job.indices, labels, seed=seed, batch_size=self.config.batch_size)
         statistics = Statistics.of(features(self.probe, images.to(self.device)))
         (self.place / "evaluation" / job.model).write(part_name(job.item), statistics.to_npz())
-        return {"samples": len(job.indices)}
+        return {"evaluations": job.evaluations}
 
     def _load(self, name: str) -> Denoiser:
         if self._model is None or self._model[0] != name:
@@ -135,6 +135,11 @@ class Job:
     row: Row
     draw: int
     indices: range
+
+    @property
+    def evaluations(self) -> int:
+        """Network evaluations of the item."""
+        return self.row.nfe * len(self.indices)
 
 
 def jobs_of(model: str, rows: Sequence[Row], config: EvaluateConfig, count: int) -> list[Job]:

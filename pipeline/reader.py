@@ -43,7 +43,7 @@ class ShardReader:
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     def _shard_order(self, epoch: int) -> np.ndarray:
-        return stream(self.seed, 0, epoch).permutation(self.shards)
+        return stream(self.seed, "shards", epoch).permutation(self.shards)
 
     def _locate(self, epoch: int, offset: int) -> tuple[int, int, int]:
         """(rows, number, first position) of the window that holds position `offset` of the epoch."""
@@ -60,7 +60,7 @@ class ShardReader:
         members = self._shard_order(epoch)[window * WINDOW : (window + 1) * WINDOW]
         shards = [self._shard(int(k)) for k in members]
         columns = {name: np.concatenate([shard[name] for shard in shards]) for name in shards[0]}
-        return columns, stream(self.seed, 1, epoch, window).permutation(len(columns["label"]))
+        return columns, stream(self.seed, "rows", epoch, window).permutation(len(columns["label"]))
 
     def _load_shard(self, k: int) -> dict[str, np.ndarray]:
         name = shard_name(k)

@@ -52,8 +52,9 @@ class Head:
         return {**os.environ, "RAY_ADDRESS": self.address, "RAY_AUTH_MODE": "disabled", "PYTHONUNBUFFERED": "1"}
 
     def workers(self, name: str) -> list[psutil.Process]:
-        """The processes of actors whose title has `name` in it."""
-        return [p for p in psutil.Process(self.process.pid).children(recursive=True) if name in _title(p)]
+        """The processes of this head's actors whose title has `name` in it: its raylet is their parent."""
+        named = [p for p in psutil.process_iter() if name in _title(p)]
+        return [p for p in named if (parent := p.parent()) and self.address in _title(parent)]
 
 
 def _title(process: psutil.Process) -> str:

@@ -44,7 +44,7 @@ class Session:
 
     def generator(self, seed: int, step: int) -> torch.Generator:
         """The source of this step's randomness on this rank; torch's global one (dropout) is seeded alike."""
-        number = stream_seed(seed, self.rank, step)
+        number = stream_seed(seed, "step", self.rank, step)
         torch.manual_seed(number)
         return torch.Generator(self.device).manual_seed(number)
 

@@ -63,7 +63,7 @@ class LmmTask:
         if any(phase.iterations and phase.adversarial_weight for phase in self.phases):
             assert images is not None
             assert self.probe is not None
-            torch.manual_seed(stream_seed(config.seed, 1))
+            torch.manual_seed(stream_seed(config.seed, "discriminator"))
             self.discriminator = ProjectedDiscriminator(
                 self.probe, width=config.discriminator.width, num_classes=self.model.label_dim
             ).to(device)

@@ -32,7 +32,7 @@ class TeacherTask:
     def __init__(self, *, session: loop.Session, workspace: str, config: TeacherConfig, images: dict[str, Any]) -> None:
         self.session, self.config, self.workspace = session, config, Folder(workspace)
         self.iterations, self.images_per_step = config.iterations, config.batch_size
-        torch.manual_seed(stream_seed(config.seed, 0))
+        torch.manual_seed(stream_seed(config.seed, "teacher"))
         self.model = build(config.network).to(session.device)
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.parallel = session.parallel(self.model)

@@ -81,7 +81,7 @@ class SongUNet(nn.Module):
 
         self.enc, self.dec = nn.ModuleDict(), nn.ModuleDict()
         skips: list[int] = []
-        width = model_channels
+        width, aux_width = model_channels, in_channels
         for level, mult in enumerate(channel_mult):
             res = img_resolution >> level
             if level == 0:
@@ -90,9 +90,9 @@ class SongUNet(nn.Module):
                 self.enc[f"{res}x{res}_down"] = UNetBlock(width, width, style, down=True)
                 if encoder_type == "residual":
                     self.enc[f"{res}x{res}_aux_residual"] = Conv2d(
-                        in_channels if level == 1 else skips[-1], width, 3,
-                        init=init, down=True, resample_filter=resample_filter, fused=True,
+                        aux_width, width, 3, init=init, down=True, resample_filter=resample_filter, fused=True
                     )  # fmt: skip
+                    aux_width = width
             skips.append(width)
             for block in range(num_blocks):
                 attention = res in attn_resolutions

@@ -21,6 +21,11 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
 def scrambled(model: torch.nn.Module, seed: int = 0) -> None:
     """Random weights of moderate size: the zero-initialised layers would hide what passes through them."""
     generator = torch.Generator().manual_seed(seed)

@@ -110,8 +110,8 @@ Damage = Callable[[dict[str, bytes]], dict[str, bytes]]
         pytest.param(lambda f: {WEIGHTS: b""}, "not a readable checkpoint", id="no weights"),
         pytest.param(lambda f: {WEIGHTS: f[WEIGHTS][:100]}, "not a readable checkpoint", id="weights cut in the header"),
         pytest.param(lambda f: {WEIGHTS: f[WEIGHTS][:-1]}, "not a readable checkpoint", id="weights cut at the end"),
-        pytest.param(lambda f: {CONFIG: changed(f, format=2)}, "format 2 .* reads format 1", id="another format"),
-        pytest.param(lambda f: {CONFIG: changed(f, kind="vae")}, "kind 'vae'", id="another kind"),
+        pytest.param(lambda f: {CONFIG: changed(f, format=2)}, "'format': 2.* reads format 1", id="another format"),
+        pytest.param(lambda f: {CONFIG: changed(f, kind="vae")}, "'kind': 'vae'", id="another kind"),
     ],
 )
 def test_damaged_files_are_refused(
@@ -121,6 +121,20 @@ def test_damaged_files_are_refused(
     with pytest.raises(BeelineError, match=message) as caught:
         load(write(tmp_path, files | damage(files)))
     assert str(tmp_path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pytest.param(lambda f: {CONFIG: b"[]"}, id="not an object"),
+        pytest.param(lambda f: {CONFIG: b'{"format": 1, "kind": "denoiser"}'}, id="no network"),
+        pytest.param(lambda f: {CONFIG: changed(f, network={"zip": 1})}, id="unknown network key"),
+    ],
+)
+def test_readable_json_that_describes_no_model_is_refused(make_denoiser: Callable[..., Denoiser], damage: Damage) -> None:
+    files = dump(make_denoiser(), {})
+    with pytest.raises(BeelineError):
+        restore(files | damage(files), "here")
 
 
 @pytest.mark.parametrize("change", [{"model_channels": 32}, {"num_blocks": 2}, {"label_dim": 3}])

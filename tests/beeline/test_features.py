@@ -18,9 +18,9 @@ def digits() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.from_numpy(scaled), torch.from_numpy(np.asarray(labels, np.int64))
 
 
-def fresh_probe(seed: int) -> Probe:
+def fresh_probe(seed: int, widths: tuple[int, ...] = (16, 32, 32), strides: tuple[int, ...] = (1, 2, 1)) -> Probe:
     torch.manual_seed(seed)
-    return Probe(ProbeNetworkConfig(widths=(16, 32, 32), strides=(1, 2, 1)), channels=1, num_classes=10)
+    return Probe(ProbeNetworkConfig(widths=widths, strides=strides), channels=1, num_classes=10)
 
 
 def test_taps_and_features(probe: Probe) -> None:
@@ -35,14 +35,14 @@ def test_taps_and_features(probe: Probe) -> None:
 @pytest.mark.parametrize("activation", ["relu", "silu", "gelu"])
 def test_activations(activation: str) -> None:
     config = ProbeNetworkConfig(widths=(8,), strides=(1,), activation=activation)  # pyright: ignore[reportArgumentType]
-    (tap,) = Probe(config, channels=1, num_classes=2).taps(torch.randn(4, 1, 8, 8))
+    (tap,) = Probe(config, channels=1, num_classes=2).requires_grad_(False).taps(torch.randn(4, 1, 8, 8))
     lowest = {"relu": (-0.0, 0.0), "silu": (-0.2785, -0.2), "gelu": (-0.171, -0.12)}[activation]
     assert lowest[0] <= float(tap.min()) <= lowest[1]
 
 
 def test_a_short_training_learns_digits(digits: tuple[torch.Tensor, torch.Tensor]) -> None:
-    probe = fresh_probe(0)
-    accuracy = train_probe(probe, *digits, iterations=150, batch_size=64, lr=4e-3, seed=0)
+    probe = fresh_probe(0, widths=(32, 64, 64, 64), strides=(1, 1, 2, 1))
+    accuracy = train_probe(probe, *digits, iterations=150, batch_size=96, lr=6e-3, seed=0)
     assert 0.9 < accuracy <= 1
     assert not probe.training
     assert not any(parameter.requires_grad for parameter in probe.parameters())

@@ -91,10 +91,7 @@ def test_parameter_counts_of_the_released_networks(config: dict, count: int) -> 
     "channel_mult",
     [
         (2, 2, 2),
-        pytest.param(
-            (1, 2, 2),
-            marks=pytest.mark.xfail(strict=True, reason="aux_residual takes the width of the last block, not that of aux"),
-        ),
+        (1, 2, 2),
     ],
 )
 def test_ncsnpp_builds_and_runs(make_denoiser: Callable[..., Denoiser], channel_mult: tuple[int, ...]) -> None:

@@ -51,7 +51,7 @@ def test_crc_sees_values_not_memory_order() -> None:
     assert crc32(noise) != crc32(noise[::-1])
 
 
-PLACES = [(0,), (1,), (0, 0), (0, 1), (1, 0), (0, 0, 1), (0, 1, 1), (7, 3, 2), (7, 2, 3)]
+PLACES = [(0, 0, 0), (0, 0, 1), (0, 1, 0), (0, 1, 1), (1, 0, 0), (7, 3, 2), (7, 2, 3), (0, 1, 1, 1), (0, 0, 0, 0, 1)]
 
 
 def test_streams_differ_by_place_and_repeat_at_it() -> None:
@@ -65,3 +65,8 @@ def test_stream_seeds_differ_by_place_and_fit_torch() -> None:
     assert len(set(seeds)) == len(PLACES)
     assert seeds == [stream_seed(*place) for place in PLACES]
     assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+@pytest.mark.parametrize(("place", "other"), [((5,), (5, 0)), ((5, 2), (5, 2, 0)), ((0,), (0, 0, 0))])
+def test_streams_differ_by_the_length_of_their_place(place: tuple[int, ...], other: tuple[int, ...]) -> None:
+    assert stream_seed(*place) != stream_seed(*other)

@@ -58,7 +58,7 @@ def test_gradient_reaches_the_images_and_nothing_else(probe: Probe) -> None:
 
 def test_gradient_descent_approaches_the_target(probe: Probe) -> None:
     ours, targets = images(0).requires_grad_(), images(1)
-    before = float(perceptual(probe, ours, targets, 0.1).sum())
+    before = perceptual(probe, ours, targets, 0.1).sum().item()
     optimizer = torch.optim.Adam([ours], lr=0.05)
     for _ in range(30):
         optimizer.zero_grad()

@@ -45,7 +45,7 @@ def test_other_bounds_and_rho() -> None:
 
 @pytest.mark.parametrize("arguments", [(0,), (-1,), (5, 0.0, 80.0), (5, 2.0, 1.0), (5, 1.0, 1.0)])
 def test_impossible_schedules_are_refused(arguments: tuple) -> None:
-    with pytest.raises(ValueError, match="sigma_min|num_steps"):
+    with pytest.raises(ValueError, match=r"sigma_min|num_steps"):
         edm_sigmas(*arguments)
 
 
