@@ -20,6 +20,7 @@ from evaluation.report import report
 from pipeline.command import ensure_ray, run_command
 from pipeline.gen_pairs import gen_pairs
 from pipeline.ingest_images import ingest_images
+from pipeline.storage import Folder
 from trainers.objective import RECONSTRUCTION
 from trainers.sweep_lmm import sweep_lmm
 from trainers.train_lmm import train_lmm
@@ -54,6 +55,7 @@ def run_pipeline(workspace: str, recipe: Annotated[Recipe, tyro.conf.arg(name=""
 def train_together(workspace: str, recipe: str, students: list[LmmConfig]) -> None:
     """Train the ablations at the same time: each starts once the cluster has room for its workers."""
     remote = ray.remote(num_cpus=0)(train_lmm)
+    workspace = Folder(workspace).uri  # the tasks run in folders of their own
     ray.get([remote.remote(workspace, recipe, student) for student in students])
 
 

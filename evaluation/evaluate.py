@@ -87,7 +87,7 @@ def measure(workspace: str, recipe: str, config: EvaluateConfig, models: Mapping
             work.append((stage, model, rows, left))
     jobs = [job for *_, left in work for job in left]
     progress = Progress("evaluation", sum(job.evaluations for job in jobs), "network evaluations")
-    arguments = {"workspace": workspace, "recipe": recipe, "jobs": jobs, "config": config, "images": images["images"]}
+    arguments = {"workspace": place, "recipe": recipe, "jobs": jobs, "config": config, "images": images["images"]}
     for done in run_pool(Measure, arguments, range(len(jobs)), config.pool):
         progress.add(done["evaluations"])
     real = reference(place, probe, images["images"])

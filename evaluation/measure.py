@@ -87,11 +87,11 @@ def noise_seed(config: EvaluateConfig, number: int) -> int:
 class Measure:
     """The worker: samples of one work item, through the measuring probe, to statistics in a file."""
 
-    def __init__(self, workspace: str, recipe: str, jobs: list[Job], config: EvaluateConfig, images: dict[str, Any]) -> None:
-        self.place, self.recipe, self.jobs, self.config = Folder(workspace), recipe, jobs, config
+    def __init__(self, workspace: Folder, recipe: str, jobs: list[Job], config: EvaluateConfig, images: dict[str, Any]) -> None:
+        self.workspace, self.recipe, self.jobs, self.config = workspace, recipe, jobs, config
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.probe = require_probe(self.place, "measure", recipe)[0].to(self.device)
-        self.labels = real_images(self.place / "images", images)[1]
+        self.probe = require_probe(self.workspace, "measure", recipe)[0].to(self.device)
+        self.labels = real_images(self.workspace / "images", images)[1]
         self._model: tuple[str, Denoiser] | None = None
 
     def work(self, number: int) -> dict[str, Any]:
@@ -101,12 +101,12 @@ class Measure:
         seed = noise_seed(self.config, job.draw)
         images = draw(self._load(job.model), job.row, job.indices, labels, seed=seed, batch_size=self.config.batch_size)
         statistics = Statistics.of(features(self.probe, images.to(self.device)))
-        (self.place / "evaluation" / job.model).write(part_name(job.item), statistics.to_npz())
+        (self.workspace / "evaluation" / job.model).write(part_name(job.item), statistics.to_npz())
         return {"evaluations": job.evaluations}
 
     def _load(self, name: str) -> Denoiser:
         if self._model is None or self._model[0] != name:
-            self._model = name, require_model(self.place, name, self.recipe)[0].to(self.device)
+            self._model = name, require_model(self.workspace, name, self.recipe)[0].to(self.device)
         return self._model[1]
 
 

@@ -44,11 +44,11 @@ def make_pairs(teacher: Denoiser, rows: range, config: PairsConfig) -> tuple[np.
 class PairShards:
     """Samples and writes shard k of pairs/."""
 
-    def __init__(self, workspace: str, recipe: str, plan: dict[str, Any], config: PairsConfig) -> None:
-        self.folder = Folder(workspace) / "pairs"
+    def __init__(self, workspace: Folder, recipe: str, plan: dict[str, Any], config: PairsConfig) -> None:
+        self.folder = workspace / "pairs"
         self.plan, self.config = plan, config
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.teacher = require_model(Folder(workspace), "teacher", recipe)[0].to(device)
+        self.teacher = require_model(workspace, "teacher", recipe)[0].to(device)
 
     def work(self, k: int) -> dict[str, Any]:
         """Make and publish the shard; the row says how many pairs it holds and how long it took."""
@@ -78,7 +78,7 @@ def gen_pairs(workspace: str, recipe: tyro.conf.Suppress[str], pairs: PairsConfi
     print(f"pairs: {shards - len(left)} of {shards} shards are there; {nfe} evaluations a pair", flush=True)
     progress = Progress("pairs", sum(len(shard_rows(k, pairs.shard_size, pairs.count)) for k in left), "pairs")
     busy = 0.0
-    arguments = {"workspace": workspace, "recipe": recipe, "plan": stage.plan, "config": pairs}
+    arguments = {"workspace": place, "recipe": recipe, "plan": stage.plan, "config": pairs}
     for row in run_pool(PairShards, arguments, left, pairs.pool):
         busy += row["seconds"]
         progress.add(row["pairs"])

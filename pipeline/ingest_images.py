@@ -24,8 +24,8 @@ from pipeline.storage import Folder
 class ImageShards:
     """Writes shard k of images/."""
 
-    def __init__(self, workspace: str, plan: dict[str, Any], config: ImagesConfig) -> None:
-        self.folder = Folder(workspace) / "images"
+    def __init__(self, workspace: Folder, plan: dict[str, Any], config: ImagesConfig) -> None:
+        self.folder = workspace / "images"
         self.plan = plan
         self.source = open_source(config)
 
@@ -54,12 +54,13 @@ def ingest_images(workspace: str, recipe: tyro.conf.Suppress[str], images: Image
             "listing_sha256": hashlib.sha256(names.encode() + labels.tobytes()).hexdigest(),
         }
     }
-    stage = Stage(Folder(workspace), "images", plan)
+    place = Folder(workspace)
+    stage = Stage(place, "images", plan)
     if not stage.begin():
         return
     left = todo(stage.folder, stage.plan, len(labels), images.shard_size)
     progress = Progress("images", sum(len(shard_rows(k, images.shard_size, len(labels))) for k in left), "images")
-    arguments = {"workspace": workspace, "plan": stage.plan, "config": images}
+    arguments = {"workspace": place, "plan": stage.plan, "config": images}
     for row in run_pool(ImageShards, arguments, left, PoolConfig()):
         progress.add(row["images"])
     stage.folder.clean()

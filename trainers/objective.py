@@ -39,26 +39,25 @@ class LmmTask:
         self,
         *,
         session: loop.Session,
-        workspace: str,
+        workspace: Folder,
         recipe: str,
         config: LmmConfig,
         pairs: dict[str, Any],
         images: dict[str, Any] | None,
     ) -> None:
-        place = Folder(workspace)
         self.session, self.config, self.folder = session, config, session.folder
         self.name = config.name
         self.phases = (config.reconstruction, config.adversarial)
         self.iterations = sum(phase.iterations for phase in self.phases)
         self.images_per_step = config.batch_size
         device = session.device
-        self.model = require_model(place, config.init, recipe)[0].to(device).train().requires_grad_(True)
+        self.model = require_model(workspace, config.init, recipe)[0].to(device).train().requires_grad_(True)
         self.model.few_step = None
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
-        self.pairs = ShardReader(place / "pairs", pairs["pairs"], config.seed)
+        self.pairs = ShardReader(workspace / "pairs", pairs["pairs"], config.seed)
         self.probe: Probe | None = None
         if any(needs_probe(phase) for phase in self.phases):
-            self.probe = require_probe(place, "losses", recipe)[0].to(device)
+            self.probe = require_probe(workspace, "losses", recipe)[0].to(device)
         self.discriminator: ProjectedDiscriminator | None = None
         if any(phase.iterations and phase.adversarial_weight for phase in self.phases):
             assert images is not None
@@ -69,7 +68,7 @@ class LmmTask:
             ).to(device)
             self.parallel_discriminator = session.parallel(self.discriminator)
             self.critic_optimizer = loop.make_optimizer(self.discriminator.parameters(), config.discriminator.optimizer)
-            self.images = ShardReader(place / "images", images["images"], config.seed + 1)
+            self.images = ShardReader(workspace / "images", images["images"], config.seed + 1)
         self._begin_phase(0 if config.reconstruction.iterations else 1)
 
     def _begin_phase(self, number: int) -> None:

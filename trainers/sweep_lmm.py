@@ -89,7 +89,7 @@ def sweep_lmm(
             continue
         trainable = tune.with_resources(
             tune.with_parameters(
-                _trial, grid=grid, workspace=workspace, recipe=recipe, base=base, sweep=sweep, evaluate=evaluate,
+                _trial, grid=grid, workspace=place, recipe=recipe, base=base, sweep=sweep, evaluate=evaluate,
                 pairs=pairs, images=images, folder=folder,
             ),
             {"CPU": sweep.threads, "GPU": sweep.gpus},
@@ -133,7 +133,7 @@ def _trial(
     config: Mapping[str, Any],
     *,
     grid: list[tuple[str, float]],
-    workspace: str,
+    workspace: Folder,
     recipe: str,
     base: LmmConfig,
     sweep: SweepConfig,
@@ -144,15 +144,15 @@ def _trial(
 ) -> None:
     """One trial: the loop of train_lmm.py with its own steps and learning rate, reporting a distance at each rung."""
     torch.set_num_threads(sweep.threads)
-    place, k = Folder(workspace), int(config["trial"])
+    k = int(config["trial"])
     schedule, rate = grid[k]
     steps = parse_steps(schedule)
     optimizer = replace(base.adversarial.optimizer, lr=rate)
     lmm = replace(base, adversarial=replace(base.adversarial, steps=steps, optimizer=optimizer))
     device = torch.device("cuda" if sweep.gpus else "cpu")
-    probe = require_probe(place, "losses", recipe)[0].to(device)
-    real = reference(place, probe, images["images"])
-    labels = real_images(place / "images", images["images"])[1]
+    probe = require_probe(workspace, "losses", recipe)[0].to(device)
+    real = reference(workspace, probe, images["images"])
+    labels = real_images(workspace / "images", images["images"])[1]
 
     def save(step: int, figures: dict[str, float], state: loop.State | None) -> None:
         row = Row(len(steps), steps, None, lmm.num_steps)

@@ -53,7 +53,7 @@ def train_lmm(workspace: str, recipe: tyro.conf.Suppress[str], lmm: LmmConfig) -
         return
     launch(
         LmmTask,
-        {"workspace": workspace, "recipe": recipe, "config": lmm, "pairs": pairs, "images": images},
+        {"workspace": place, "recipe": recipe, "config": lmm, "pairs": pairs, "images": images},
         stage.folder,
         batch_size=lmm.batch_size,
         workers=lmm.workers,

@@ -29,8 +29,8 @@ class TeacherTask:
 
     name = "teacher"
 
-    def __init__(self, *, session: loop.Session, workspace: str, config: TeacherConfig, images: dict[str, Any]) -> None:
-        self.session, self.config, self.workspace = session, config, Folder(workspace)
+    def __init__(self, *, session: loop.Session, workspace: Folder, config: TeacherConfig, images: dict[str, Any]) -> None:
+        self.session, self.config, self.workspace = session, config, workspace
         self.iterations, self.images_per_step = config.iterations, config.batch_size
         torch.manual_seed(stream_seed(config.seed, "teacher"))
         self.model = build(config.network).to(session.device)
@@ -90,7 +90,7 @@ def train_teacher(workspace: str, recipe: tyro.conf.Suppress[str], teacher: Teac
         return
     launch(
         TeacherTask,
-        {"workspace": workspace, "config": teacher, "images": images},
+        {"workspace": place, "config": teacher, "images": images},
         stage.folder,
         batch_size=teacher.batch_size,
         workers=teacher.workers,
