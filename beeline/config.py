@@ -79,16 +79,34 @@ class ProbeNetworkConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class PoolConfig:
+    """An actor pool: reading images, sampling, measuring."""
+
+    min_actors: int = 1
+    max_actors: int = 2
+    gpus: float = 0
+    """GPUs of each actor; fractions share one."""
+    cpus: float = 0.5
+    """Ray CPUs that each actor reserves. Below 1 where actors would otherwise take every CPU and starve Ray Data."""
+    threads: int = 1
+    """CPU threads of each actor."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ImagesConfig:
     """Real images into images/."""
 
     source: str = "digits"
-    """"digits" (scikit-learn's, built in), a folder of images (sub-folders are classes), or a zip in EDM's layout."""
+    """"digits" (scikit-learn's, built in), a folder of images (sub-folders are classes), a zip in EDM's layout, CIFAR-10's
+    python archive, or Parquet with an image column (a file or a folder of files)."""
     resolution: int = 8
-    """Side in pixels; other images are centre-cropped to a square and resized."""
+    """Side in pixels."""
     channels: int = 1
+    fit: Literal["crop", "stretch", "adm"] = "crop"
+    """How other images are fitted: centre square and Lanczos, the whole image stretched, or as ADM prepared ImageNet."""
     shard_size: int = 1024
     """Images per Parquet file."""
+    pool: PoolConfig = resource(PoolConfig())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -143,24 +161,18 @@ class TeacherConfig:
     optimizer: OptimizerConfig
     ema_half_life: float
     """In iterations."""
+    flip: bool = False
+    """Mirror images at random: the data set and its mirror image are one."""
+    augment: float = 0.0
+    """Probability of each non-leaking augmentation; needs a network with augment_dim 9. 0 leaves the images as they are."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """"bf16" trains under autocast; weights, their average and the loss stay float32."""
     seed: int = 0
+    accumulate: int = resource(1)
+    """Parts that each rank's share of the batch is worked off in, where it does not fit the memory."""
     log_every: int = resource(50)
     checkpoint_every: int = resource(500)
     workers: WorkersConfig = resource(WorkersConfig())
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PoolConfig:
-    """An actor pool for sampling or measuring."""
-
-    min_actors: int = 1
-    max_actors: int = 2
-    gpus: float = 0
-    """GPUs of each actor; fractions share one."""
-    cpus: float = 0.5
-    """Ray CPUs that each actor reserves. Below 1 where actors would otherwise take every CPU and starve Ray Data."""
-    threads: int = 1
-    """CPU threads of each actor."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

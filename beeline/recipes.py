@@ -15,6 +15,7 @@ from beeline.config import (
     OptimizerConfig,
     PairsConfig,
     PhaseConfig,
+    PoolConfig,
     ProbeConfig,
     ProbeNetworkConfig,
     Recipe,
@@ -37,12 +38,13 @@ def digits(seed: int = 0) -> Recipe:
         attn_resolutions=(),
     )
     pair_of_cores = WorkersConfig(count=2, threads=1)
+    both_cores = PoolConfig(min_actors=2, max_actors=2)
     reconstruction = PhaseConfig(
         iterations=350, optimizer=OptimizerConfig(lr=1e-3, warmup=50, decay="cosine"), distance="perceptual"
     )
     one_core = WorkersConfig(count=1, threads=1)  # the ablations train side by side
     no_phase = replace(reconstruction, iterations=0)
-    sot = replace(reconstruction, iterations=250, optimizer=OptimizerConfig(lr=5e-4, warmup=20, decay="cosine"), steps=(0,))
+    sot = replace(reconstruction, iterations=200, optimizer=OptimizerConfig(lr=5e-4, warmup=20, decay="cosine"), steps=(0,))
     lmm = LmmConfig(
         batch_size=128,
         ema_half_life=50,
@@ -65,7 +67,7 @@ def digits(seed: int = 0) -> Recipe:
         ),
         teacher=TeacherConfig(
             network=network,
-            iterations=900,
+            iterations=800,
             batch_size=128,
             optimizer=OptimizerConfig(lr=2e-3, warmup=100, decay="cosine"),
             ema_half_life=200,
@@ -73,7 +75,7 @@ def digits(seed: int = 0) -> Recipe:
             checkpoint_every=500,
             workers=pair_of_cores,
         ),
-        pairs=PairsConfig(count=3000, shard_size=500, batch_size=250, seed=seed),
+        pairs=PairsConfig(count=3000, shard_size=500, batch_size=250, seed=seed, pool=both_cores),
         students={
             "lmm": lmm,
             "l2": replace(
@@ -93,8 +95,8 @@ def digits(seed: int = 0) -> Recipe:
             ),
         },
         few_steps=("0", "0,8", "0,6,12"),
-        sweep=SweepConfig(schedules=("0", "0,8"), learning_rates=(1e-4, 1e-3), iterations=60),
-        evaluate=EvaluateConfig(shard_size=599, batch_size=300, seed=1000 + seed),
+        sweep=SweepConfig(schedules=("0", "0,8"), learning_rates=(1e-4, 1e-3), iterations=50),
+        evaluate=EvaluateConfig(shard_size=599, batch_size=300, seed=1000 + seed, pool=both_cores),
     )
 
 

@@ -1,4 +1,4 @@
-"""Real images into images/: uint8 Parquet shards with labels, from scikit-learn's digits, a folder or EDM's zip.
+"""Real images into images/: uint8 Parquet shards with labels, from any source that images.py knows.
 
 python pipeline/ingest_images.py digits
 python pipeline/ingest_images.py digits --images.source photos/ --images.resolution 32 --images.channels 3
@@ -7,18 +7,22 @@ python pipeline/ingest_images.py digits --images.source photos/ --images.resolut
 from __future__ import annotations
 
 import hashlib
+import json
 from typing import Any
 
 import numpy as np
 import tyro
 
 from beeline.config import ImagesConfig, to_dict
+from beeline.errors import BeelineError
 from pipeline.command import Progress, run_command
-from pipeline.images import open_source
-from pipeline.pool import PoolConfig, run_pool
+from pipeline.images import CorruptImage, open_source
+from pipeline.pool import run_pool
 from pipeline.shards import encode, shard_count, shard_name, shard_rows, todo
 from pipeline.stage import Stage
 from pipeline.storage import Folder
+
+NAMED = 20  # corrupt images that an error names
 
 
 class ImageShards:
@@ -30,11 +34,17 @@ class ImageShards:
         self.source = open_source(config)
 
     def work(self, k: int) -> dict[str, Any]:
-        """Make and publish the shard; the row says how many images it holds."""
+        """Make and publish the shard; the row counts its images and names the corrupt ones, which keep it from being made."""
         rows = shard_rows(k, self.plan["images"]["shard_size"], self.plan["images"]["count"])
-        images = np.stack([self.source.image(i) for i in rows])
-        self.folder.write(shard_name(k), encode("image", images, self.source.labels[rows], rows, self.plan))
-        return {"shard": k, "images": len(rows)}
+        images, corrupt = [], []
+        for i in rows:
+            try:
+                images.append(self.source.image(i))
+            except CorruptImage as error:
+                corrupt.append(str(error))
+        if not corrupt:
+            self.folder.write(shard_name(k), encode("image", np.stack(images), self.source.labels[rows], rows, self.plan))
+        return {"shard": k, "images": len(rows), "corrupt": json.dumps(corrupt)}
 
 
 def ingest_images(workspace: str, recipe: tyro.conf.Suppress[str], images: ImagesConfig) -> None:
@@ -45,9 +55,9 @@ def ingest_images(workspace: str, recipe: tyro.conf.Suppress[str], images: Image
     """
     source = open_source(images)
     labels = source.labels
-    names = "\n".join(getattr(source, "names", ()))
+    names = "\n".join(source.names)
     plan = {
-        "images": to_dict(images)
+        "images": to_dict(images, resources=False)
         | {
             "count": len(labels),
             "num_classes": int(labels.max()) + 1,
@@ -61,9 +71,17 @@ def ingest_images(workspace: str, recipe: tyro.conf.Suppress[str], images: Image
     left = todo(stage.folder, stage.plan, len(labels), images.shard_size)
     progress = Progress("images", sum(len(shard_rows(k, images.shard_size, len(labels))) for k in left), "images")
     arguments = {"workspace": place, "plan": stage.plan, "config": images}
-    for row in run_pool(ImageShards, arguments, left, PoolConfig()):
+    corrupt: list[str] = []
+    for row in run_pool(ImageShards, arguments, left, images.pool):
         progress.add(row["images"])
+        corrupt += json.loads(row["corrupt"])
     stage.folder.clean()
+    if corrupt:
+        shown = "; ".join(sorted(corrupt)[:NAMED]) + ("; ..." if len(corrupt) > NAMED else "")
+        raise BeelineError(
+            f"{len(corrupt):,} of {len(labels):,} images in {images.source} cannot be read: {shown}. All others are kept. Mend "
+            f"these and run the command again, or take them out of the source and remove {stage.folder} to start without them"
+        )
     stage.finish(images=len(labels), shards=shard_count(len(labels), images.shard_size))
 
 

@@ -12,11 +12,18 @@ import fsspec
 
 from beeline.errors import BeelineError
 
+JOB_MARK = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for the entrypoint of a submitted job
+
 
 class Folder:
     """A place for files: "runs/digits", "/data/x" or "s3://bucket/prefix". Picklable; `folder / "name"` is a sub-folder."""
 
     def __init__(self, uri: str) -> None:
+        if "://" not in uri and not os.path.isabs(uri) and JOB_MARK in os.environ:
+            raise BeelineError(
+                f"the workspace {uri!r} is relative, and a submitted job runs in a temporary copy of the working directory: "
+                "what is made there would be lost. Give --workspace an absolute path that all machines share, or s3://bucket/prefix"
+            )
         self.uri = uri.rstrip("/") if "://" in uri else os.path.abspath(uri)
         self.is_local = "://" not in self.uri
 

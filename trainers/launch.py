@@ -30,6 +30,7 @@ def launch(
     folder: Folder,
     *,
     batch_size: int,
+    accumulate: int = 1,
     workers: WorkersConfig,
     log_every: int,
     checkpoint_every: int,
@@ -38,9 +39,10 @@ def launch(
 
     `build` is called in each rank, so it must be importable and its arguments picklable.
     """
-    if batch_size % workers.count:
+    if batch_size % (workers.count * accumulate):
         raise BeelineError(
-            f"batch size {batch_size} does not divide among {workers.count} workers; choose a multiple, or other workers"
+            f"batch size {batch_size} does not divide among {workers.count} workers"
+            f"{f' in {accumulate} parts each' if accumulate > 1 else ''}; choose a multiple, or other workers"
         )
     ensure_ray()
     trainer = ray.train.torch.TorchTrainer(

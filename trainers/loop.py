@@ -6,6 +6,7 @@ a checkpoint holds weights, optimisers and counters, and a resumed run ends with
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -54,6 +55,10 @@ class Session:
             return model
         # Buffers follow the weights by themselves (spectral norm, resampling filters): nothing to broadcast.
         return DistributedDataParallel(model, forward_sync_buffers=False, gradient_as_bucket_view=True)
+
+    def accumulating(self, model: nn.Module, *, last: bool) -> contextlib.AbstractContextManager[Any]:
+        """For gradients that are summed over several backward passes: ranks exchange them in the last one alone."""
+        return contextlib.nullcontext() if last or not isinstance(model, DistributedDataParallel) else model.no_sync()
 
 
 class Task(Protocol):

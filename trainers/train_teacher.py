@@ -11,7 +11,8 @@ from typing import Any
 import torch
 import tyro
 
-from beeline.checkpoint import build, dump, ema_update
+from beeline.augment import LABELS, augment
+from beeline.checkpoint import CONFIG, build, dump, ema_update
 from beeline.config import TeacherConfig, to_dict
 from beeline.denoiser import edm_loss
 from beeline.errors import BeelineError
@@ -41,14 +42,29 @@ class TeacherTask:
 
     def step(self, step: int) -> dict[str, float]:
         generator = self.session.generator(self.config.seed, step)
-        batch = self.reader.batch(*self.session.share(self.config.batch_size, step))
-        images = torch.from_numpy(to_float(batch["image"])).to(self.session.device)
-        labels = torch.from_numpy(batch["label"]).to(self.session.device) if self.model.label_dim else None
-        loss = edm_loss(self.parallel, images, labels, generator)
-        loss.backward()
+        start, size = self.session.share(self.config.batch_size, step)
+        total, part = 0.0, size // self.config.accumulate
+        for k in range(self.config.accumulate):
+            with self.session.accumulating(self.parallel, last=k == self.config.accumulate - 1):
+                loss = self._loss(self.reader.batch(start + k * part, part), generator) / self.config.accumulate
+                loss.backward()
+            total += float(loss.detach())
         figures = loop.update(self.optimizer, self.config.optimizer, step, self.iterations)
         ema_update(self.ema, self.model, self.config.ema_half_life, step + 1)
-        return {"loss": float(loss.detach()), **figures}
+        return {"loss": total, **figures}
+
+    def _loss(self, batch: dict[str, Any], generator: torch.Generator) -> torch.Tensor:
+        device = self.session.device
+        images = torch.from_numpy(to_float(batch["image"])).to(device)
+        labels = torch.from_numpy(batch["label"]).to(device) if self.model.label_dim else None
+        augment_labels = None
+        if self.config.augment:
+            images, augment_labels = augment(images, self.config.augment, generator)
+        elif self.config.flip:
+            mirrored = torch.rand(len(images), 1, 1, 1, device=device, generator=generator) < 0.5
+            images = torch.where(mirrored, images.flip(-1), images)
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+            return edm_loss(self.parallel, images, labels, generator, augment_labels)
 
     def state_dict(self, step: int) -> loop.State:
         return {
@@ -85,6 +101,14 @@ def train_teacher(workspace: str, recipe: tyro.conf.Suppress[str], teacher: Teac
             f"{place / 'images'} has {found['num_classes']} classes; teacher.network.label_dim is {network.label_dim}. "
             "Make the two agree, or set it to 0 for an unconditional teacher"
         )
+    if teacher.augment and network.augment_dim != LABELS:
+        raise BeelineError(
+            f"teacher.augment is {teacher.augment}, but the network takes {network.augment_dim} augmentation labels; set "
+            f"teacher.network.augment_dim to {LABELS}"
+        )
+    if imported := imported_from(place / "teacher"):
+        print(f"teacher: imported from {imported}; it is used as it is", flush=True)
+        return
     stage = Stage(place, "teacher", {"teacher": to_dict(teacher, resources=False), "images": fingerprint(images)})
     if not stage.begin():
         return
@@ -93,11 +117,18 @@ def train_teacher(workspace: str, recipe: tyro.conf.Suppress[str], teacher: Teac
         {"workspace": place, "config": teacher, "images": images},
         stage.folder,
         batch_size=teacher.batch_size,
+        accumulate=teacher.accumulate,
         workers=teacher.workers,
         log_every=teacher.log_every,
         checkpoint_every=teacher.checkpoint_every,
     )
     stage.finish(images_seen=teacher.iterations * teacher.batch_size)
+
+
+def imported_from(folder: Folder) -> str | None:
+    """The file that the model in `folder` was imported from, or None where it was trained here or there is none."""
+    config = folder.read_json(CONFIG) or {}
+    return config.get("about", {}).get("imported", {}).get("file")
 
 
 if __name__ == "__main__":

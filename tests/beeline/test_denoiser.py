@@ -86,7 +86,7 @@ class Offset(nn.Module):
         super().__init__()
         self.clean, self.offset = clean, offset
 
-    def forward(self, x: torch.Tensor, sigma: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, sigma: torch.Tensor, labels: torch.Tensor | None, augment: None) -> torch.Tensor:
         self.x, self.sigma, self.labels = x, sigma, labels
         return self.clean + self.offset
 
