@@ -2,8 +2,8 @@
 appendix F.2). Each image is transformed at random, and told to the network as 9 augmentation labels, so that label 0,
 which is what sampling uses, means the data as they are.
 
-Labels (B, 9), all 0 for an untouched image: flip x, flip y, log2 scale, rotation (cos - 1, sin), anisotropy (2),
-translation (2).
+Labels (B, 9), all 0 for an untouched image: flip x, flip y, log2 scale, rotation (cos - 1, sin), anisotropy
+(cos, sin of the doubled angle), translation (2).
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ def augment(
     inverse = inverse @ _matrix(one, zero, -shift_x * 2 * TRANSLATION_STD, zero, one, -shift_y * 2 * TRANSLATION_STD)
 
     labels = [flip_x, flip_y, scale, rotation.cos() - 1, rotation.sin()]
-    labels += [anisotropy * direction.cos(), anisotropy * direction.sin(), shift_x, shift_y]
+    # by the doubled angle: to stretch along one direction is to squeeze along the one across
+    labels += [anisotropy * (2 * direction).cos(), anisotropy * (2 * direction).sin(), shift_x, shift_y]
     moved = torch.stack([flip_y, scale, rotation, anisotropy, shift_x, shift_y]).abs().sum(0) > 0
     flipped = torch.where(flip_x.bool()[:, None, None, None], images.flip(-1), images)
     return torch.where(moved[:, None, None, None], _warp(images, inverse), flipped), torch.stack(labels, dim=1)

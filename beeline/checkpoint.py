@@ -16,6 +16,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from beeline.adams import check_levels
 from beeline.config import NetworkConfig, ProbeNetworkConfig, from_dict, to_dict
 from beeline.denoiser import Denoiser
 from beeline.errors import BeelineError
@@ -25,7 +26,7 @@ from beeline.networks.songunet import SongUNet
 from beeline.samplers import FewStep
 
 FORMAT = 1
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
+WEIGHTS, CONFIG, SOLVER = "model.safetensors", "config.json", "solver.json"
 
 
 def build(config: NetworkConfig) -> Denoiser:
@@ -107,12 +108,37 @@ def load(folder: str | Path) -> Denoiser:
     model = restore({name: (path / name).read_bytes() for name in (WEIGHTS, CONFIG)}, str(path))
     if not isinstance(model, Denoiser):
         raise BeelineError(f"{path} holds a probe, not a teacher or student")
+    if (path / SOLVER).is_file():
+        model.levels = solver_levels((path / SOLVER).read_bytes(), digest_of((path / WEIGHTS).read_bytes()), str(path))
     return model
+
+
+def solver_levels(data: bytes, weights_sha256: str, where: str) -> tuple[float, ...]:
+    """The levels in a solver.json. Raises BeelineError if it is damaged, or was calibrated for other weights."""
+    try:
+        found = json.loads(data)
+        levels = check_levels(found["levels"])
+        calibrated_for = found["model_sha256"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise BeelineError(
+            f"{where}/{SOLVER} is damaged ({error}); make it again: python -m beeline.calibrate {where}"
+        ) from error
+    if calibrated_for != weights_sha256:
+        raise BeelineError(
+            f"{where}/{SOLVER} was calibrated for other weights (SHA-256 {calibrated_for[:12]}..., these are "
+            f"{weights_sha256[:12]}...); make it again: python -m beeline.calibrate {where}"
+        )
+    return levels
 
 
 def digest(files: Mapping[str, bytes]) -> str:
     """SHA-256 of the weights: what plans record of the model they used."""
-    return hashlib.sha256(files[WEIGHTS]).hexdigest()
+    return digest_of(files[WEIGHTS])
+
+
+def digest_of(weights: bytes) -> str:
+    """SHA-256 of a model.safetensors."""
+    return hashlib.sha256(weights).hexdigest()
 
 
 @torch.no_grad()

@@ -134,7 +134,7 @@ class OptimizerConfig:
     decay: Literal["constant", "cosine"] = "constant"
     """"cosine" falls to 5 % of `lr` at the last step."""
     clip: float = 1.0
-    """Gradient norm above which gradients are scaled down."""
+    """Gradient norm above which gradients are scaled down; 0 leaves them as they are."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -184,8 +184,14 @@ class PairsConfig:
     """Pairs per Parquet file: what one actor makes in one to three minutes, at most 128 MB."""
     batch_size: int = 256
     """Pairs sampled at once; part of the identity, since kernels are not exactly batch-invariant."""
+    solver: Literal["heun", "calibrated"] = "heun"
+    """"heun" is the paper's; "calibrated" takes the levels in the teacher's solver.json (python -m beeline.calibrate)."""
     num_steps: int = 18
     """Heun steps; 2 num_steps - 1 evaluations."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Of the network inside; the solver's state is float64 always."""
+    compiled: bool = False
+    """Compile the network: pays on large networks and many pairs, costs minutes at the start of each actor."""
     seed: int = 0
     pool: PoolConfig = resource(PoolConfig())
 

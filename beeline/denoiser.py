@@ -52,6 +52,7 @@ class Denoiser(nn.Module):
         self.label_dim = label_dim
         self.network_config: NetworkConfig | None = None  # what `checkpoint.build` made it from
         self.few_step: FewStep | None = None  # set on students: how they may be sampled
+        self.levels: tuple[float, ...] | None = None  # set on calibrated teachers: noise levels of the Adams solver
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

@@ -24,6 +24,8 @@ from beeline.config import (
     WorkersConfig,
 )
 
+ONE_GPU_EACH = PoolConfig(max_actors=64, gpus=1, cpus=1)
+
 
 def digits(seed: int = 0) -> Recipe:
     """scikit-learn's 1,797 handwritten digits, 8x8, ten classes: the whole method in minutes on two CPU cores."""
@@ -100,4 +102,177 @@ def digits(seed: int = 0) -> Recipe:
     )
 
 
-RECIPES: dict[str, Callable[[int], Recipe]] = {"digits": digits}
+def cifar10(seed: int = 0) -> Recipe:
+    """CIFAR-10, class-conditional, 32x32: EDM's teacher (DDPM++) and the paper's student."""
+    network = NetworkConfig(
+        kind="ddpmpp",
+        img_resolution=32,
+        img_channels=3,
+        label_dim=10,
+        augment_dim=9,
+        model_channels=128,
+        channel_mult=(2, 2, 2),
+        num_blocks=4,
+        attn_resolutions=(16,),
+        dropout=0.13,
+    )
+    return _published(
+        "cifar10",
+        seed,
+        source="cifar-10-python.tar.gz",
+        teacher=_edm(network, seed, batch_size=512, images=200e6, lr=1e-3, ema_images=500e3, augment=0.12),
+        pairs=PairsConfig(count=1_000_000, shard_size=8192, batch_size=512, seed=seed, pool=ONE_GPU_EACH),
+        lr=4e-4,
+        adversarial_iterations=20_000,
+        nfe=(35, 9, 3, 1),
+    )
+
+
+def cifar10_uncond(seed: int = 0) -> Recipe:
+    """CIFAR-10 without class labels."""
+    recipe = cifar10(seed)
+    network = replace(recipe.teacher.network, label_dim=0)
+    return replace(recipe, name="cifar10_uncond", teacher=replace(recipe.teacher, network=network))
+
+
+def afhqv2(seed: int = 0) -> Recipe:
+    """AFHQv2, 64x64, unconditional. The classes of the folder (cat, dog, wild) serve the probes alone."""
+    network = NetworkConfig(
+        kind="ddpmpp",
+        img_resolution=64,
+        img_channels=3,
+        augment_dim=9,
+        model_channels=128,
+        channel_mult=(1, 2, 2, 2),
+        num_blocks=4,
+        attn_resolutions=(16,),
+        dropout=0.25,
+    )
+    return _published(
+        "afhqv2",
+        seed,
+        source="afhqv2-64x64.zip",
+        teacher=_edm(network, seed, batch_size=256, images=200e6, lr=2e-4, ema_images=500e3, augment=0.15),
+        pairs=PairsConfig(count=2_000_000, shard_size=2048, batch_size=256, num_steps=40, seed=seed, pool=ONE_GPU_EACH),
+        lr=1e-4,
+        adversarial_iterations=25_000,
+        nfe=(79, 9, 3, 1),
+    )
+
+
+def imagenet64(seed: int = 0) -> Recipe:
+    """ImageNet at 64x64, class-conditional: ADM."""
+    network = NetworkConfig(
+        kind="adm",
+        img_resolution=64,
+        img_channels=3,
+        label_dim=1000,
+        model_channels=192,
+        channel_mult=(1, 2, 3, 4),
+        num_blocks=3,
+        attn_resolutions=(32, 16, 8),
+        dropout=0.10,
+    )
+    teacher = _edm(network, seed, batch_size=4096, images=2500e6, lr=1e-4, ema_images=50e6, augment=0.0)
+    recipe = _published(
+        "imagenet64",
+        seed,
+        source="imagenet-64x64.zip",
+        teacher=replace(teacher, flip=False, precision="bf16", workers=WorkersConfig(count=32, gpus=1)),
+        pairs=PairsConfig(count=4_000_000, shard_size=2048, batch_size=256, num_steps=40, seed=seed, pool=ONE_GPU_EACH),
+        lr=8e-6,
+        adversarial_iterations=30_000,
+        nfe=(79, 9, 3, 1),
+    )
+    return replace(recipe, images=replace(recipe.images, fit="adm"))
+
+
+def _edm(
+    network: NetworkConfig, seed: int, *, batch_size: int, images: float, lr: float, ema_images: float, augment: float
+) -> TeacherConfig:
+    """EDM's training (Karras et al. 2022, table 7): everything that it counts in images, in iterations of `batch_size`."""
+    return TeacherConfig(
+        network=network,
+        iterations=round(images / batch_size),
+        batch_size=batch_size,
+        optimizer=OptimizerConfig(lr=lr, warmup=round(10e6 / batch_size), clip=0),
+        ema_half_life=ema_images / batch_size,
+        flip=True,
+        augment=augment,
+        seed=seed,
+        checkpoint_every=2000,
+        workers=WorkersConfig(count=8, gpus=1),
+    )
+
+
+def _published(
+    name: str,
+    seed: int,
+    *,
+    source: str,
+    teacher: TeacherConfig,
+    pairs: PairsConfig,
+    lr: float,
+    adversarial_iterations: int,
+    nfe: tuple[int, ...],
+) -> Recipe:
+    """The paper's students (LMM, table 6) of one teacher: all levels, SOT at the first, and the L2 ablation.
+
+    The perceptual and adversarial terms look through the probe.
+    """
+    network = teacher.network
+    reconstruction = PhaseConfig(iterations=80_000, optimizer=OptimizerConfig(kind="radam", lr=lr, clip=0))
+    adversarial = replace(reconstruction, iterations=adversarial_iterations, adversarial_weight=1.0)
+    none = replace(reconstruction, iterations=0)
+    lmm = LmmConfig(
+        num_steps=pairs.num_steps,
+        seed=seed,
+        reconstruction=reconstruction,
+        adversarial=adversarial,
+        discriminator=DiscriminatorConfig(optimizer=OptimizerConfig(kind="radam", lr=2e-3, betas=(0.5, 0.9), clip=0)),
+        checkpoint_every=2000,
+        workers=WorkersConfig(count=8, gpus=1),
+    )
+    widths, strides = (64, 128, 128, 256, 256, 256), (1, 1, 2, 1, 2, 1)
+    return Recipe(
+        name=name,
+        images=ImagesConfig(
+            source=source, resolution=network.img_resolution, channels=network.img_channels, shard_size=4096,
+            pool=PoolConfig(max_actors=16, cpus=1),
+        ),
+        probe=ProbeConfig(
+            losses=ProbeNetworkConfig(widths=widths, strides=strides, activation="relu", seed=2 * seed + 1),
+            measure=ProbeNetworkConfig(
+                widths=(48, 96, 192, 192, 256), strides=(1, 2, 2, 1, 1), activation="gelu", norm=False, seed=2 * seed + 2
+            ),
+            iterations=20_000,
+            min_accuracy=0.3,
+        ),
+        teacher=teacher,
+        pairs=pairs,
+        students={
+            "lmm": lmm,
+            "sot": replace(
+                lmm,
+                name="sot",
+                init="students/lmm/reconstruction",
+                reconstruction=none,
+                adversarial=replace(adversarial, steps=(0,)),
+            ),
+            "l2": replace(lmm, name="l2", reconstruction=replace(reconstruction, distance="l2"), adversarial=none),
+        },
+        few_steps=("0", "0,1", "0,1,2", "0,3,5", "0,1,3,5"),
+        sweep=SweepConfig(schedules=("0", "0,1"), learning_rates=(lr / 4, lr), iterations=5000, gpus=1, max_concurrent=8),
+        evaluate=EvaluateConfig(
+            count=50_000, shard_size=2500, batch_size=500, seed=1000 + seed, nfe=nfe, steps=("0",), pool=ONE_GPU_EACH
+        ),
+    )  # fmt: skip
+
+
+RECIPES: dict[str, Callable[[int], Recipe]] = {
+    "digits": digits,
+    "cifar10": cifar10,
+    "cifar10_uncond": cifar10_uncond,
+    "afhqv2": afhqv2,
+    "imagenet64": imagenet64,
+}

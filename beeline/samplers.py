@@ -14,17 +14,23 @@ from typing import Literal
 import torch
 from torch import nn
 
+from beeline.adams import adams
 from beeline.denoiser import Denoiser
 from beeline.errors import BeelineError
 from beeline.noise import stream_seed, x0
 from beeline.schedule import check_steps, edm_sigmas
 
-Solver = Literal["heun", "euler"]
+Solver = Literal["heun", "euler", "calibrated"]
 FewStepRule = Literal["same_noise", "line", "fresh_noise"]
 
 
 def solve(
-    denoiser: nn.Module, latents: torch.Tensor, labels: torch.Tensor | None, *, solver: Solver, num_steps: int
+    denoiser: nn.Module,
+    latents: torch.Tensor,
+    labels: torch.Tensor | None,
+    *,
+    solver: Literal["heun", "euler"],
+    num_steps: int,
 ) -> torch.Tensor:
     """Integrate the probability-flow ODE dx/dsigma = (x - D(x; sigma)) / sigma from sigma_max to 0.
 
@@ -46,7 +52,7 @@ def solve(
     return x.to(torch.float32)
 
 
-def evaluations(solver: Solver, num_steps: int) -> int:
+def evaluations(solver: Literal["heun", "euler"], num_steps: int) -> int:
     """Network evaluations (NFE) per image of `solve`."""
     return 2 * num_steps - 1 if solver == "heun" else num_steps
 
@@ -131,8 +137,12 @@ def sample(
         return torch.from_numpy(x0(which_seed, indices, model.image_shape)).to(device)
 
     with torch.inference_mode():
+        if steps is None and solver == "calibrated":
+            if model.levels is None:
+                raise BeelineError("this model has no calibrated levels; find them with: python -m beeline.calibrate FOLDER")
+            return adams(model, noise(seed), labels, levels=model.levels)
         if steps is None:
-            return solve(model, noise(seed), labels, solver=solver, num_steps=num_steps)
+            return solve(model, noise(seed), labels, solver="euler" if solver == "euler" else "heun", num_steps=num_steps)
         how = how or model.few_step
         if how is None:
             raise BeelineError("steps were given, but this model is a teacher: use solver= and num_steps=")
@@ -157,8 +167,9 @@ def generate(
 ) -> torch.Tensor:
     """`n` images, float32 (n, C, H, W) in [-1, 1]; image i depends on (seed, i) and its label alone.
 
-    Students: `steps` (schedule indices, one evaluation each). Teachers: `solver` "heun" (2 num_steps - 1 evaluations) or
-    "euler" (num_steps). A conditional model without `labels` takes class i mod K for image i.
+    Students: `steps` (schedule indices, one evaluation each). Teachers: `solver` "heun" (2 num_steps - 1 evaluations),
+    "euler" (num_steps), or "calibrated" (one for each level that beeline.calibrate found; `num_steps` is ignored). A
+    conditional model without `labels` takes class i mod K for image i.
     """
     if labels is None and model.label_dim:
         labels = torch.arange(n) % model.label_dim

@@ -16,8 +16,11 @@ import torch
 import tyro
 
 from beeline import noise
+from beeline.checkpoint import SOLVER, solver_levels
 from beeline.config import PairsConfig, to_dict
 from beeline.denoiser import Denoiser
+from beeline.errors import BeelineError
+from beeline.inference import prepare
 from beeline.samplers import batches, evaluations, sample
 from pipeline.command import Progress, run_command
 from pipeline.pool import run_pool
@@ -37,7 +40,9 @@ def make_pairs(teacher: Denoiser, rows: range, config: PairsConfig) -> tuple[np.
     device = next(teacher.parameters()).device
     for batch in batches(len(rows), config.batch_size):
         classes = torch.from_numpy(labels[batch.start : batch.stop]).to(device) if teacher.label_dim else None
-        parts.append(sample(teacher, rows[batch.start : batch.stop], classes, seed=config.seed, num_steps=config.num_steps))
+        indices = rows[batch.start : batch.stop]
+        made = sample(teacher, indices, classes, seed=config.seed, solver=config.solver, num_steps=config.num_steps)
+        parts.append(made)
     return torch.cat(parts).cpu().numpy(), labels
 
 
@@ -48,7 +53,14 @@ class PairShards:
         self.folder = workspace / "pairs"
         self.plan, self.config = plan, config
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.teacher = require_model(workspace, "teacher", recipe)[0].to(device)
+        teacher = require_model(workspace, "teacher", recipe)[0].to(device)
+        teacher.levels = tuple(plan["levels"]) if plan["levels"] else None
+        self.teacher = prepare(
+            teacher,
+            precision=config.precision,
+            compiled=config.compiled,
+            batch_size=config.batch_size if config.compiled else None,
+        )
 
     def work(self, k: int) -> dict[str, Any]:
         """Make and publish the shard; the row says how many pairs it holds and how long it took."""
@@ -61,6 +73,14 @@ class PairShards:
         return {"shard": k, "pairs": len(rows), "seconds": time.monotonic() - start}
 
 
+def calibrated_levels(teacher: Folder, digest: str) -> tuple[float, ...]:
+    """The levels in the teacher's solver.json. Raises BeelineError where there is none for these weights."""
+    try:
+        return solver_levels(teacher.read(SOLVER), digest, str(teacher))
+    except FileNotFoundError as error:
+        raise BeelineError(f"{teacher}/{SOLVER} is missing; make it with: python -m beeline.calibrate {teacher}") from error
+
+
 def gen_pairs(workspace: str, recipe: tyro.conf.Suppress[str], pairs: PairsConfig) -> None:
     """Sample the teacher into <workspace>/pairs.
 
@@ -69,12 +89,13 @@ def gen_pairs(workspace: str, recipe: tyro.conf.Suppress[str], pairs: PairsConfi
     """
     place = Folder(workspace)
     _, digest = require_model(place, "teacher", recipe)
-    stage = Stage(place, "pairs", {"pairs": to_dict(pairs, resources=False), "solver": "heun", "teacher_sha256": digest})
+    levels = calibrated_levels(place / "teacher", digest) if pairs.solver == "calibrated" else None
+    stage = Stage(place, "pairs", {"pairs": to_dict(pairs, resources=False), "levels": levels, "teacher_sha256": digest})
     if not stage.begin():
         return
     left = todo(stage.folder, stage.plan, pairs.count, pairs.shard_size)
     shards = shard_count(pairs.count, pairs.shard_size)
-    nfe = evaluations("heun", pairs.num_steps)
+    nfe = len(levels) if levels else evaluations("heun", pairs.num_steps)
     print(f"pairs: {shards - len(left)} of {shards} shards are there; {nfe} evaluations a pair", flush=True)
     progress = Progress("pairs", sum(len(shard_rows(k, pairs.shard_size, pairs.count)) for k in left), "pairs")
     busy = 0.0

@@ -29,8 +29,6 @@ def launch(
     arguments: Mapping[str, Any],
     folder: Folder,
     *,
-    batch_size: int,
-    accumulate: int = 1,
     workers: WorkersConfig,
     log_every: int,
     checkpoint_every: int,
@@ -39,11 +37,6 @@ def launch(
 
     `build` is called in each rank, so it must be importable and its arguments picklable.
     """
-    if batch_size % (workers.count * accumulate):
-        raise BeelineError(
-            f"batch size {batch_size} does not divide among {workers.count} workers"
-            f"{f' in {accumulate} parts each' if accumulate > 1 else ''}; choose a multiple, or other workers"
-        )
     ensure_ray()
     trainer = ray.train.torch.TorchTrainer(
         _rank,
@@ -68,6 +61,15 @@ def launch(
         ),
     )
     trainer.fit()
+
+
+def check_batch(batch_size: int, workers: WorkersConfig, accumulate: int = 1) -> None:
+    """Raise BeelineError unless every rank gets the same share of the batch, in `accumulate` equal parts."""
+    if batch_size % (workers.count * accumulate):
+        raise BeelineError(
+            f"batch size {batch_size} does not divide among {workers.count} workers"
+            f"{f' in {accumulate} parts each' if accumulate > 1 else ''}; choose a multiple, or other workers"
+        )
 
 
 def ray_storage(folder: Folder) -> dict[str, Any]:

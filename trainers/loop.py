@@ -154,7 +154,7 @@ def update(optimizer: torch.optim.Optimizer, config: OptimizerConfig, step: int,
     if config.decay == "cosine":
         rate *= 0.05 + 0.95 * (1 + math.cos(math.pi * step / total)) / 2
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = float(nn.utils.clip_grad_norm_(parameters, config.clip))
+    norm = float(nn.utils.clip_grad_norm_(parameters, config.clip or math.inf))
     if math.isfinite(norm):
         for group in optimizer.param_groups:
             group["lr"] = rate

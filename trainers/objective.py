@@ -7,13 +7,14 @@ nothing of losses. Lines matching is here; knowledge distillation is the same wi
 from __future__ import annotations
 
 import copy
+import dataclasses
 from typing import Any
 
 import torch
 from torch import nn
 
 from beeline import adversarial, lines, perceptual
-from beeline.checkpoint import dump, ema_update
+from beeline.checkpoint import build, dump, ema_update
 from beeline.config import LmmConfig, PhaseConfig, to_dict
 from beeline.denoiser import Denoiser, as_one_hot
 from beeline.discriminator import ProjectedDiscriminator
@@ -51,8 +52,7 @@ class LmmTask:
         self.iterations = sum(phase.iterations for phase in self.phases)
         self.images_per_step = config.batch_size
         device = session.device
-        self.model = require_model(workspace, config.init, recipe)[0].to(device).train().requires_grad_(True)
-        self.model.few_step = None
+        self.model = start_from(require_model(workspace, config.init, recipe)[0]).to(device)
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.pairs = ShardReader(workspace / "pairs", pairs["pairs"], config.seed)
         self.probe: Probe | None = None
@@ -188,6 +188,14 @@ class LmmTask:
 def needs_probe(phase: PhaseConfig) -> bool:
     """Whether a phase looks through the losses' probe."""
     return bool(phase.iterations) and (phase.distance == "perceptual" or phase.adversarial_weight > 0)
+
+
+def start_from(init: Denoiser) -> Denoiser:
+    """A student with the weights of `init`, ready to train; dropout, where the teacher had any, is gone."""
+    assert init.network_config is not None
+    student = build(dataclasses.replace(init.network_config, dropout=0.0))
+    student.load_state_dict(init.state_dict())
+    return student.train()
 
 
 def last_layer(model: Denoiser) -> nn.Parameter:

@@ -14,7 +14,7 @@ from beeline.schedule import check_steps
 from pipeline.command import run_command
 from pipeline.stage import Stage, fingerprint, require, require_model, require_probe
 from pipeline.storage import Folder
-from trainers.launch import launch
+from trainers.launch import check_batch, launch
 from trainers.objective import LmmTask, needs_probe
 
 
@@ -38,6 +38,7 @@ def train_lmm(workspace: str, recipe: tyro.conf.Suppress[str], lmm: LmmConfig) -
                 check_steps(phase.steps, lmm.num_steps)
             except ValueError as error:
                 raise BeelineError(str(error)) from error
+    check_batch(lmm.batch_size, lmm.workers)
     place = Folder(workspace)
     pairs = require(place, "pairs", recipe)
     _, digest = require_model(place, lmm.init, recipe)
@@ -55,7 +56,6 @@ def train_lmm(workspace: str, recipe: tyro.conf.Suppress[str], lmm: LmmConfig) -
         LmmTask,
         {"workspace": place, "recipe": recipe, "config": lmm, "pairs": pairs, "images": images},
         stage.folder,
-        batch_size=lmm.batch_size,
         workers=lmm.workers,
         log_every=lmm.log_every,
         checkpoint_every=lmm.checkpoint_every,

@@ -22,7 +22,7 @@ from pipeline.reader import ShardReader, to_float
 from pipeline.stage import Stage, fingerprint, publish_model, require
 from pipeline.storage import Folder
 from trainers import loop
-from trainers.launch import launch
+from trainers.launch import check_batch, launch
 
 
 class TeacherTask:
@@ -101,6 +101,7 @@ def train_teacher(workspace: str, recipe: tyro.conf.Suppress[str], teacher: Teac
             f"{place / 'images'} has {found['num_classes']} classes; teacher.network.label_dim is {network.label_dim}. "
             "Make the two agree, or set it to 0 for an unconditional teacher"
         )
+    check_batch(teacher.batch_size, teacher.workers, teacher.accumulate)
     if teacher.augment and network.augment_dim != LABELS:
         raise BeelineError(
             f"teacher.augment is {teacher.augment}, but the network takes {network.augment_dim} augmentation labels; set "
@@ -116,8 +117,6 @@ def train_teacher(workspace: str, recipe: tyro.conf.Suppress[str], teacher: Teac
         TeacherTask,
         {"workspace": place, "config": teacher, "images": images},
         stage.folder,
-        batch_size=teacher.batch_size,
-        accumulate=teacher.accumulate,
         workers=teacher.workers,
         log_every=teacher.log_every,
         checkpoint_every=teacher.checkpoint_every,

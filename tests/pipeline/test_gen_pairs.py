@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 import signal
@@ -76,3 +77,31 @@ def test_pairs_are_the_teachers_and_x0_is_not_stored(trained: Path) -> None:
     teacher = beeline.load(trained / "teacher")
     again = sample(teacher, indices.tolist(), torch.from_numpy(labels), seed=0, num_steps=6)
     np.testing.assert_allclose(again.numpy(), x1, atol=1e-4)
+
+
+def test_pairs_of_a_calibrated_solver(run: Run, trained: Path, tmp_path: Path) -> None:
+    workspace = fresh(trained, tmp_path)
+    arguments = ["pipeline/gen_pairs.py", "digits", "--workspace", str(workspace), *TINY_PAIRS, "--pairs.solver", "calibrated"]
+    missing = run(*arguments, ok=False)
+    assert f"python -m beeline.calibrate {workspace}/teacher" in missing.stderr
+    calibrate = [sys.executable, "-m", "beeline.calibrate", str(workspace / "teacher"), "--evaluations", "6", "--trials", "10"]
+    subprocess.run([*calibrate, "--noises", "8", "--held-out", "8"], check=True, capture_output=True)
+    run(*arguments)
+    x1, labels, indices, metadata = decode((workspace / "pairs" / "part-00001.parquet").read_bytes())
+    teacher = beeline.load(workspace / "teacher")
+    assert metadata["plan"]["pairs"]["solver"] == "calibrated"
+    assert tuple(metadata["plan"]["levels"]) == teacher.levels
+    again = sample(teacher, indices.tolist(), torch.from_numpy(labels), seed=0, solver="calibrated")
+    np.testing.assert_allclose(again.numpy(), x1, atol=1e-4)
+
+
+def test_an_imported_teacher_is_used_as_it_is(run: Run, trained: Path, tmp_path: Path) -> None:
+    workspace = fresh(trained, tmp_path)
+    teacher = workspace / "teacher"
+    config = json.loads((teacher / "config.json").read_text())
+    (teacher / "config.json").write_text(json.dumps({**config, "about": {"imported": {"file": "released.pkl"}}}))
+    for name in ("plan.json", "_SUCCESS", "train.jsonl"):
+        (teacher / name).unlink()
+    assert "imported from released.pkl" in run("trainers/train_teacher.py", "digits", "--workspace", workspace).stdout
+    run("pipeline/gen_pairs.py", "digits", "--workspace", workspace, *TINY_PAIRS)
+    assert files(workspace / "pairs", "part-*") == files(trained / "pairs", "part-*")

@@ -1,0 +1,237 @@
+"""Noise levels for the Adams solver that suit one teacher: found by a short search, checked on noises it has not seen.
+
+    python -m beeline.calibrate runs/digits/teacher
+
+writes solver.json and solver.png beside the weights. For each number of evaluations the interior levels are moved one at
+a time, in log sigma, wherever that lowers the RMS error of the images against a fine reference; longer schedules start
+from the shorter ones found. The smallest that reaches Heun's own error on held-out noises is the one to use.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from beeline.adams import CORRECTOR, PREDICTOR, adams
+from beeline.checkpoint import SOLVER, WEIGHTS, load
+from beeline.denoiser import Denoiser
+from beeline.errors import BeelineError
+from beeline.noise import stream, stream_seed, x0
+from beeline.samplers import batches, evaluations, solve
+from beeline.schedule import SIGMA_MAX, SIGMA_MIN
+
+REFERENCE_STEPS = 128  # of Heun: the reference
+FORMAT = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Errors:
+    """How far images are from the reference, in [-1, 1] units: RMS over all pixels, and the tail over images and pixels."""
+
+    rms: float
+    worst_image_rms: float
+    max: float
+
+    @classmethod
+    def of(cls, images: torch.Tensor, reference: torch.Tensor) -> Errors:
+        """Of images (n, C, H, W) against their reference."""
+        square = (images.double() - reference.double()) ** 2
+        if not bool(square.isfinite().all()):
+            return cls(rms=float("inf"), worst_image_rms=float("inf"), max=float("inf"))
+        return cls(
+            rms=float(square.mean().sqrt()),
+            worst_image_rms=float(square.flatten(1).mean(1).max().sqrt()),
+            max=float(square.max().sqrt()),
+        )
+
+
+class Bench:
+    """Fixed noises of a teacher, and what a solver makes of them."""
+
+    def __init__(self, teacher: Denoiser, count: int, seed: int, batch_size: int) -> None:
+        self.teacher, self.batch_size = teacher, batch_size
+        self.device = next(teacher.parameters()).device
+        self.noise = torch.from_numpy(x0(seed, range(count), teacher.image_shape)).to(self.device)
+        self.labels = torch.arange(count, device=self.device) % teacher.label_dim if teacher.label_dim else None
+        self.reference = self.run(lambda noise, labels: self._heun(noise, labels, REFERENCE_STEPS))
+
+    @torch.inference_mode()
+    def run(self, solver: Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]) -> torch.Tensor:
+        """Images (n, C, H, W) of all noises by `solver(noise, labels)`, on the CPU."""
+        parts = []
+        for rows in batches(len(self.noise), self.batch_size):
+            labels = None if self.labels is None else self.labels[rows.start : rows.stop]
+            parts.append(solver(self.noise[rows.start : rows.stop], labels).cpu())
+        return torch.cat(parts)
+
+    def _heun(self, noise: torch.Tensor, labels: torch.Tensor | None, num_steps: int) -> torch.Tensor:
+        return solve(self.teacher, noise, labels, solver="heun", num_steps=num_steps)
+
+    def heun(self, num_steps: int) -> Errors:
+        """Of Heun with EDM's levels."""
+        return Errors.of(self.run(lambda noise, labels: self._heun(noise, labels, num_steps)), self.reference)
+
+    def adams(self, levels: Sequence[float], predictor: int = PREDICTOR, corrector: int = CORRECTOR) -> Errors:
+        """Of Adams on `levels`."""
+        made = self.run(
+            lambda noise, labels: adams(
+                self.teacher, noise, labels, levels=levels, predictor=predictor, corrector=corrector
+            )
+        )  # fmt: skip
+        return Errors.of(made, self.reference)
+
+
+def uniform_levels(count: int) -> np.ndarray:
+    """`count` levels from sigma_max to sigma_min, evenly spaced in log sigma."""
+    return np.geomspace(SIGMA_MAX, SIGMA_MIN, count)
+
+
+def search(error: Callable[[list[float]], float], levels: np.ndarray, trials: int, seed: int) -> tuple[np.ndarray, float]:
+    """Lower `error(levels)` by moving interior levels one at a time; the ends stay. Returns the levels and their error.
+
+    A move shifts one level by a random part of its room to a neighbour; the parts shrink as the search goes on. It
+    depends on `seed` alone.
+    """
+    random = stream(seed, "calibrate", len(levels))
+    logs, best = np.log(levels), error(levels.tolist())
+    for trial in range(trials):
+        place = 1 + trial % (len(logs) - 2)
+        reach = 0.6 * (0.08 / 0.6) ** (trial / trials)
+        towards = place - 1 if random.random() < 0.5 else place + 1
+        moved = logs.copy()
+        moved[place] += random.random() * reach * (logs[towards] - logs[place])
+        found = error(np.exp(moved).tolist())
+        if found < best:
+            logs, best = moved, found
+    return np.exp(logs), best
+
+
+def refined(levels: np.ndarray, count: int) -> np.ndarray:
+    """A start for `count` levels from fewer that are good: the same curve through more points."""
+    old = np.linspace(0, 1, len(levels))
+    return np.exp(np.interp(np.linspace(0, 1, count), old, np.log(levels)))
+
+
+def calibrate(
+    teacher: Denoiser,
+    *,
+    counts: Sequence[int] = (8, 10, 12, 14),
+    heun_steps: int = 18,
+    noises: int = 32,
+    held_out: int = 128,
+    trials: int = 400,
+    seed: int = 0,
+    batch_size: int = 256,
+) -> dict[str, Any]:
+    """What solver.json holds: levels for each of `counts` evaluations, errors on held-out noises, and the choice.
+
+    The search sees `noises` noises; every figure reported comes from `held_out` others. It ends at the first count that
+    reaches Heun's error with `heun_steps`.
+    """
+    if min(counts) < 4 or list(counts) != sorted(set(counts)):
+        raise BeelineError(f"evaluations are {list(counts)}; expected rising numbers from 4 on")
+    start = time.monotonic()
+    seen = Bench(teacher, noises, stream_seed(seed, "calibrate"), batch_size)
+    unseen = Bench(teacher, held_out, stream_seed(seed, "held out"), batch_size)
+    heun = unseen.heun(heun_steps)
+    nfe = evaluations("heun", heun_steps)
+    print(f"heun, {nfe} evaluations: RMS {heun.rms:.4f}, worst image {heun.worst_image_rms:.4f}", flush=True)
+    rows, levels = [], uniform_levels(counts[0])
+    for count in counts:
+        levels, trained = search(lambda tried: seen.adams(tried).rms, refined(levels, count), trials, seed)
+        found = unseen.adams(levels.tolist())
+        rows.append({"evaluations": count, "levels": levels.tolist(), "search_rms": trained, **dataclasses.asdict(found)})
+        print(
+            f"adams, {count} evaluations: RMS {found.rms:.4f} ({trained:.4f} in the search), worst image "
+            f"{found.worst_image_rms:.4f}, {time.monotonic() - start:.0f} s so far", flush=True,
+        )  # fmt: skip
+        if found.rms <= heun.rms:
+            break
+    chosen = rows[-1]
+    if chosen["rms"] > heun.rms:
+        print(f"no count up to {counts[-1]} reached Heun's error: the largest is kept; try more --evaluations", flush=True)
+    return {
+        "format": FORMAT,
+        "solver": "adams",
+        "predictor": PREDICTOR,
+        "corrector": CORRECTOR,
+        "levels": chosen["levels"],
+        "evaluations": chosen["evaluations"],
+        "reaches_heun": chosen["rms"] <= heun.rms,
+        "heun": {"evaluations": nfe, **dataclasses.asdict(heun)},
+        "tried": rows,
+        "noises": noises,
+        "held_out": held_out,
+        "trials": trials,
+        "seed": seed,
+        "reference": f"heun {REFERENCE_STEPS}",
+        "seconds": round(time.monotonic() - start, 1),
+    }
+
+
+def _plot(found: dict[str, Any], file: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    errors, levels = figure.subplots(1, 2)
+    for key, label in {"rms": "RMS", "worst_image_rms": "worst image"}.items():
+        (line,) = errors.plot(
+            [row["evaluations"] for row in found["tried"]], [row[key] for row in found["tried"]], "o-", label=label
+        )
+        errors.axhline(
+            found["heun"][key], color=line.get_color(), linestyle=":", label=f"Heun {found['heun']['evaluations']}, {label}"
+        )
+    errors.set(xlabel="network evaluations", ylabel="error on held-out noises", yscale="log")
+    errors.legend(frameon=False, fontsize=8)
+    for row in found["tried"]:
+        levels.plot(np.linspace(0, 1, row["evaluations"]), row["levels"], ".-", label=f"{row['evaluations']} evaluations")
+    levels.set(xlabel="share of the steps", ylabel="sigma", yscale="log")
+    levels.legend(frameon=False, fontsize=8)
+    figure.savefig(file, dpi=140)
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m beeline.calibrate", description="Find noise levels for the Adams solver.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("folder", type=Path, help="the teacher's folder, for example runs/digits/teacher")
+    parser.add_argument(
+        "--evaluations", dest="counts", type=int, nargs="+", default=[8, 10, 12, 14], help="numbers to try, rising"
+    )
+    parser.add_argument("--heun-steps", type=int, default=18, help="the Heun to match: 18 steps are 35 evaluations, 40 are 79")
+    parser.add_argument("--noises", type=int, default=32, help="noises that the search sees")
+    parser.add_argument("--held-out", type=int, default=128, help="other noises, for every figure that is reported")
+    parser.add_argument("--trials", type=int, default=400, help="moves tried for each number of evaluations")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch-size", type=int, default=256)
+    arguments = vars(parser.parse_args())
+    folder = arguments.pop("folder")
+    try:
+        teacher = load(folder).to("cuda" if torch.cuda.is_available() else "cpu")
+        if teacher.few_step is not None:
+            raise BeelineError(f"{folder} holds a student; only teachers are solved")
+        found = calibrate(teacher, **arguments)
+        found["model_sha256"] = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
+        (folder / f"{SOLVER}.tmp").write_text(json.dumps(found, indent=2))
+        (folder / f"{SOLVER}.tmp").replace(folder / SOLVER)
+        _plot(found, folder / "solver.png")
+        print(f"{folder / SOLVER}: {found['evaluations']} evaluations in place of {found['heun']['evaluations']}")
+    except BeelineError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

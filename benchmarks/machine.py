@@ -1,0 +1,85 @@
+"""What every benchmark shares: the machine's description, its measured ceilings, fair timing, results as JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """The machine, as far as it bears on speed."""
+    model = platform.processor()
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo") as file:
+            names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
+        model = names[0] if names else model
+    return {
+        "cpu": model,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def timed(calls: Mapping[str, Callable[[], Any]], device: torch.device, rounds: int) -> dict[str, float]:
+    """Median seconds of each call, over `rounds` rounds in which every call runs once: drift hits all of them alike."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        call()
+    for _ in range(rounds):
+        for name, call in calls.items():
+            synchronize(device)
+            start = time.perf_counter()
+            call()
+            synchronize(device)
+            seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def ceilings(device: torch.device, dtypes: Mapping[str, torch.dtype], rounds: int = 5) -> dict[str, float]:
+    """Best measured FLOP/s by precision: the fastest of matrix products and 3x3 convolutions of the networks' own shapes."""
+    batch = 64 if device.type == "cuda" else 8
+    found = {}
+    for name, dtype in dtypes.items():
+        square = 8192 if device.type == "cuda" else 1024
+        a, b = (torch.randn(square, square, device=device, dtype=dtype) for _ in range(2))
+        calls: dict[str, Callable[[], Any]] = {"matmul": lambda a=a, b=b: a @ b}
+        work = {"matmul": 2.0 * square**3}
+        for channels, side in ((256, 32), (256, 16), (256, 8)):
+            x = torch.randn(batch, channels, side, side, device=device, dtype=dtype).to(memory_format=torch.channels_last)
+            w = torch.randn(channels, channels, 3, 3, device=device, dtype=dtype).to(memory_format=torch.channels_last)
+            key = f"conv {channels} at {side}"
+            calls[key] = lambda x=x, w=w: F.conv2d(x, w, padding=1)
+            work[key] = 2.0 * batch * channels * channels * 9 * side * side
+        with torch.inference_mode():
+            seconds = timed(calls, device, rounds)
+        found[name] = max(work[key] / seconds[key] for key in calls)
+    return found
+
+
+def write(name: str, result: Mapping[str, Any], out: Path | None) -> None:
+    """Print the result, and keep it in `out` or results/<name>.json."""
+    path = out or RESULTS / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=2) + "\n")
+    print(f"written to {path}")

@@ -1,0 +1,186 @@
+"""Sampling speed of each policy (beeline/inference.py) against the plain path, and what it does to the images.
+
+    python -m benchmarks.sampling                                  # EDM's CIFAR-10 network, random weights
+    python -m benchmarks.sampling --model runs/digits/teacher      # a trained network: what precision really costs
+
+The plain path is the network as EDM wrote it down: eager, float32, NCHW, attention by einsum. Errors are those of images
+after 18 Heun steps against float64 throughout, as RMS and as the share of uint8 pixels that change, with their tail.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import itertools
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import beeline
+from beeline.checkpoint import build
+from beeline.config import NetworkConfig
+from beeline.denoiser import Denoiser
+from beeline.inference import DTYPES, prepare
+from beeline.networks.layers import UNetBlock
+from beeline.samplers import solve
+from beeline.schedule import edm_sigmas
+from benchmarks.machine import ceilings, describe, timed, write
+
+CIFAR10 = NetworkConfig(
+    kind="ddpmpp", img_resolution=32, img_channels=3, label_dim=10, model_channels=128, channel_mult=(2, 2, 2), num_blocks=4,
+    attn_resolutions=(16,),
+)  # fmt: skip
+
+
+class PlainBlock(UNetBlock):
+    """A U-Net block whose attention is written out, as in EDM's code base."""
+
+    def _attend(self, x: torch.Tensor) -> torch.Tensor:
+        batch, channels, height, width = x.shape
+        qkv = self.qkv(x).reshape(batch * self.num_heads, channels // self.num_heads, 3, height * width)
+        q, k, v = qkv.unbind(2)
+        scores = torch.einsum("ncq,nck->nqk", q, k / k.shape[1] ** 0.5).softmax(dim=2)
+        return torch.einsum("nqk,nck->ncq", scores, v).reshape(x.shape)
+
+
+def plain(model: Denoiser) -> Denoiser:
+    """A copy that runs as the baseline does."""
+    made = copy.deepcopy(model)
+    for module in made.modules():
+        if isinstance(module, UNetBlock):
+            module.__class__ = PlainBlock
+    return made
+
+
+def exact(model: Denoiser, noise: torch.Tensor, labels: torch.Tensor | None, num_steps: int) -> torch.Tensor:
+    """Heun with network, preconditioning and state in float64."""
+    network, sd = copy.deepcopy(model.model).double(), model.sigma_data
+    one_hot = None if labels is None else torch.nn.functional.one_hot(labels, model.label_dim).double()
+    sigmas = [*edm_sigmas(num_steps).tolist(), 0.0]
+    x = noise.double() * sigmas[0]
+
+    def slope(x: torch.Tensor, sigma: float) -> torch.Tensor:
+        total = (sigma**2 + sd**2) ** 0.5
+        level = torch.full((len(x),), sigma, dtype=torch.float64, device=x.device).log() / 4
+        denoised = sd**2 / total**2 * x + sigma * sd / total * network(x / total, level, one_hot)
+        return (x - denoised) / sigma
+
+    for sigma, following in itertools.pairwise(sigmas):
+        d = slope(x, sigma)
+        ahead = x + (following - sigma) * d
+        if following > 0:
+            ahead = x + (following - sigma) * (d + slope(ahead, following)) / 2
+        x = ahead
+    return x
+
+
+def quantized(images: torch.Tensor) -> torch.Tensor:
+    """As uint8 would be written, kept signed for differences."""
+    return (images.double() * 127.5 + 128).clamp(0, 255).floor().to(torch.int16)
+
+
+def errors(images: torch.Tensor, reference: torch.Tensor) -> dict[str, float]:
+    """Against the float64 reference: RMS, the worst pixel, the share of uint8 pixels changed and the largest change."""
+    difference = (images.double() - reference).abs()
+    levels = (quantized(images) - quantized(reference)).abs()
+    return {
+        "rms": float((difference**2).mean().sqrt()),
+        "max": float(difference.max()),
+        "pixels_changed": float((levels > 0).double().mean()),
+        "pixels_changed_by_more_than_1": float((levels > 1).double().mean()),
+        "max_levels": int(levels.max()),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description="Sampling speed by policy.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--model", type=Path, help="a teacher's folder; left out: EDM's CIFAR-10 network with random weights")
+    parser.add_argument("--batch-size", type=int, default=0, help="0: 8 on a CPU, 256 on a GPU")
+    parser.add_argument("--images", type=int, default=0, help="images whose error is measured; 0: 4 on a CPU, 64 on a GPU")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--out", type=Path, help="JSON file; default in benchmarks/results")
+    arguments = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    gpu = device.type == "cuda"
+    batch_size, count = arguments.batch_size or (256 if gpu else 8), arguments.images or (64 if gpu else 4)
+    torch.manual_seed(0)
+    if arguments.model:
+        model = beeline.load(arguments.model).to(device)
+    else:
+        model = build(CIFAR10).eval().requires_grad_(False)
+        for parameter in model.parameters():  # far from the zero start of the output layers, which would hide errors
+            if parameter.ndim > 1:
+                parameter.normal_(0, parameter[0].numel() ** -0.5)
+        model = model.to(device)
+
+    precisions = ["fp32", "bf16", *(["fp16"] if gpu else [])]
+    policies: dict[str, Callable[[], Denoiser]] = {"plain": lambda: plain(model)}
+    for precision, compiled in itertools.product(precisions, (False, True)):
+        if not (compiled and arguments.no_compile):
+            name = f"{precision}{' compiled' if compiled else ''}"
+            policies[name] = lambda p=precision, c=compiled: prepare(model, precision=p, compiled=c, batch_size=batch_size)  # pyright: ignore[reportArgumentType]
+
+    x = torch.randn(batch_size, *model.image_shape, device=device)
+    sigma = torch.full((batch_size,), 1.0, device=device)
+    labels = torch.arange(batch_size, device=device) % model.label_dim if model.label_dim else None
+    noise, few = torch.randn(count, *model.image_shape, device=device), None if labels is None else labels[:count]
+    if few is not None and len(few) < count:
+        few = torch.arange(count, device=device) % model.label_dim
+    rows: dict[str, dict[str, Any]] = {}
+    calls: dict[str, Callable[[], Any]] = {}
+    with torch.inference_mode():
+        counter = FlopCounterMode(display=False)
+        with counter:
+            model(x[:1], sigma[:1], None if labels is None else labels[:1])
+        flops = counter.get_total_flops()
+        ceiling = ceilings(device, {name: DTYPES[name] for name in precisions})
+        shown = ", ".join(f"{key} {value / 1e12:.2f}" for key, value in ceiling.items())
+        print(f"{flops / 1e9:.1f} GFLOP per evaluation; ceilings in TFLOP/s: {shown}")
+        reference = exact(model, noise, few, 18)
+        for name, make in policies.items():
+            start = time.perf_counter()
+            made = make()
+            calls[name] = lambda made=made: made(x, sigma, labels)
+            calls[name]()
+            first = time.perf_counter() - start
+            images = [
+                solve(made, part, None if few is None else few[k * batch_size :][: len(part)], solver="heun", num_steps=18)
+                for k, part in enumerate(noise.split(batch_size))
+            ]
+            rows[name] = {"first_call_s": round(first, 1), "error": errors(torch.cat(images), reference)}
+            print(f"{name}: first call {first:.1f} s, {rows[name]['error']}", flush=True)
+        seconds = timed(calls, device, arguments.rounds)
+    for name, row in rows.items():
+        rate = batch_size / seconds[name]
+        precision = "fp32" if name == "plain" else name.split()[0]
+        row |= {
+            "evaluations_per_s": rate,
+            "images_per_s_heun18": rate / 35,
+            "against_plain": seconds["plain"] / seconds[name],
+            "share_of_ceiling": rate * flops / ceiling[precision],
+        }
+        print(f"{name}: {rate:,.1f} evaluations/s, {row['against_plain']:.2f}x plain, {row['share_of_ceiling']:.0%} of ceiling")
+    write(
+        f"sampling-{'gpu' if gpu else 'cpu'}-{arguments.model.parent.name if arguments.model else 'cifar10'}",
+        {
+            "machine": describe(device),
+            "network": str(arguments.model or "EDM's CIFAR-10 network, random weights"),
+            "batch_size": batch_size,
+            "images_for_error": count,
+            "gflop_per_evaluation": flops / 1e9,
+            "ceilings_tflops": {name: value / 1e12 for name, value in ceiling.items()},
+            "policies": rows,
+        },
+        arguments.out,
+    )
+
+
+if __name__ == "__main__":
+    main()

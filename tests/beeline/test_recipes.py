@@ -1,0 +1,47 @@
+"""Recipes are complete, consistent with themselves, and carry the papers' numbers."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from beeline.checkpoint import build
+from beeline.config import Recipe, from_dict, to_dict
+from beeline.recipes import RECIPES
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_is_consistent(name: str) -> None:
+    recipe = RECIPES[name](3)
+    assert recipe.name == name
+    assert from_dict(Recipe, json.loads(json.dumps(to_dict(recipe)))) == recipe
+    network = recipe.teacher.network
+    assert (recipe.images.resolution, recipe.images.channels) == (network.img_resolution, network.img_channels)
+    assert {config.seed for config in (recipe.teacher, recipe.pairs, *recipe.students.values())} == {3}
+    assert recipe.probe.losses.seed != recipe.probe.measure.seed
+    assert recipe.teacher.batch_size % recipe.teacher.workers.count == 0
+    assert (recipe.teacher.augment > 0) <= (network.augment_dim == 9)
+    for key, student in recipe.students.items():
+        assert student.name == key
+        assert student.num_steps == recipe.pairs.num_steps
+        assert student.batch_size % student.workers.count == 0
+    assert recipe.sweep.init == f"students/{recipe.students['lmm'].name}/reconstruction"
+    pair_bytes = 4 * network.img_channels * network.img_resolution**2
+    assert recipe.pairs.shard_size * pair_bytes <= 128 * 2**20
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [("cifar10", 55_735_299), ("cifar10_uncond", 55_733_891), ("afhqv2", 61_805_571), ("imagenet64", 295_899_267)],
+)
+def test_published_sizes(name: str, parameters: int) -> None:
+    with torch.device("meta"):
+        model = build(RECIPES[name](0).teacher.network)
+    assert sum(p.numel() for p in model.parameters()) == parameters
+
+
+def test_edms_training_in_iterations() -> None:
+    teacher = RECIPES["cifar10"](0).teacher
+    assert (teacher.iterations, teacher.optimizer.warmup, round(teacher.ema_half_life)) == (390_625, 19_531, 977)
