@@ -25,10 +25,9 @@ TINY_TEACHER = [
     "--teacher.log-every", "5",
 ]  # fmt: skip
 TINY_PAIRS = [
-    "--pairs.count", "120",
-    "--pairs.shard-size", "20",
-    "--pairs.batch-size", "20",
-    "--pairs.num-steps", "6",
+    "--pairs.count", "300",
+    "--pairs.shard-size", "50",
+    "--pairs.batch-size", "25",
 ]  # fmt: skip
 
 
@@ -45,6 +44,7 @@ class Head:
 
     address: str
     dashboard: str
+    folder: str
     process: subprocess.Popen[bytes]
 
     def environment(self) -> dict[str, str]:
@@ -54,7 +54,7 @@ class Head:
     def workers(self, name: str) -> list[psutil.Process]:
         """The processes of this head's actors whose title has `name` in it: its raylet is their parent."""
         named = [p for p in psutil.process_iter() if name in _title(p)]
-        return [p for p in named if (parent := p.parent()) and self.address in _title(parent)]
+        return [p for p in named if (parent := p.parent()) and self.folder in _title(parent)]
 
 
 def _title(process: psutil.Process) -> str:
@@ -86,12 +86,12 @@ def head() -> Iterator[Head]:
             assert time.monotonic() < deadline, "the head node did not come up"
             time.sleep(0.2)
         try:
-            yield Head(address, f"http://127.0.0.1:{dashboard}", process)
+            yield Head(address, f"http://127.0.0.1:{dashboard}", folder, process)
         finally:
             children = psutil.Process(process.pid).children(recursive=True)
             process.send_signal(signal.SIGTERM)
             try:
-                process.wait(30)
+                process.wait(10)
             except subprocess.TimeoutExpired:
                 process.kill()
             for child in children:
@@ -119,7 +119,7 @@ def run(head: Head) -> Run:
 
 @pytest.fixture(scope="session")
 def trained(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A workspace with images, probes, a barely trained teacher and 120 pairs. Copy it before changing it."""
+    """A workspace with images, probes, a barely trained teacher and 300 pairs. Copy it before changing it."""
     workspace = tmp_path_factory.mktemp("trained") / "ws"
     place = ("digits", "--workspace", workspace)
     run("pipeline/ingest_images.py", *place)

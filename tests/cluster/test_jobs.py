@@ -22,7 +22,7 @@ def test_gen_pairs_as_a_job(head: Head, trained: Path, tmp_path: Path) -> None:
     shutil.copytree(trained, workspace, ignore=shutil.ignore_patterns("pairs"))
     done = submit(head, "pipeline/gen_pairs.py", "digits", "--workspace", str(workspace), *TINY_PAIRS)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert "pairs: 120 of 120 pairs" in done.stdout
+    assert "pairs: 300 of 300 pairs" in done.stdout
     assert "succeeded" in done.stdout
     assert files(workspace / "pairs", "part-*") == files(trained / "pairs", "part-*")
 
