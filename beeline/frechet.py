@@ -11,6 +11,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import io
+import zipfile
+import zlib
 from collections.abc import Iterable
 
 import numpy as np
@@ -58,9 +60,12 @@ class Statistics:
 
     @staticmethod
     def from_npz(data: bytes) -> Statistics:
-        """The inverse of `to_npz`."""
-        with np.load(io.BytesIO(data), allow_pickle=False) as file:
-            return Statistics(int(file["n"]), file["mean"], file["m2"])
+        """The inverse of `to_npz`. Raises ValueError for anything damaged."""
+        try:
+            with np.load(io.BytesIO(data), allow_pickle=False) as file:
+                return Statistics(int(file["n"]), file["mean"], file["m2"])
+        except (OSError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise ValueError(f"not the statistics of a shard: {error}") from error
 
 
 def merge(parts: Iterable[Statistics]) -> Statistics:

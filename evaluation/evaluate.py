@@ -118,7 +118,7 @@ def _sample_sheet(model: Denoiser, rows: list[Row], config: EvaluateConfig, num_
 def _sound(folder: Folder, item: int) -> bool:
     try:
         Statistics.from_npz(folder.read(part_name(item)))
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except ValueError as error:
         print(f"{folder}/{part_name(item)}: unreadable ({error}); it will be made again", flush=True)
         return False
     return True

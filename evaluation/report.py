@@ -130,7 +130,7 @@ def _strips(place: Folder, name: str, rows: list[dict[str, Any]]) -> Iterable[di
     height = sheet.height // len(rows)
     for r, row in enumerate(rows):
         buffer = io.BytesIO()
-        sheet.crop((0, r * height, sheet.width // 2, r * height + height - 4)).save(buffer, "PNG", optimize=True)
+        sheet.crop((0, r * height, sheet.width * 2 // 5, r * height + height - 4)).save(buffer, "PNG", optimize=True)
         evaluations = f"{row['nfe']} evaluation{'s' * (row['nfe'] > 1)}"
         how = row["sampler"] if row["steps"] is None else f"steps {row['sampler']}"
         yield {
@@ -231,6 +231,9 @@ def _plot_distance(axes: Axes, metrics: dict[str, Any]) -> None:
         )  # fmt: skip
     axes.set_xscale("log")
     axes.set_yscale("log")
+    counts = sorted({row["nfe"] for found in metrics.values() for row in found["rows"]})
+    axes.set_xticks(counts, labels=[str(count) for count in counts])
+    axes.minorticks_off()
     axes.set_xlabel("network evaluations per image")
     axes.set_ylabel("fd_probe")
 

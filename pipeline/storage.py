@@ -66,9 +66,16 @@ class Folder:
         self.write(name, json.dumps(value, indent=2).encode())
 
     def read(self, name: str) -> bytes:
-        """The file's bytes. Raises FileNotFoundError."""
+        """The file's bytes. Raises FileNotFoundError, or BeelineError if it is there and cannot be read."""
         fs, path = self._at(name)
-        return bytes(fs.cat_file(path))  # pyright: ignore[reportArgumentType]
+        try:
+            return bytes(fs.cat_file(path))  # pyright: ignore[reportArgumentType]
+        except NotADirectoryError as error:
+            raise FileNotFoundError(path) from error
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise BeelineError(f"{self}/{name} cannot be read: {error}. Check permissions and credentials") from error
 
     def read_json(self, name: str) -> Any:
         """The file's JSON, or None where it does not exist. Raises BeelineError where it is damaged."""
@@ -85,8 +92,10 @@ class Folder:
         fs.invalidate_cache()
         try:
             entries = fs.ls(path, detail=True)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return {}
+        except OSError as error:
+            raise BeelineError(f"{self} cannot be listed: {error}. Check permissions and credentials") from error
         files = {e["name"].rsplit("/", 1)[-1]: int(e["size"]) for e in entries if e["type"] == "file"}
         return dict(sorted((name, size) for name, size in files.items() if name and not name.endswith(".tmp")))
 

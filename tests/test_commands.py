@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import TINY_PAIRS, Run
+from harness import TINY_PAIRS, Run
 
 COMMANDS = [
     "pipeline/ingest_images.py",

@@ -110,3 +110,10 @@ def test_the_same_statistics_give_the_same_bytes() -> None:
 def test_features_of_two_networks_are_refused() -> None:
     with pytest.raises(ValueError, match="3 and 4 dimensions"):
         frechet_distance(Statistics.of(features(0, 9, 3)), Statistics.of(features(0, 9, 4)))
+
+
+@pytest.mark.parametrize("keep", [0, 10, 100, 400])
+def test_damaged_statistics_are_a_value_error(keep: int) -> None:
+    data = Statistics.of(features(0, 37, 7)).to_npz()
+    with pytest.raises(ValueError, match="not the statistics of a shard"):
+        Statistics.from_npz(data[:keep])

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from conftest import ROOT, TINY_PAIRS, Head, files
+from harness import ROOT, TINY_PAIRS, Head, files
 
 
 def submit(head: Head, *entrypoint: str) -> subprocess.CompletedProcess[str]:

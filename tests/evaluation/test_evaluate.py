@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Run, files
+from harness import Run, files
 
 from beeline.config import EvaluateConfig
 from beeline.errors import BeelineError

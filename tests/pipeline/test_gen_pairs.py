@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import ROOT, TINY_PAIRS, Head, Run, files, wait_for
+from harness import ROOT, TINY_PAIRS, Head, Run, files, wait_for
 
 import beeline
 from beeline.noise import crc32, x0
@@ -43,7 +43,7 @@ def test_kill_and_rerun_gives_the_same_bytes(victim: str, head: Head, run: Run, 
         )
         wait_for(lambda n=already: len(files(workspace / "pairs", "part-*.parquet")) >= n, 120, f"{already} shards")
         if victim == "actor":
-            wait_for(lambda: bool(head.workers("MapWorker")) or process.poll() is not None, 120, "an actor")
+            wait_for(lambda p=process: bool(head.workers("MapWorker")) or p.poll() is not None, 120, "an actor")
             victims = head.workers("MapWorker")
             assert victims, "the run was over before it could be disturbed"
             for worker in victims:

@@ -6,7 +6,7 @@ import io
 from pathlib import Path
 
 import numpy as np
-from conftest import Run
+from harness import Run
 from PIL import Image
 
 from pipeline.shards import decode

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY_TEACHER, Head, Run, files, wait_for
+from harness import ROOT, TINY_TEACHER, Head, Run, files, wait_for
 
 from pipeline.storage import Folder
 from trainers.loop import read_log

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from conftest import TINY_TEACHER, Run
+from harness import TINY_TEACHER, Run
 
 import beeline
 from pipeline.storage import Folder

@@ -1,0 +1,76 @@
+"""What tests of the commands share: the settings that make them small, the Ray head they run on, and waiting."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).parent.parent
+# Settings that make every stage of the recipe take seconds.
+TINY_TEACHER = [
+    "--teacher.iterations", "40",
+    "--teacher.batch-size", "32",
+    "--teacher.checkpoint-every", "10",
+    "--teacher.log-every", "5",
+]  # fmt: skip
+TINY_PAIRS = [
+    "--pairs.count", "300",
+    "--pairs.shard-size", "50",
+    "--pairs.batch-size", "25",
+]  # fmt: skip
+
+
+def free_port() -> int:
+    """A port of loopback that nobody uses right now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@dataclasses.dataclass
+class Head:
+    """A Ray head node in a process of its own."""
+
+    address: str
+    dashboard: str
+    folder: str
+    process: subprocess.Popen[bytes]
+
+    def environment(self) -> dict[str, str]:
+        """What a command needs to join it."""
+        return {**os.environ, "RAY_ADDRESS": self.address, "RAY_AUTH_MODE": "disabled", "PYTHONUNBUFFERED": "1"}
+
+    def workers(self, name: str) -> list[psutil.Process]:
+        """The processes of this head's actors whose title has `name` in it: its raylet is their parent."""
+        named = [p for p in psutil.process_iter() if name in _title(p)]
+        return [p for p in named if (parent := p.parent()) and self.folder in _title(parent)]
+
+
+def _title(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
+
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def files(folder: Path, pattern: str) -> dict[str, bytes]:
+    """Names and contents of the files of a folder that match."""
+    return {path.name: path.read_bytes() for path in sorted(folder.glob(pattern))}
+
+
+def wait_for(condition: Callable[[], bool], seconds: float, what: str) -> None:
+    """Poll until `condition` holds."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
+        time.sleep(0.05)
