@@ -52,7 +52,7 @@ def test_the_layout_of_the_workspace(made: Path) -> None:
 def test_the_sweep_tried_what_it_says(made: Path) -> None:
     table = pd.read_parquet(made / "sweeps/sot/trials.parquet")
     assert sorted(zip(table["steps"], table["lr"], strict=True)) == [("0", 1e-4), ("0", 1e-3), ("0,8", 1e-4), ("0,8", 1e-3)]
-    assert table["fd_probe_losses"].nunique() == 4
+    assert len(set(table["fd_probe_losses"].tolist())) == 4
     assert (made / "sweeps/sot/pareto.png").read_bytes().startswith(b"\x89PNG")
 
 
