@@ -26,6 +26,7 @@ from PIL import Image
 
 from beeline.errors import BeelineError
 from evaluation.evaluate import METRICS, SAMPLES
+from evaluation.sheet import GAP
 from pipeline.command import run_command
 from pipeline.stage import SUCCESS, require
 from pipeline.storage import Folder
@@ -127,10 +128,10 @@ def _table_row(row: dict[str, Any], teacher: dict[str, Any]) -> dict[str, Any]:
 def _strips(place: Folder, name: str, rows: list[dict[str, Any]]) -> Iterable[dict[str, str]]:
     """One strip of samples per row of the model: samples.png cut at its rows."""
     sheet = Image.open(io.BytesIO((place / "evaluation" / name).read(SAMPLES)))
-    height = sheet.height // len(rows)
+    height = (sheet.height + GAP) // len(rows)
     for r, row in enumerate(rows):
         buffer = io.BytesIO()
-        sheet.crop((0, r * height, sheet.width * 2 // 5, r * height + height - 4)).save(buffer, "PNG", optimize=True)
+        sheet.crop((0, r * height, sheet.width * 2 // 5, (r + 1) * height - GAP)).save(buffer, "PNG", optimize=True)
         evaluations = f"{row['nfe']} evaluation{'s' * (row['nfe'] > 1)}"
         how = row["sampler"] if row["steps"] is None else f"steps {row['sampler']}"
         yield {

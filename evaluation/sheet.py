@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+GAP = 4  # pixels between images
+
 
 def to_uint8(images: torch.Tensor) -> np.ndarray:
     """Images (n, C, H, W) in [-1, 1] as uint8: EDM's (127.5 x + 128), clipped."""
@@ -19,10 +21,9 @@ def sheet_png(images: torch.Tensor, columns: int, min_side: int = 40) -> bytes:
     pixels = to_uint8(images)
     _, channels, height, width = pixels.shape
     scale = max(1, -(-min_side // height))
-    gap = 4
-    size = (width * scale + gap, height * scale + gap)
+    size = (width * scale + GAP, height * scale + GAP)
     rows = -(-len(pixels) // columns)
-    sheet = Image.new("RGB", (size[0] * columns - gap, size[1] * rows - gap), "white")
+    sheet = Image.new("RGB", (size[0] * columns - GAP, size[1] * rows - GAP), "white")
     for i, image in enumerate(pixels):
         picture = Image.fromarray(image[0] if channels == 1 else image.transpose(1, 2, 0))
         picture = picture.convert("RGB").resize((width * scale, height * scale), Image.Resampling.BICUBIC)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from harness import Run, files
+from PIL import Image
 
 from beeline.config import EvaluateConfig
 from beeline.errors import BeelineError
 from evaluation.measure import jobs_of, parse_steps, teacher_row
-from evaluation.sheet import sheet_png, to_uint8
+from evaluation.sheet import GAP, sheet_png, to_uint8
 
 SMALL = [
     "--evaluate.draws", "2",
@@ -113,3 +116,16 @@ def test_sheets_enlarge_small_images() -> None:
     png = sheet_png(torch.zeros(6, 1, 8, 8), columns=3)
     assert int.from_bytes(png[16:20], "big") == 3 * 40 + 2 * 4
     assert int.from_bytes(png[20:24], "big") == 2 * 40 + 4
+
+
+def test_a_sheet_cut_into_strips_gives_the_rows_back() -> None:
+    """What the report does with samples.png: row r of models is strip r, to the pixel."""
+    images = torch.linspace(-1, 1, 12).reshape(12, 1, 1, 1).expand(12, 1, 8, 8)
+    sheet = Image.open(io.BytesIO(sheet_png(images, columns=3))).convert("L")
+    height = (sheet.height + GAP) // 4
+    for r in range(4):
+        strip = np.asarray(sheet.crop((0, r * height, sheet.width, (r + 1) * height - GAP)))
+        assert len(strip) == 40
+        for column in range(3):
+            picture = strip[:, column * 44 : column * 44 + 40]
+            assert (picture == to_uint8(images[3 * r + column])[0, 0, 0]).all()
