@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -13,6 +14,10 @@ from typing import Any
 
 import torch
 from torch.nn import functional as F
+
+from beeline.checkpoint import WEIGHTS
+from beeline.config import to_dict
+from beeline.denoiser import Denoiser
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -33,6 +38,12 @@ def describe(device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
+
+
+def describe_model(model: Denoiser, folder: Path | None) -> dict[str, Any]:
+    """The network, and which weights: those of a folder by their SHA-256, or random ones."""
+    weights = "random" if folder is None else f"sha256 {hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()}"
+    return {"network": to_dict(model.network_config), "weights": weights}
 
 
 def synchronize(device: torch.device) -> None:

@@ -28,7 +28,7 @@ from beeline.inference import DTYPES, prepare
 from beeline.networks.layers import UNetBlock
 from beeline.samplers import solve
 from beeline.schedule import edm_sigmas
-from benchmarks.machine import ceilings, describe, timed, write
+from benchmarks.machine import ceilings, describe, describe_model, timed, write
 
 CIFAR10 = NetworkConfig(
     kind="ddpmpp", img_resolution=32, img_channels=3, label_dim=10, model_channels=128, channel_mult=(2, 2, 2), num_blocks=4,
@@ -171,7 +171,7 @@ def main() -> None:
         f"sampling-{'gpu' if gpu else 'cpu'}-{arguments.model.parent.name if arguments.model else 'cifar10'}",
         {
             "machine": describe(device),
-            "network": str(arguments.model or "EDM's CIFAR-10 network, random weights"),
+            "model": describe_model(model, arguments.model),
             "batch_size": batch_size,
             "images_for_error": count,
             "gflop_per_evaluation": flops / 1e9,

@@ -25,7 +25,7 @@ from beeline.denoiser import Denoiser
 from beeline.noise import stream_seed
 from beeline.samplers import solve
 from beeline.schedule import edm_sigmas
-from benchmarks.machine import describe, write
+from benchmarks.machine import describe, describe_model, write
 
 
 def dpm_solver(
@@ -103,7 +103,7 @@ def main() -> None:
         f"solvers-{arguments.folder.resolve().parent.name}",
         {
             "machine": describe(device),
-            "model": str(arguments.folder),
+            "model": describe_model(model, arguments.folder),
             "noises": arguments.noises,
             "held_out": arguments.held_out,
             "trials": arguments.trials,
