@@ -74,9 +74,13 @@ class Denoiser(nn.Module):
         """Denoised images, float32 (B, C, H, W), of noisy images `x` (B, C, H, W) at noise levels `sigma` (B,) or ().
 
         `labels`: None, class indices (B,) or one-hot (B, K). `augment_labels` (B, A) are for training with non-leaking
-        augmentation; leave them out when sampling.
+        augmentation; leave them out when sampling. Raises ValueError for another shape, missing labels, or sigma <= 0.
         """
         self.check_input(x)
+        if sigma.device.type == "cpu" and sigma.numel() and not torch.compiler.is_compiling():  # a GPU would be waited for
+            low, high = (float(end) for end in sigma.aminmax())
+            if not 0 < low <= high < float("inf"):
+                raise ValueError(f"sigma lies in {low} ... {high}; a denoiser takes finite noise levels above 0")
         x = x.to(torch.float32)
         sigma = sigma.to(device=x.device, dtype=torch.float32).reshape(-1, 1, 1, 1)
         one_hot = as_one_hot(labels, self.label_dim, len(x), x.device)

@@ -40,7 +40,7 @@ from evaluation.sheet import sheet_png
 from pipeline.command import Progress, run_command
 from pipeline.pool import run_pool
 from pipeline.reader import ShardReader
-from pipeline.stage import Stage, fingerprint, require, require_model, require_probe
+from pipeline.stage import Stage, check_fits, fingerprint, require, require_model, require_probe
 from pipeline.storage import Folder
 
 METRICS, SAMPLES = "metrics.json", "samples.png"
@@ -71,6 +71,7 @@ def measure(workspace: str, recipe: str, config: EvaluateConfig, models: Mapping
     work: list[tuple[Stage, Denoiser, list[Row], list[Job]]] = []
     for name, steps in models.items():
         model, digest = require_model(place, name, recipe)
+        check_fits(place, images, model.network_config, name)
         rows = rows_for(model, replace(config, steps=steps))
         plan = {
             "evaluate": to_dict(replace(config, steps=steps), resources=False),

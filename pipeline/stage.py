@@ -14,6 +14,7 @@ from typing import Any
 
 from beeline import checkpoint
 from beeline.checkpoint import CONFIG, WEIGHTS
+from beeline.config import NetworkConfig
 from beeline.denoiser import Denoiser
 from beeline.errors import BeelineError
 from beeline.features import Probe
@@ -106,6 +107,22 @@ def require(workspace: Folder, name: str, recipe: str) -> dict[str, Any]:
             found = "is missing" if file not in sizes else f"has {sizes[file]} bytes"
             raise BeelineError(f"{folder}/{file} {found}, expected {size} bytes; mend it with: {command}")
     return plan
+
+
+def check_fits(workspace: Folder, images: Mapping[str, Any], network: NetworkConfig | None, what: str) -> None:
+    """Raise BeelineError unless `network` takes what images/ (of plan `images`) holds: resolution, channels, classes."""
+    assert network is not None
+    found, where = images["images"], workspace / "images"
+    if (found["resolution"], found["channels"]) != (network.img_resolution, network.img_channels):
+        raise BeelineError(
+            f"{where} has {found['channels']} channels at {found['resolution']} pixels; {what} takes {network.img_channels} "
+            f"at {network.img_resolution}. Make the two agree"
+        )
+    if network.label_dim not in (0, found["num_classes"]):
+        raise BeelineError(
+            f"{where} has {found['num_classes']} classes; {what}.label_dim is {network.label_dim}. "
+            "Make the two agree, or set it to 0 for an unconditional model"
+        )
 
 
 def require_model(workspace: Folder, name: str, recipe: str) -> tuple[Denoiser, str]:

@@ -34,7 +34,9 @@ class Folder:
         return self.uri
 
     def _at(self, name: str) -> tuple[fsspec.AbstractFileSystem, str]:
-        fs, path = fsspec.core.url_to_fs(f"{self.uri}/{name}" if name else self.uri)
+        # Without a cache of listings: other processes write here too, and s3fs believes its cache even when it reads.
+        options = {} if self.is_local else {"use_listings_cache": False}
+        fs, path = fsspec.core.url_to_fs(f"{self.uri}/{name}" if name else self.uri, **options)
         return fs, str(path)
 
     def write(self, name: str, data: bytes) -> None:
@@ -89,7 +91,6 @@ class Folder:
     def sizes(self) -> dict[str, int]:
         """Names and sizes in bytes of the files directly in this folder, sorted by name; leftovers of writes excluded."""
         fs, path = self._at("")
-        fs.invalidate_cache()
         try:
             entries = fs.ls(path, detail=True)
         except (FileNotFoundError, NotADirectoryError):

@@ -12,7 +12,7 @@ from beeline.config import LmmConfig, to_dict
 from beeline.errors import BeelineError
 from beeline.schedule import check_steps
 from pipeline.command import run_command
-from pipeline.stage import Stage, fingerprint, require, require_model, require_probe
+from pipeline.stage import Stage, check_fits, fingerprint, require, require_model, require_probe
 from pipeline.storage import Folder
 from trainers.launch import check_batch, launch
 from trainers.objective import LmmTask, needs_probe
@@ -41,13 +41,14 @@ def train_lmm(workspace: str, recipe: tyro.conf.Suppress[str], lmm: LmmConfig) -
     check_batch(lmm.batch_size, lmm.workers)
     place = Folder(workspace)
     pairs = require(place, "pairs", recipe)
-    _, digest = require_model(place, lmm.init, recipe)
+    init, digest = require_model(place, lmm.init, recipe)
     plan = {"lmm": to_dict(lmm, resources=False), "pairs": fingerprint(pairs), "init_sha256": digest}
     images = None
     if any(needs_probe(phase) for phase in phases):
         plan["probe_sha256"] = require_probe(place, "losses", recipe)[1]
     if any(phase.iterations and phase.adversarial_weight for phase in phases):
         images = require(place, "images", recipe)
+        check_fits(place, images, init.network_config, lmm.init)
         plan["images"] = fingerprint(images)
     stage = Stage(place, f"students/{lmm.name}", plan)
     if not stage.begin():

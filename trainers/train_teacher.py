@@ -19,7 +19,7 @@ from beeline.errors import BeelineError
 from beeline.noise import stream_seed
 from pipeline.command import run_command
 from pipeline.reader import ShardReader, to_float
-from pipeline.stage import Stage, fingerprint, publish_model, require
+from pipeline.stage import Stage, check_fits, fingerprint, publish_model, require
 from pipeline.storage import Folder
 from trainers import loop
 from trainers.launch import check_batch, launch
@@ -90,17 +90,8 @@ def train_teacher(workspace: str, recipe: tyro.conf.Suppress[str], teacher: Teac
     """
     place = Folder(workspace)
     images = require(place, "images", recipe)
-    found, network = images["images"], teacher.network
-    if (found["resolution"], found["channels"]) != (network.img_resolution, network.img_channels):
-        raise BeelineError(
-            f"{place / 'images'} has {found['channels']} channels at {found['resolution']} pixels; teacher.network takes "
-            f"{network.img_channels} at {network.img_resolution}. Make the two agree"
-        )
-    if network.label_dim not in (0, found["num_classes"]):
-        raise BeelineError(
-            f"{place / 'images'} has {found['num_classes']} classes; teacher.network.label_dim is {network.label_dim}. "
-            "Make the two agree, or set it to 0 for an unconditional teacher"
-        )
+    network = teacher.network
+    check_fits(place, images, network, "teacher.network")
     check_batch(teacher.batch_size, teacher.workers, teacher.accumulate)
     if teacher.augment and network.augment_dim != LABELS:
         raise BeelineError(

@@ -114,3 +114,9 @@ def test_edm_loss_depends_on_the_generator() -> None:
     images = torch.rand(8, 1, 2, 2)
     losses = [float(edm_loss(Offset(images, 1.0), images, None, torch.Generator().manual_seed(seed))) for seed in (0, 0, 1)]
     assert losses[0] == losses[1] != losses[2]
+
+
+@pytest.mark.parametrize("sigma", [0.0, -1.0, float("inf"), float("nan")])
+def test_a_noise_level_that_is_none_is_refused(make_denoiser, sigma: float) -> None:
+    with pytest.raises(ValueError, match=r"sigma lies in .*finite noise levels above 0"):
+        make_denoiser()(torch.zeros(2, 2, 8, 8), torch.tensor([1.0, sigma]))

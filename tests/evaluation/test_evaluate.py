@@ -13,7 +13,8 @@ import torch
 from harness import Run, files
 from PIL import Image
 
-from beeline.config import EvaluateConfig
+from beeline.checkpoint import build, dump
+from beeline.config import EvaluateConfig, NetworkConfig
 from beeline.errors import BeelineError
 from evaluation.measure import jobs_of, parse_steps, teacher_row
 from evaluation.sheet import GAP, sheet_png, to_uint8
@@ -82,6 +83,20 @@ def test_a_sot_student_is_refused_other_steps(run: Run, workspace: Path) -> None
     assert "students/brief, 0,2: NFE 2, fd_probe" in done.stdout
     other = run("evaluation/evaluate.py", *arguments, "--evaluate.steps", "0", ok=False)
     assert "was made with other settings" in other.stderr
+
+
+def test_a_model_of_other_images_is_refused_before_any_work(run: Run, workspace: Path, tmp_path: Path) -> None:
+    other = tmp_path / "ws"
+    shutil.copytree(workspace, other, ignore=shutil.ignore_patterns("teacher", "evaluation"))
+    network = NetworkConfig(
+        kind="ddpmpp", img_resolution=16, img_channels=3, model_channels=16, channel_mult=(1,), num_blocks=1
+    )
+    (other / "teacher").mkdir()
+    for name, data in dump(build(network), {}).items():
+        (other / "teacher" / name).write_bytes(data)
+    refused = run("evaluation/evaluate.py", "digits", "--workspace", other, *SMALL, ok=False)
+    assert "1 channels at 8 pixels; teacher takes 3 at 16" in refused.stderr
+    assert not (other / "evaluation").exists()
 
 
 def test_too_few_samples_are_an_error(run: Run, workspace: Path) -> None:
