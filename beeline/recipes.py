@@ -42,7 +42,7 @@ def digits(seed: int = 0) -> Recipe:
     pair_of_cores = WorkersConfig(count=2, threads=1)
     both_cores = PoolConfig(min_actors=2, max_actors=2)
     reconstruction = PhaseConfig(
-        iterations=350, optimizer=OptimizerConfig(lr=1e-3, warmup=50, decay="cosine"), distance="perceptual"
+        iterations=300, optimizer=OptimizerConfig(lr=1e-3, warmup=50, decay="cosine"), distance="perceptual"
     )
     one_core = WorkersConfig(count=1, threads=1)  # the ablations train side by side
     no_phase = replace(reconstruction, iterations=0)
@@ -69,7 +69,7 @@ def digits(seed: int = 0) -> Recipe:
         ),
         teacher=TeacherConfig(
             network=network,
-            iterations=800,
+            iterations=700,
             batch_size=128,
             optimizer=OptimizerConfig(lr=2e-3, warmup=100, decay="cosine"),
             ema_half_life=200,
@@ -77,7 +77,7 @@ def digits(seed: int = 0) -> Recipe:
             checkpoint_every=500,
             workers=pair_of_cores,
         ),
-        pairs=PairsConfig(count=3000, shard_size=500, batch_size=250, seed=seed, pool=both_cores),
+        pairs=PairsConfig(count=2500, shard_size=500, batch_size=250, seed=seed, pool=both_cores),
         students={
             "lmm": lmm,
             "l2": replace(
@@ -97,7 +97,7 @@ def digits(seed: int = 0) -> Recipe:
             ),
         },
         few_steps=("0", "0,8", "0,6,12"),
-        sweep=SweepConfig(schedules=("0", "0,8"), learning_rates=(1e-4, 1e-3), iterations=50),
+        sweep=SweepConfig(schedules=("0", "0,8"), learning_rates=(1e-4, 1e-3), iterations=40),
         evaluate=EvaluateConfig(shard_size=599, batch_size=300, seed=1000 + seed, pool=both_cores),
     )
 
