@@ -36,33 +36,6 @@ LICENCE = (
     "EDM's released weights are under CC BY-NC-SA 4.0: non-commercial use only, and so is what is derived from them "
     "(NVIDIA, https://github.com/NVlabs/edm)"
 )
-# The constructor defaults of EDM's networks: what a file's recorded arguments leave out.
-SONGUNET = {
-    "augment_dim": 0,
-    "model_channels": 128,
-    "channel_mult": [1, 2, 2, 2],
-    "channel_mult_emb": 4,
-    "num_blocks": 4,
-    "attn_resolutions": [16],
-    "dropout": 0.10,
-    "label_dropout": 0,
-    "embedding_type": "positional",
-    "channel_mult_noise": 1,
-    "encoder_type": "standard",
-    "decoder_type": "standard",
-    "resample_filter": [1, 1],
-}
-DHARIWALUNET = {
-    "augment_dim": 0,
-    "model_channels": 192,
-    "channel_mult": [1, 2, 3, 4],
-    "channel_mult_emb": 4,
-    "num_blocks": 3,
-    "attn_resolutions": [32, 16, 8],
-    "dropout": 0.10,
-    "label_dropout": 0,
-}
-PRECOND = {"label_dim": 0, "use_fp16": False, "sigma_min": 0, "sigma_max": float("inf"), "sigma_data": 0.5}
 # What tells DDPM++ and NCSN++ apart; any other mixture of these is an architecture that nobody released.
 VARIANTS = {
     "ddpmpp": {
@@ -80,6 +53,29 @@ VARIANTS = {
         "resample_filter": [1, 3, 3, 1],
     },
 }
+# The constructor defaults of EDM's networks: what a file's recorded arguments leave out.
+SONGUNET = {
+    "augment_dim": 0,
+    "model_channels": 128,
+    "channel_mult": [1, 2, 2, 2],
+    "channel_mult_emb": 4,
+    "num_blocks": 4,
+    "attn_resolutions": [16],
+    "dropout": 0.10,
+    "label_dropout": 0,
+    **VARIANTS["ddpmpp"],
+}
+DHARIWALUNET = {
+    "augment_dim": 0,
+    "model_channels": 192,
+    "channel_mult": [1, 2, 3, 4],
+    "channel_mult_emb": 4,
+    "num_blocks": 3,
+    "attn_resolutions": [32, 16, 8],
+    "dropout": 0.10,
+    "label_dropout": 0,
+}
+PRECOND = {"label_dim": 0, "use_fp16": False, "sigma_min": 0, "sigma_max": float("inf"), "sigma_data": 0.5}
 
 
 class Record:
