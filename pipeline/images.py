@@ -67,8 +67,8 @@ def open_source(config: ImagesConfig) -> Source:
         raise BeelineError(f"images.source {path} cannot be read: {error}") from error
     missing = "" if os.path.exists(path) else ", which does not exist,"
     raise BeelineError(
-        f"images.source {path!r}{missing} is neither 'digits', nor a folder of images, nor a zip in EDM's layout, nor CIFAR-10's "
-        "python archive, nor Parquet with an image column"
+        f"images.source {path!r}{missing} is neither 'digits', nor a folder of images, nor a zip in EDM's layout, nor "
+        "CIFAR-10's python archive, nor Parquet with an image column"
     )
 
 

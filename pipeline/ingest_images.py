@@ -79,8 +79,9 @@ def ingest_images(workspace: str, recipe: tyro.conf.Suppress[str], images: Image
     if corrupt:
         shown = "; ".join(sorted(corrupt)[:NAMED]) + ("; ..." if len(corrupt) > NAMED else "")
         raise BeelineError(
-            f"{len(corrupt):,} of {len(labels):,} images in {images.source} cannot be read: {shown}. Shards without them are kept. Mend "
-            f"these and run the command again, or take them out of the source and remove {stage.folder} to start without them"
+            f"{len(corrupt):,} of {len(labels):,} images in {images.source} cannot be read: {shown}. Shards without "
+            f"them are kept. Mend these and run the command again, or take them out of the source and remove "
+            f"{stage.folder} to start without them"
         )
     stage.finish(images=len(labels), shards=shard_count(len(labels), images.shard_size))
 
