@@ -4,7 +4,7 @@
 
 writes solver.json and solver.png beside the weights. For each number of evaluations the interior levels are moved one at
 a time, in log sigma, wherever that lowers the RMS error of the images against a fine reference; longer schedules start
-from the shorter ones found. The smallest that reaches Heun's own error on held-out noises is the one to use.
+from the shorter ones found. The smallest that reaches Heun's own error on held-out noises, RMS and tail, is the one to use.
 """
 
 from __future__ import annotations
@@ -36,9 +36,13 @@ FORMAT = 1
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Errors:
-    """How far images are from the reference, in [-1, 1] units: RMS over all pixels, and the tail over images and pixels."""
+    """How far images are from the reference, in [-1, 1] units: RMS over all pixels, and the tail over images and pixels.
+
+    95 % of the images are nearer, in RMS over their pixels, than `p95_image_rms`.
+    """
 
     rms: float
+    p95_image_rms: float
     worst_image_rms: float
     max: float
 
@@ -47,12 +51,18 @@ class Errors:
         """Of images (n, C, H, W) against their reference."""
         square = (images.double() - reference.double()) ** 2
         if not bool(square.isfinite().all()):
-            return cls(rms=float("inf"), worst_image_rms=float("inf"), max=float("inf"))
+            return cls(**dict.fromkeys((field.name for field in dataclasses.fields(cls)), float("inf")))
+        images_rms = square.flatten(1).mean(1).sqrt()
         return cls(
             rms=float(square.mean().sqrt()),
-            worst_image_rms=float(square.flatten(1).mean(1).max().sqrt()),
+            p95_image_rms=float(images_rms.quantile(0.95)),
+            worst_image_rms=float(images_rms.max()),
             max=float(square.max().sqrt()),
         )
+
+    def reaches(self, other: Errors) -> bool:
+        """Whether these images are as near as the other's: on the whole, and in the tail."""
+        return self.rms <= other.rms and self.p95_image_rms <= other.p95_image_rms
 
 
 class Bench:
@@ -136,7 +146,7 @@ def calibrate(
     """What solver.json holds: levels for each of `counts` evaluations, errors on held-out noises, and the choice.
 
     The search sees `noises` noises; every figure reported comes from `held_out` others. It ends at the first count that
-    reaches Heun's error with `heun_steps`.
+    reaches Heun's error with `heun_steps`, on the whole and in the tail.
     """
     if min(counts) < 4 or list(counts) != sorted(set(counts)):
         raise BeelineError(f"evaluations are {list(counts)}; expected rising numbers from 4 on")
@@ -145,20 +155,21 @@ def calibrate(
     unseen = Bench(teacher, held_out, stream_seed(seed, "held out"), batch_size)
     heun = unseen.heun(heun_steps)
     nfe = evaluations("heun", heun_steps)
-    print(f"heun, {nfe} evaluations: RMS {heun.rms:.4f}, worst image {heun.worst_image_rms:.4f}", flush=True)
-    rows, levels = [], uniform_levels(counts[0])
+    print(f"heun, {nfe} evaluations: RMS {heun.rms:.4f}, 95 % of images below {heun.p95_image_rms:.4f}", flush=True)
+    rows, levels, reached = [], uniform_levels(counts[0]), False
     for count in counts:
         levels, trained = search(lambda tried: seen.adams(tried).rms, refined(levels, count), trials, seed)
         found = unseen.adams(levels.tolist())
         rows.append({"evaluations": count, "levels": levels.tolist(), "search_rms": trained, **dataclasses.asdict(found)})
         print(
-            f"adams, {count} evaluations: RMS {found.rms:.4f} ({trained:.4f} in the search), worst image "
-            f"{found.worst_image_rms:.4f}, {time.monotonic() - start:.0f} s so far", flush=True,
+            f"adams, {count} evaluations: RMS {found.rms:.4f} ({trained:.4f} in the search), 95 % of images "
+            f"below {found.p95_image_rms:.4f}, {time.monotonic() - start:.0f} s so far", flush=True,
         )  # fmt: skip
-        if found.rms <= heun.rms:
+        reached = found.reaches(heun)
+        if reached:
             break
     chosen = rows[-1]
-    if chosen["rms"] > heun.rms:
+    if not reached:
         print(f"no count up to {counts[-1]} reached Heun's error: the largest is kept; try more --evaluations", flush=True)
     return {
         "format": FORMAT,
@@ -167,7 +178,7 @@ def calibrate(
         "corrector": CORRECTOR,
         "levels": chosen["levels"],
         "evaluations": chosen["evaluations"],
-        "reaches_heun": chosen["rms"] <= heun.rms,
+        "reaches_heun": reached,
         "heun": {"evaluations": nfe, **dataclasses.asdict(heun)},
         "tried": rows,
         "noises": noises,
@@ -184,7 +195,7 @@ def _plot(found: dict[str, Any], file: Path) -> None:
 
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     errors, levels = figure.subplots(1, 2)
-    for key, label in {"rms": "RMS", "worst_image_rms": "worst image"}.items():
+    for key, label in {"rms": "RMS", "p95_image_rms": "95 % of images"}.items():
         (line,) = errors.plot(
             [row["evaluations"] for row in found["tried"]], [row[key] for row in found["tried"]], "o-", label=label
         )
