@@ -90,6 +90,8 @@ class PoolConfig:
     """Ray CPUs that each actor reserves. Below 1 where actors would otherwise take every CPU and starve Ray Data."""
     threads: int = 1
     """CPU threads of each actor."""
+    price: float = 0.0
+    """What an hour of one actor costs, in any currency; 0 leaves money out of the progress."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -192,8 +194,27 @@ class PairsConfig:
     """Of the network inside; the solver's state is float64 always."""
     compiled: bool = False
     """Compile the network: pays on large networks and many pairs, costs minutes at the start of each actor."""
+    dtype: Literal["float32", "float16", "uint8"] = "float32"
+    """Of x1 in the store. float16 is off by at most 2.4e-4 within [-1, 1], a fiftieth of the solver's own error; uint8 by
+    4e-3, and clipped."""
     seed: int = 0
     pool: PoolConfig = resource(PoolConfig())
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VerifyConfig:
+    """A check of a store of pairs."""
+
+    remake: int = 8
+    """Shards, drawn at random, whose noise is made again and compared by its CRC-32."""
+    resample: int = 0
+    """Batches, drawn at random, that the teacher samples again."""
+    shown: int = 100
+    """Pairs on the contact sheet, drawn at random."""
+    remove: bool = False
+    """Remove what is damaged, so that gen_pairs.py makes it again."""
+    seed: int = 0
+    pool: PoolConfig = PoolConfig()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

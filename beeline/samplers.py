@@ -136,17 +136,35 @@ def sample(
     def noise(which_seed: int) -> torch.Tensor:
         return torch.from_numpy(x0(which_seed, indices, model.image_shape)).to(device)
 
-    with torch.inference_mode():
-        if steps is None and solver == "calibrated":
-            if model.levels is None:
-                raise BeelineError("this model has no calibrated levels; find them with: python -m beeline.calibrate FOLDER")
-            return adams(model, noise(seed), labels, levels=model.levels)
-        if steps is None:
-            return solve(model, noise(seed), labels, solver="euler" if solver == "euler" else "heun", num_steps=num_steps)
+    return sample_from(
+        model, noise(seed), labels, steps=steps, solver=solver, num_steps=num_steps, how=how,
+        fresh=lambda n: noise(stream_seed(seed, "fresh", n)),
+    )  # fmt: skip
+
+
+@torch.inference_mode()
+def sample_from(
+    model: Denoiser,
+    latents: torch.Tensor,
+    labels: torch.Tensor | None,
+    *,
+    steps: Sequence[int] | None = None,
+    solver: Solver = "heun",
+    num_steps: int = 18,
+    how: FewStep | None = None,
+    fresh: Callable[[int], torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """As `sample`, for unit-variance noise `latents` (n, C, H, W) that is at hand; `fresh` as `few_step` takes it."""
+    if steps is not None:
         how = how or model.few_step
         if how is None:
             raise BeelineError("steps were given, but this model is a teacher: use solver= and num_steps=")
-        return few_step(model, noise(seed), labels, steps=steps, how=how, fresh=lambda n: noise(stream_seed(seed, "fresh", n)))
+        return few_step(model, latents, labels, steps=steps, how=how, fresh=fresh)
+    if solver == "calibrated":
+        if model.levels is None:
+            raise BeelineError("this model has no calibrated levels; find them with: python -m beeline.calibrate FOLDER")
+        return adams(model, latents, labels, levels=model.levels)
+    return solve(model, latents, labels, solver=solver, num_steps=num_steps)
 
 
 def batches(count: int, size: int) -> Iterator[range]:

@@ -36,10 +36,10 @@ from evaluation.measure import (
     rows_for,
     shards_per_draw,
 )
-from evaluation.sheet import sheet_png
 from pipeline.command import Progress, run_command
 from pipeline.pool import run_pool
 from pipeline.reader import ShardReader
+from pipeline.sheet import sheet_png
 from pipeline.stage import Stage, check_fits, fingerprint, require, require_model, require_probe
 from pipeline.storage import Folder
 

@@ -26,8 +26,8 @@ from PIL import Image
 
 from beeline.errors import BeelineError
 from evaluation.evaluate import METRICS, SAMPLES
-from evaluation.sheet import GAP
 from pipeline.command import run_command
+from pipeline.sheet import GAP
 from pipeline.stage import SUCCESS, require
 from pipeline.storage import Folder
 

@@ -7,6 +7,7 @@ tyro makes the options. The function itself is what other code calls.
 from __future__ import annotations
 
 import contextlib
+import datetime
 import functools
 import inspect
 import logging
@@ -23,6 +24,8 @@ from beeline.errors import BeelineError
 from beeline.recipes import RECIPES
 
 WORKER_ENVIRONMENT = {"RAY_TRAIN_ENABLE_PRINT_PATCH": "0"}  # patched, every printed line comes twice
+# Where the bucket is goes with the job. Keys do not: Ray shows a job's environment to everyone. Nodes have their own.
+FOLLOWING = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_DEFAULT_REGION", "AWS_REGION", "AWS_EC2_METADATA_DISABLED")
 
 
 def run_command(stage: Callable[..., Any]) -> NoReturn:
@@ -118,8 +121,9 @@ def ensure_ray() -> None:
     """Join the cluster of RAY_ADDRESS, or start a Ray of our own on this machine, unless one is already up."""
     if ray.is_initialized():
         return
+    runtime_env = {"env_vars": WORKER_ENVIRONMENT | {name: os.environ[name] for name in FOLLOWING if name in os.environ}}
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(logging_level=logging.WARNING, runtime_env={"env_vars": WORKER_ENVIRONMENT})
+        ray.init(logging_level=logging.WARNING, runtime_env=runtime_env)
         return
     # At least 4 logical CPUs: pools reserve whole CPUs, and Ray Data needs some of its own to make progress.
     cpus = max(4, os.cpu_count() or 1)
@@ -130,7 +134,7 @@ def ensure_ray() -> None:
         object_store_memory=300 * 2**20,
         include_dashboard=True,  # Ray Train asks it whether its controller is alive
         logging_level=logging.WARNING,
-        runtime_env={"env_vars": WORKER_ENVIRONMENT},
+        runtime_env=runtime_env,
     )
 
 
@@ -141,16 +145,16 @@ class Progress:
         self.what, self.total, self.unit, self.interval = what, total, unit, interval
         self.done, self._start, self._last = 0, time.monotonic(), time.monotonic()
 
-    def add(self, count: int, **facts: Any) -> None:
-        """Count `count` more items done; `facts` are appended to the line."""
+    def add(self, count: int, note: str = "") -> None:
+        """Count `count` more items done; `note` is appended to the line."""
         self.done += count
         now = time.monotonic()
         if now - self._last >= self.interval or self.done >= self.total:
             self._last = now
             rate = self.done / max(now - self._start, 1e-9)
-            left = (self.total - self.done) / max(rate, 1e-9)
-            extra = "".join(f", {key} {value}" for key, value in facts.items())
+            left = round((self.total - self.done) / max(rate, 1e-9))
             print(
-                f"{self.what}: {self.done:,} of {self.total:,} {self.unit}, {rate:,.1f}/s, {left:,.0f} s left{extra}",
+                f"{self.what}: {self.done:,} of {self.total:,} {self.unit}, {rate:,.1f}/s, "
+                f"{datetime.timedelta(seconds=left) if left >= 120 else f'{left} s'} left{note}",
                 flush=True,
             )

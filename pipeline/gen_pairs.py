@@ -3,12 +3,16 @@
     python pipeline/gen_pairs.py digits --pairs.count 20000
 
 Kill it at any moment and run it again: no pair is lost or made twice, and the files are the same, byte for byte.
+docs/pair-store.md says what is in them; `python pipeline/verify_pairs.py digits` checks them all.
 """
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Sequence
+import zlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -21,56 +25,92 @@ from beeline.config import PairsConfig, to_dict
 from beeline.denoiser import Denoiser
 from beeline.errors import BeelineError
 from beeline.inference import prepare
-from beeline.samplers import batches, evaluations, sample
+from beeline.samplers import batches, evaluations, sample_from
+from beeline.schedule import edm_sigmas
+from pipeline import storage
 from pipeline.command import Progress, run_command
+from pipeline.manifest import Manifest
 from pipeline.pool import run_pool
-from pipeline.shards import encode, shard_count, shard_name, shard_rows, todo
+from pipeline.shards import MAX_SHARD_BYTES, encode, shard_count, shard_name, shard_rows, survey
 from pipeline.stage import Stage, require_model
 from pipeline.storage import Folder
 
 
 def pair_labels(indices: Sequence[int], num_classes: int) -> np.ndarray:
     """Class of each pair, int32 (n,): index mod num_classes, so that classes are balanced; -1 for no classes."""
-    return np.asarray(indices, np.int64).astype(np.int32) % num_classes if num_classes else np.full(len(indices), -1)
+    return np.asarray(indices, np.int64).astype(np.int32) % num_classes if num_classes else np.full(len(indices), -1, np.int32)
 
 
-def make_pairs(teacher: Denoiser, rows: range, config: PairsConfig) -> tuple[np.ndarray, np.ndarray]:
-    """x1 (n, C, H, W) float32 and labels (n,) of the given pair indices (lmm.md, pairs: Heun, no churn)."""
-    parts, labels = [], pair_labels(rows, teacher.label_dim)
-    device = next(teacher.parameters()).device
-    for batch in batches(len(rows), config.batch_size):
-        classes = torch.from_numpy(labels[batch.start : batch.stop]).to(device) if teacher.label_dim else None
-        indices = rows[batch.start : batch.stop]
-        made = sample(teacher, indices, classes, seed=config.seed, solver=config.solver, num_steps=config.num_steps)
-        parts.append(made)
-    return torch.cat(parts).cpu().numpy(), labels
+def make_pairs(teacher: Denoiser, x0: np.ndarray, labels: np.ndarray, config: PairsConfig) -> np.ndarray:
+    """x1 (n, C, H, W) float32 of unit noise `x0` (n, C, H, W) and classes `labels` (n,) (lmm.md, pairs: no churn)."""
+    device, parts = next(teacher.parameters()).device, []
+    for batch in batches(len(x0), config.batch_size):
+        rows = slice(batch.start, batch.stop)
+        classes = torch.from_numpy(labels[rows]).to(device) if teacher.label_dim else None
+        latents = torch.from_numpy(x0[rows]).to(device)
+        parts.append(sample_from(teacher, latents, classes, solver=config.solver, num_steps=config.num_steps))
+    return torch.cat(parts).cpu().numpy()
+
+
+def stored(x1: np.ndarray, dtype: str) -> np.ndarray:
+    """x1 as the store keeps it; uint8 is the image's usual 8 bits, clipped to [-1, 1]."""
+    if dtype == "uint8":
+        return ((x1 + 1) * 127.5).round().clip(0, 255).astype(np.uint8)
+    return x1.astype(dtype, copy=False)
+
+
+def load_sampler(workspace: Folder, recipe: str, plan: dict[str, Any], config: PairsConfig) -> Denoiser:
+    """The workspace's teacher as `plan` samples it: on the GPU if there is one, in its precision, with its levels."""
+    teacher = require_model(workspace, "teacher", recipe)[0].to("cuda" if torch.cuda.is_available() else "cpu")
+    teacher.levels = tuple(plan["sigmas"])
+    return prepare(
+        teacher,
+        precision=config.precision,
+        compiled=config.compiled,
+        batch_size=config.batch_size if config.compiled else None,
+    )
 
 
 class PairShards:
-    """Samples and writes shard k of pairs/."""
+    """Samples the teacher that `load` brings, and publishes shards of pairs/.
 
-    def __init__(self, workspace: Folder, recipe: str, plan: dict[str, Any], config: PairsConfig) -> None:
-        self.folder = workspace / "pairs"
-        self.plan, self.config = plan, config
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        teacher = require_model(workspace, "teacher", recipe)[0].to(device)
-        teacher.levels = tuple(plan["levels"]) if plan["levels"] else None
-        self.teacher = prepare(
-            teacher,
-            precision=config.precision,
-            compiled=config.compiled,
-            batch_size=config.batch_size if config.compiled else None,
-        )
+    Called from several threads: while one shard is published, the next is sampled.
+    """
+
+    def __init__(self, folder: Folder, plan: dict[str, Any], config: PairsConfig, load: Callable[[], Denoiser]) -> None:
+        self.folder, self.plan, self.config = folder, plan, config
+        self.teacher = load()
+        self._sampler = ThreadPoolExecutor(1, "sampler")  # one thread: CUDA graphs belong to the thread that made them
+        self._idle_since = time.monotonic()
 
     def work(self, k: int) -> dict[str, Any]:
-        """Make and publish the shard; the row says how many pairs it holds and how long it took."""
-        start = time.monotonic()
+        """Make and publish shard k; the row is the manifest's."""
         rows = shard_rows(k, self.config.shard_size, self.config.count)
-        x1, labels = make_pairs(self.teacher, rows, self.config)
-        crc = noise.crc32(noise.x0(self.config.seed, rows, x1.shape[1:]))
-        data = encode("x1", x1, labels, rows, self.plan, x0_generator=noise.X0_GENERATOR, x0_crc32=crc)
+        (x0, x1, labels), row = self._sampler.submit(self._sample, rows).result()
+        start, repeated = time.monotonic(), storage.retries()
+        data = encode(
+            "x1", stored(x1, self.config.dtype), labels, rows, self.plan,
+            x0_generator=noise.X0_GENERATOR, x0_crc32=noise.crc32(x0),
+        )  # fmt: skip
         self.folder.write(shard_name(k), data)
-        return {"shard": k, "pairs": len(rows), "seconds": time.monotonic() - start}
+        return row | {
+            "shard": k,
+            "pairs": len(rows),
+            "bytes": len(data),
+            "crc32": zlib.crc32(data),
+            "evaluations": len(rows) * self.plan["evaluations"],
+            "published": round(time.time() * 1000),
+            "writing_seconds": time.monotonic() - start,
+            "retries": storage.retries() - repeated,
+        }
+
+    def _sample(self, rows: range) -> tuple[tuple[np.ndarray, np.ndarray, np.ndarray], dict[str, float]]:
+        start = time.monotonic()
+        waited, labels = start - self._idle_since, pair_labels(rows, self.teacher.label_dim)
+        x0 = noise.x0(self.config.seed, rows, self.teacher.image_shape)
+        x1 = make_pairs(self.teacher, x0, labels, self.config)
+        self._idle_since = time.monotonic()
+        return (x0, x1, labels), {"sampling_seconds": self._idle_since - start, "waiting_seconds": waited}
 
 
 def calibrated_levels(teacher: Folder, digest: str) -> tuple[float, ...]:
@@ -81,6 +121,26 @@ def calibrated_levels(teacher: Folder, digest: str) -> tuple[float, ...]:
         raise BeelineError(f"{teacher}/{SOLVER} is missing; make it with: python -m beeline.calibrate {teacher}") from error
 
 
+def plan_of(config: PairsConfig, teacher: Denoiser, digest: str, levels: Sequence[float] | None) -> dict[str, Any]:
+    """The plan of a store: what its bytes depend on. Raises BeelineError for sizes that cannot be."""
+    if config.count < 1 or config.shard_size < 1 or config.batch_size < 1:
+        raise BeelineError(f"count {config.count}, shard_size {config.shard_size}, batch_size {config.batch_size}: all from 1")
+    pair_bytes = int(np.prod(teacher.image_shape)) * np.dtype(config.dtype).itemsize
+    if config.shard_size * pair_bytes > MAX_SHARD_BYTES:
+        raise BeelineError(
+            f"a shard of {config.shard_size:,} pairs of {pair_bytes:,} bytes is over {MAX_SHARD_BYTES >> 20} MB; "
+            f"expected at most --pairs.shard-size {MAX_SHARD_BYTES // pair_bytes}"
+        )
+    return {
+        "pairs": to_dict(config, resources=False),
+        "sigmas": list(levels) if levels else edm_sigmas(config.num_steps).tolist(),
+        "evaluations": len(levels) if levels else evaluations("heun", config.num_steps),
+        "shape": list(teacher.image_shape),
+        "num_classes": teacher.label_dim,
+        "teacher_sha256": digest,
+    }
+
+
 def gen_pairs(workspace: str, recipe: tyro.conf.Suppress[str], pairs: PairsConfig) -> None:
     """Sample the teacher into <workspace>/pairs.
 
@@ -88,23 +148,51 @@ def gen_pairs(workspace: str, recipe: tyro.conf.Suppress[str], pairs: PairsConfi
         workspace: Local folder or s3://bucket/prefix.
     """
     place = Folder(workspace)
-    _, digest = require_model(place, "teacher", recipe)
+    teacher, digest = require_model(place, "teacher", recipe)
     levels = calibrated_levels(place / "teacher", digest) if pairs.solver == "calibrated" else None
-    stage = Stage(place, "pairs", {"pairs": to_dict(pairs, resources=False), "levels": levels, "teacher_sha256": digest})
+    stage = Stage(place, "pairs", plan_of(pairs, teacher, digest, levels))
     if not stage.begin():
         return
-    left = todo(stage.folder, stage.plan, pairs.count, pairs.shard_size)
-    shards = shard_count(pairs.count, pairs.shard_size)
-    nfe = len(levels) if levels else evaluations("heun", pairs.num_steps)
-    print(f"pairs: {shards - len(left)} of {shards} shards are there; {nfe} evaluations a pair", flush=True)
-    progress = Progress("pairs", sum(len(shard_rows(k, pairs.shard_size, pairs.count)) for k in left), "pairs")
-    busy = 0.0
-    arguments = {"workspace": place, "recipe": recipe, "plan": stage.plan, "config": pairs}
-    for row in run_pool(PairShards, arguments, left, pairs.pool):
-        busy += row["seconds"]
-        progress.add(row["pairs"])
+    found = survey(stage.folder, stage.plan, pairs.count, pairs.shard_size)
+    manifest = Manifest(stage.folder, found.sizes)
+    left = sum(len(shard_rows(k, pairs.shard_size, pairs.count)) for k in found.todo)
+    print(
+        f"pairs: {len(found.sizes):,} of {shard_count(pairs.count, pairs.shard_size):,} shards are there "
+        f"({sum(found.sizes.values()) / 1e9:.2f} GB); {left:,} of {pairs.count:,} pairs are left, "
+        f"{stage.plan['evaluations']} evaluations each{_spent(manifest, pairs)}",
+        flush=True,
+    )
+    progress = Progress("pairs", left, "pairs")
+    load = functools.partial(load_sampler, place, recipe, stage.plan, pairs)
+    arguments = {"folder": stage.folder, "plan": stage.plan, "config": pairs, "load": load}
+    try:
+        for row in run_pool(PairShards, arguments, found.todo, pairs.pool, overlap=True):
+            manifest.add(row)
+            progress.add(row["pairs"], _spent(manifest, pairs))
+    finally:
+        if manifest.rows:
+            manifest.publish()
+    sampling, waiting = manifest.total("sampling_seconds"), manifest.total("waiting_seconds")
+    print(
+        f"pairs: {pairs.count:,} pairs, {manifest.total('bytes') / 1e9:.2f} GB; actors sampled {sampling:,.0f} s, waited "
+        f"{waiting:,.0f} s, published {manifest.total('writing_seconds'):,.0f} s meanwhile, repeated "
+        f"{manifest.total('retries'):,.0f} requests{_spent(manifest, pairs)}",
+        flush=True,
+    )
     stage.folder.clean()
-    stage.finish(pairs=pairs.count, shards=shards, evaluations=nfe * pairs.count, busy_seconds=round(busy, 1))
+    stage.finish(
+        pairs=pairs.count,
+        shards=len(manifest.rows),
+        evaluations=stage.plan["evaluations"] * pairs.count,
+        busy_seconds=round(sampling, 1),
+    )
+
+
+def _spent(manifest: Manifest, config: PairsConfig) -> str:
+    """What the store has cost so far, all runs together, as far as the manifest knows."""
+    hours = (manifest.total("sampling_seconds") + manifest.total("waiting_seconds")) / 3600
+    price = f" costing {hours * config.pool.price:,.2f}" if config.pool.price else ""
+    return f"; {hours:.2f} actor-hours{price} so far" if hours else ""
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from beeline.errors import BeelineError
 from pipeline.command import Progress, run_command
 from pipeline.images import CorruptImage, open_source
 from pipeline.pool import run_pool
-from pipeline.shards import encode, shard_count, shard_name, shard_rows, todo
+from pipeline.shards import encode, shard_count, shard_name, shard_rows, survey
 from pipeline.stage import Stage
 from pipeline.storage import Folder
 
@@ -68,7 +68,7 @@ def ingest_images(workspace: str, recipe: tyro.conf.Suppress[str], images: Image
     stage = Stage(place, "images", plan)
     if not stage.begin():
         return
-    left = todo(stage.folder, stage.plan, len(labels), images.shard_size)
+    left = survey(stage.folder, stage.plan, len(labels), images.shard_size).todo
     progress = Progress("images", sum(len(shard_rows(k, images.shard_size, len(labels))) for k in left), "images")
     arguments = {"workspace": place, "plan": stage.plan, "config": images}
     corrupt: list[str] = []

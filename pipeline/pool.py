@@ -9,14 +9,20 @@ import ray
 import ray.data
 
 from beeline.config import PoolConfig
+from pipeline import metrics
 from pipeline.command import ensure_ray
 
+GROW_ABOVE = 0.5  # tasks in flight, of those that all actors could run at once; full pools are at 1 or 2
 
-def run_pool(worker: type, arguments: Mapping[str, Any], items: Sequence[int], pool: PoolConfig) -> Iterator[dict[str, Any]]:
+
+def run_pool(
+    worker: type, arguments: Mapping[str, Any], items: Sequence[int], pool: PoolConfig, *, overlap: bool = False
+) -> Iterator[dict[str, Any]]:
     """Call `worker(**arguments).work(item)` for each item on an actor pool; yield the rows (dicts) as they come.
 
     One item is one task: a dead actor's items are retried on another. Workers write their own results, under names and
-    with bytes that depend on the item alone, so a retry can do no harm.
+    with bytes that depend on the item alone, so a retry can do no harm. With `overlap` a worker is called from two
+    threads at once and sees to it itself what may run side by side. Rows say which node they come from.
     """
     if not items:
         return
@@ -24,6 +30,9 @@ def run_pool(worker: type, arguments: Mapping[str, Any], items: Sequence[int], p
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    # The pool grows while there is work for more actors, by doubling; it shrinks when all work is handed out.
+    context.autoscaling_config.actor_pool_util_upscaling_threshold = GROW_ABOVE
+    context.autoscaling_config.actor_pool_util_downscaling_threshold = 0.0
     rows = ray.data.from_items([{"item": int(k)} for k in items], override_num_blocks=len(items)).map_batches(
         _Shell,
         fn_constructor_kwargs={"worker": worker, "arguments": dict(arguments), "threads": pool.threads},
@@ -32,6 +41,8 @@ def run_pool(worker: type, arguments: Mapping[str, Any], items: Sequence[int], p
             min_size=min(pool.min_actors, len(items)),
             max_size=max(1, min(pool.max_actors, len(items))),
             max_tasks_in_flight_per_actor=2,
+            max_concurrent_calls_per_actor=2 if overlap else 1,
+            enable_true_multi_threading=overlap,
         ),
         num_cpus=pool.cpus,
         num_gpus=pool.gpus,
@@ -40,14 +51,17 @@ def run_pool(worker: type, arguments: Mapping[str, Any], items: Sequence[int], p
 
 
 class _Shell:
-    """The actor: one worker, told how many threads it may use."""
+    """The actor: one worker, told how many threads it may use, its rows counted in the cluster's metrics."""
 
     def __init__(self, worker: type, arguments: dict[str, Any], threads: int) -> None:
         import torch
 
         torch.set_num_threads(threads)
         self.worker = worker(**arguments)
+        self.node = ray.get_runtime_context().get_node_id()[:8]
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
-        rows = [self.worker.work(int(item)) for item in batch["item"]]
-        return {key: [row[key] for row in rows] for key in rows[0]}
+        (item,) = batch["item"]
+        row = self.worker.work(int(item))
+        metrics.count(type(self.worker).__name__, row)
+        return {key: [value] for key, value in (row | {"node": self.node}).items()}

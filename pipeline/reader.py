@@ -1,86 +1,182 @@
 """Shards read back for training, in an order that is a function of (seed, position) alone.
 
-Each epoch shuffles the shards, then the rows within a window of WINDOW shards, which is what stays in memory. The state of
-a reader is the position that the caller asks for: nothing of it needs saving, and any rank can ask for any rows.
+Each epoch shuffles the row groups of the whole store, then the rows within a window of WINDOW of them. The state of a
+reader is the position that the caller asks for: nothing of it needs saving, and any rank can ask for any rows. The next
+window and the next batch are made in the background, x0 included, which is never stored.
 """
 
 from __future__ import annotations
 
+import bisect
 import functools
-from typing import Any
+import itertools
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from beeline.errors import BeelineError
-from beeline.noise import stream, x0
-from pipeline.shards import decode, shard_count, shard_name, shard_rows
+from beeline.noise import crc32, stream, x0
+from pipeline.shards import Columns, columns, decode, shard_count, shard_metadata, shard_name, shard_rows
 from pipeline.storage import Folder
 
-WINDOW = 16
+WINDOW = 64  # row groups of some 6 MB; this window and the next are in memory
+LOADERS = 8  # row groups read at once
+ATTEMPTS = 3  # readings of a row group whose checksum fails: bits flip on the way, too
+
+
+class _Window(NamedTuple):
+    groups: list[Columns]
+    starts: list[int]
+    order: np.ndarray
 
 
 class ShardReader:
-    """Random access to batches of a finished images/ or pairs/ folder (`config` of its plan: count, shard_size)."""
+    """Random access to batches of a finished images/ or pairs/ folder (`config` of its plan: count, shard_size).
+
+    Raises BeelineError if a shard is damaged, or if this NumPy draws other noise than the pairs were made from.
+    """
 
     def __init__(self, folder: Folder, config: dict[str, Any], seed: int) -> None:
         self.folder, self.seed = folder, seed
         self.count, self.shard_size = int(config["count"]), int(config["shard_size"])
         self.shards = shard_count(self.count, self.shard_size)
-        self._window = functools.lru_cache(maxsize=2)(self._load_window)
-        self._shard = functools.lru_cache(maxsize=2 * WINDOW)(self._load_shard)
+        self._footer = functools.lru_cache(maxsize=4096)(self._read_footer)
+        self._group = functools.lru_cache(maxsize=2 * WINDOW)(self._read_group)
+        self._epoch = functools.lru_cache(maxsize=2)(self._shuffled)
+        self._windows: dict[tuple[int, int], Future[_Window]] = {}
+        self._next: tuple[tuple[int, int], Future[dict[str, np.ndarray]]] | None = None
+        self._last: int | None = None
+        self._batches, self._ahead = ThreadPoolExecutor(1, "batches"), ThreadPoolExecutor(1, "windows")
+        self._loaders = ThreadPoolExecutor(LOADERS, "row-groups")
+        self.metadata = self._footer(0)[1]
+        self.group_rows = min(self.metadata["group_rows"], self.shard_size)
+        self._groups_of_shard = -(-self.shard_size // self.group_rows)
+        last = len(shard_rows(self.shards - 1, self.shard_size, self.count))
+        self.groups = (self.shards - 1) * self._groups_of_shard - (-last // self.group_rows)
+        self._check_noise()
 
     def batch(self, start: int, size: int) -> dict[str, np.ndarray]:
-        """Rows at positions start ... start + size - 1 of the endless shuffled stream, as arrays by column."""
+        """Rows at positions start ... start + size - 1 of the endless shuffled stream, as arrays by column.
+
+        Pairs: x1 and noise float32 (n, C, H, W), label and index (n,). Images: image uint8 (n, C, H, W), label, index.
+        The next call is expected as far ahead of this one as this one is of the last, and prepared for.
+        """
+        if self._next is None or self._next[0] != (start, size):
+            self._next = self._submit(start, size)
+        made = self._next[1]
+        following = start + (start - self._last if self._last is not None and start > self._last else size)
+        self._last = start
+        self._next = self._submit(following, size)
+        return made.result()
+
+    def _submit(self, start: int, size: int) -> tuple[tuple[int, int], Future[dict[str, np.ndarray]]]:
+        return (start, size), self._batches.submit(self._make, start, size)
+
+    def _make(self, start: int, size: int) -> dict[str, np.ndarray]:
         parts = []
         while size > 0:
             epoch, offset = divmod(start, self.count)
-            window_rows, window, begin = self._locate(epoch, offset)
-            columns, order = self._window(epoch, window)
-            take = order[offset - begin : offset - begin + size]
-            parts.append({name: column[take] for name, column in columns.items()})
-            assert len(order) == window_rows
+            begins = self._epoch(epoch)[1]
+            number = bisect.bisect_right(begins, offset) - 1
+            window = self._window(epoch, number)
+            take = window.order[offset - begins[number] : offset - begins[number] + size]
+            parts.append(_gather(window, take))
             start, size = start + len(take), size - len(take)
-        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        rows = Columns(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+        if self.metadata["column"] == "image":
+            return {"image": rows.images, "label": rows.labels, "index": rows.indices}
+        x1 = to_float(rows.images) if rows.images.dtype == np.uint8 else rows.images.astype(np.float32, copy=False)
+        return {"x1": x1, "noise": self._noise(rows.indices), "label": rows.labels, "index": rows.indices}
 
-    def _shard_order(self, epoch: int) -> np.ndarray:
-        return stream(self.seed, "shards", epoch).permutation(self.shards)
+    def _noise(self, indices: np.ndarray | range) -> np.ndarray:
+        return x0(self.metadata["plan"]["pairs"]["seed"], indices, self.metadata["shape"])
 
-    def _locate(self, epoch: int, offset: int) -> tuple[int, int, int]:
-        """(rows, number, first position) of the window that holds position `offset` of the epoch."""
-        order, begin = self._shard_order(epoch), 0
-        for window in range(-(-self.shards // WINDOW)):
-            members = order[window * WINDOW : (window + 1) * WINDOW]
-            rows = sum(len(shard_rows(int(k), self.shard_size, self.count)) for k in members)
-            if offset < begin + rows:
-                return rows, window, begin
-            begin += rows
-        raise AssertionError(f"position {offset} beyond an epoch of {self.count}")
-
-    def _load_window(self, epoch: int, window: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        members = self._shard_order(epoch)[window * WINDOW : (window + 1) * WINDOW]
-        shards = [self._shard(int(k)) for k in members]
-        columns = {name: np.concatenate([shard[name] for shard in shards]) for name in shards[0]}
-        return columns, stream(self.seed, "rows", epoch, window).permutation(len(columns["label"]))
-
-    def _load_shard(self, k: int) -> dict[str, np.ndarray]:
-        name = shard_name(k)
-        try:
-            images, labels, indices, metadata = decode(self.folder.read(name))
-        except (OSError, ValueError) as error:
+    def _check_noise(self) -> None:
+        if "x0_crc32" not in self.metadata:
+            return
+        rows = shard_rows(0, self.shard_size, self.count)
+        if crc32(self._noise(rows)) != self.metadata["x0_crc32"]:
             raise BeelineError(
-                f"{self.folder}/{name} is damaged ({error}); run the command that makes this folder again to mend it"
-            ) from error
-        if metadata["column"] == "image":
-            return {"image": images, "label": labels}
-        # x0 is made anew from (seed, index): it was never stored
-        return {"x1": images, "noise": x0(metadata["plan"]["pairs"]["seed"], indices, images.shape[1:]), "label": labels}
+                f"{self.folder}/{shard_name(0)} was made from other noise than NumPy {np.__version__} draws here: its CRC-32 "
+                "differs. Install the pinned NumPy, or make the pairs anew"
+            )
+
+    def _shuffled(self, epoch: int) -> tuple[np.ndarray, list[int]]:
+        """The row groups of an epoch in order, and the position at which each window of them begins."""
+        order = stream(self.seed, "shards", epoch).permutation(self.groups)
+        rows = np.fromiter((self._group_size(g) for g in order), np.int64, self.groups)
+        begins = np.concatenate([[0], np.cumsum(rows)])[:-1:WINDOW]
+        return order, begins.tolist()
+
+    def _group_size(self, group: int) -> int:
+        shard, inner = divmod(int(group), self._groups_of_shard)
+        return min(self.group_rows, len(shard_rows(shard, self.shard_size, self.count)) - inner * self.group_rows)
+
+    def _window(self, epoch: int, number: int) -> _Window:
+        """A window of row groups; the one after it is loaded in the background."""
+        last = number + 1 == len(self._epoch(epoch)[1])
+        wanted = [(epoch, number), (epoch + 1, 0) if last else (epoch, number + 1)]
+        for key in wanted:
+            if key not in self._windows:
+                self._windows[key] = self._ahead.submit(self._load_window, *key)
+        for key in [key for key in self._windows if key not in wanted]:
+            self._windows.pop(key, None)
+        return self._windows[wanted[0]].result()
+
+    def _load_window(self, epoch: int, number: int) -> _Window:
+        members = self._epoch(epoch)[0][number * WINDOW : (number + 1) * WINDOW]
+        groups = list(self._loaders.map(self._group, map(int, members)))
+        starts = list(itertools.accumulate((len(group.labels) for group in groups), initial=0))
+        return _Window(groups, starts[:-1], stream(self.seed, "rows", epoch, number).permutation(starts[-1]))
+
+    def _read_group(self, group: int) -> Columns:
+        shard, inner = divmod(group, self._groups_of_shard)
+        for attempt in itertools.count(1):
+            try:
+                footer, metadata = self._footer(shard)
+                with self.folder.open(shard_name(shard)) as source:
+                    file = pq.ParquetFile(source, metadata=footer, page_checksum_verification=True, pre_buffer=True)
+                    return columns(file.read_row_group(inner), metadata)
+            except (pa.ArrowException, OSError, ValueError) as error:
+                if attempt == ATTEMPTS:
+                    raise self._damaged(shard, error) from error
+        raise AssertionError
+
+    def _read_footer(self, shard: int) -> tuple[pq.FileMetaData, dict[str, Any]]:
+        try:
+            with self.folder.open(shard_name(shard)) as source:
+                footer = pq.read_metadata(source)
+            return footer, shard_metadata(footer)
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise self._damaged(shard, error) from error
+
+    def _damaged(self, shard: int, error: Exception) -> BeelineError:
+        return BeelineError(
+            f"{self.folder}/{shard_name(shard)} is damaged ({error}); remove it and run the command that makes this folder "
+            "again (pipeline/verify_pairs.py finds every such shard)"
+        )
+
+
+def _gather(window: _Window, take: np.ndarray) -> Columns:
+    """Rows `take` of the window's row groups laid end to end."""
+    which = np.searchsorted(window.starts, take, side="right") - 1
+    first = window.groups[0]
+    made = Columns(*(np.empty((len(take), *column.shape[1:]), column.dtype) for column in first))
+    for g in np.unique(which):
+        rows = which == g
+        for target, column in zip(made, window.groups[g], strict=True):
+            target[rows] = column[take[rows] - window.starts[g]]
+    return made
 
 
 def real_images(folder: Folder, config: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     """All of images/ in order: uint8 (n, C, H, W) and labels (n,). For data sets that fit in memory."""
     count, size = int(config["count"]), int(config["shard_size"])
-    parts = [decode(folder.read(shard_name(k))) for k in range(shard_count(count, size))]
-    return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
+    parts = [decode(folder.read(shard_name(k)))[0] for k in range(shard_count(count, size))]
+    return np.concatenate([part.images for part in parts]), np.concatenate([part.labels for part in parts])
 
 
 def to_float(images: np.ndarray) -> np.ndarray:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from harness import ROOT, TINY_PAIRS, TINY_TEACHER, Head, Run, free_port
+from harness import ROOT, S3_KEYS, TINY_PAIRS, TINY_TEACHER, Head, Run, free_port
 
 
 @pytest.fixture(scope="session")
@@ -27,7 +27,7 @@ def head() -> Iterator[Head]:
             f"--port={address.split(':')[1]}", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1",
             "--num-cpus=4", "--object-store-memory=200000000", f"--temp-dir={folder}", "--disable-usage-stats",
         ]  # fmt: skip
-        environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_TRAIN_ENABLE_PRINT_PATCH": "0"}
+        environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_TRAIN_ENABLE_PRINT_PATCH": "0", **S3_KEYS}
         log = open(Path(folder) / "head.log", "wb")  # noqa: SIM115
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
         deadline = time.monotonic() + 90

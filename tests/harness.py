@@ -20,6 +20,7 @@ TINY_TEACHER = [
     "--teacher.checkpoint-every", "10",
     "--teacher.log-every", "5",
 ]  # fmt: skip
+S3_KEYS = {"AWS_ACCESS_KEY_ID": "test:tester", "AWS_SECRET_ACCESS_KEY": "testing"}  # of the tests' own server
 TINY_PAIRS = [
     "--pairs.count", "300",
     "--pairs.shard-size", "50",

@@ -17,7 +17,7 @@ from beeline.checkpoint import build, dump
 from beeline.config import EvaluateConfig, NetworkConfig
 from beeline.errors import BeelineError
 from evaluation.measure import jobs_of, parse_steps, teacher_row
-from evaluation.sheet import GAP, sheet_png, to_uint8
+from pipeline.sheet import GAP, sheet_png, to_uint8
 
 SMALL = [
     "--evaluate.draws", "2",

@@ -73,7 +73,7 @@ def test_a_truncated_shard_is_found_and_made_again(run: Run, trained: Path, tmp_
 
 def test_pairs_are_the_teachers_and_x0_is_not_stored(trained: Path) -> None:
     data = (trained / "pairs" / "part-00003.parquet").read_bytes()
-    x1, labels, indices, metadata = decode(data)
+    (x1, labels, indices), metadata = decode(data)
     assert set(pq.read_schema(trained / "pairs" / "part-00003.parquet").names) == {"index", "label", "x1"}
     assert list(indices) == list(range(150, 200))
     assert labels.tolist() == [i % 10 for i in indices]
@@ -91,10 +91,10 @@ def test_pairs_of_a_calibrated_solver(run: Run, trained: Path, tmp_path: Path) -
     calibrate = [sys.executable, "-m", "beeline.calibrate", str(workspace / "teacher"), "--evaluations", "6", "--trials", "10"]
     subprocess.run([*calibrate, "--noises", "8", "--held-out", "8"], check=True, capture_output=True)
     run(*arguments)
-    x1, labels, indices, metadata = decode((workspace / "pairs" / "part-00001.parquet").read_bytes())
+    (x1, labels, indices), metadata = decode((workspace / "pairs" / "part-00001.parquet").read_bytes())
     teacher = beeline.load(workspace / "teacher")
     assert metadata["plan"]["pairs"]["solver"] == "calibrated"
-    assert tuple(metadata["plan"]["levels"]) == teacher.levels
+    assert tuple(metadata["plan"]["sigmas"]) == teacher.levels
     again = sample(teacher, indices.tolist(), torch.from_numpy(labels.copy()), seed=0, solver="calibrated")
     np.testing.assert_allclose(again.numpy(), x1, atol=1e-4)
 

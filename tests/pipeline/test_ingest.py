@@ -42,7 +42,7 @@ def test_corrupt_images_are_counted_and_named(run: Run, tmp_path: Path) -> None:
     for name, k in {"cat/03.jpg": 3, "dog/21.jpg": 21}.items():
         (photos / name).write_bytes(photo(8 * k))
     run("pipeline/ingest_images.py", *arguments)
-    parts = [decode(path.read_bytes()) for path in sorted(images.glob("part-*"))]
-    assert [index for part in parts for index in part[2].tolist()] == list(range(30))
-    assert [int(image.mean()) for part in parts for image in part[0]] == [8 * k for k in range(30)]
-    assert [label for part in parts for label in part[1].tolist()] == [0] * 15 + [1] * 15
+    parts = [decode(path.read_bytes())[0] for path in sorted(images.glob("part-*"))]
+    assert [index for part in parts for index in part.indices.tolist()] == list(range(30))
+    assert [int(image.mean()) for part in parts for image in part.images] == [8 * k for k in range(30)]
+    assert [label for part in parts for label in part.labels.tolist()] == [0] * 15 + [1] * 15

@@ -65,7 +65,7 @@ def test_shard_round_trip_and_same_bytes(dtype: type) -> None:
     labels = np.arange(9, dtype=np.int32)
     data = shards.encode("image", images, labels, range(9), PLAN, note=1)
     assert data == shards.encode("image", images, labels, range(9), PLAN, note=1)
-    back, back_labels, indices, metadata = shards.decode(data)
+    (back, back_labels, indices), metadata = shards.decode(data)
     assert back.dtype == dtype
     np.testing.assert_array_equal(back, images)
     np.testing.assert_array_equal(back_labels, labels)
@@ -91,13 +91,13 @@ def test_plain_pyarrow_reads_a_shard(tmp_path: Path) -> None:
 def test_todo_names_what_is_missing_truncated_or_foreign(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = Folder(str(tmp_path))
     write_pairs(folder)
-    assert shards.todo(folder, PLAN, 50, 8) == []
+    assert shards.survey(folder, PLAN, 50, 8).todo == []
     (tmp_path / "part-00000.parquet").unlink()
     truncated = (tmp_path / "part-00002.parquet").read_bytes()[:-100]
     (tmp_path / "part-00002.parquet").write_bytes(truncated)
     other = shards.encode("x1", np.zeros((8, 1, 4, 4), np.float32), np.zeros(8), range(8), {"pairs": {"seed": 4}})
     (tmp_path / "part-00004.parquet").write_bytes(other)
-    assert shards.todo(folder, PLAN, 50, 8) == [0, 2, 4]
+    assert shards.survey(folder, PLAN, 50, 8).todo == [0, 2, 4]
     said = capsys.readouterr().out
     assert "part-00002.parquet: unreadable" in said
     assert "part-00004.parquet: made by another plan" in said

@@ -1,0 +1,73 @@
+"""The manifest of a shard store: a row per shard that says how it was made, and what that took.
+
+The driver keeps it and publishes it every half minute: of shards that were published just before a driver was killed the
+sizes are known, and nothing else. Nothing depends on it but sums: whether a shard is there and sound, its file says.
+"""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.storage import Folder
+
+MANIFEST = "manifest.parquet"
+EVERY = 30.0  # seconds
+SCHEMA = pa.schema(
+    [
+        pa.field("shard", pa.int64()),
+        pa.field("pairs", pa.int64()),
+        pa.field("bytes", pa.int64()),
+        pa.field("crc32", pa.int64(), metadata={"of": "the file"}),
+        pa.field("evaluations", pa.int64()),
+        pa.field("published", pa.timestamp("ms", "UTC")),
+        pa.field("sampling_seconds", pa.float64()),
+        pa.field("writing_seconds", pa.float64()),
+        pa.field("waiting_seconds", pa.float64()),
+        pa.field("retries", pa.int64()),
+        pa.field("node", pa.string()),
+    ]
+)
+
+
+class Manifest:
+    """The manifest in `folder`, read if it is there; `sizes` (bytes by shard) are the shards that are sound."""
+
+    def __init__(self, folder: Folder, sizes: Mapping[int, int]) -> None:
+        self.folder = folder
+        self.rows: dict[int, dict[str, Any]] = {k: {"shard": k, "bytes": size} for k, size in sizes.items()}
+        for row in read_manifest(folder):
+            if sizes.get(row["shard"]) == row["bytes"]:
+                self.rows[row["shard"]] = row
+        self._published = time.monotonic()
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Take the row of a shard that has just been published."""
+        self.rows[row["shard"]] = {name: row.get(name) for name in SCHEMA.names}
+        if time.monotonic() - self._published > EVERY:
+            self.publish()
+
+    def publish(self) -> None:
+        """Write manifest.parquet."""
+        table = pa.Table.from_pylist([self.rows[k] for k in sorted(self.rows)], schema=SCHEMA)
+        sink = io.BytesIO()
+        pq.write_table(table, sink, compression="zstd")
+        self.folder.write(MANIFEST, sink.getvalue())
+        self._published = time.monotonic()
+
+    def total(self, name: str) -> float:
+        """The sum of a column over the shards whose making is known."""
+        return sum(row.get(name) or 0 for row in self.rows.values())
+
+
+def read_manifest(folder: Folder) -> list[dict[str, Any]]:
+    """The rows of a folder's manifest; [] where there is none, or none that can be read."""
+    try:
+        return pq.read_table(io.BytesIO(folder.read(MANIFEST))).to_pylist()
+    except (FileNotFoundError, pa.ArrowException, OSError):
+        return []
