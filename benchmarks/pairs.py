@@ -1,0 +1,202 @@
+"""Making pairs through Ray against the same sampler in a plain loop on the same machine.
+
+    python -m benchmarks.pairs                    # everything, about 20 minutes on two cores
+    python -m benchmarks.pairs --only throughput  # or scaling, startup, shard, memory
+
+- throughput: one actor's pairs/s, publishing included, over those of a plain loop that publishes nothing.
+- scaling: shards/s of 1 to 32 actors whose teacher only sleeps, over the ideal: so many plain loops.
+- startup: seconds to the first shard, for few shards and for the 3,907 of 4 million ImageNet pairs.
+- shard: seconds that a shard costs beyond a plain loop that does publish; a stub teacher that returns at once.
+- memory: peak of driver and actor, from 10 thousand pairs to 10 million; a stub teacher.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import logging
+import resource
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from torch import nn
+
+from beeline.checkpoint import build
+from beeline.config import PairsConfig, PoolConfig
+from beeline.denoiser import Denoiser
+from beeline.noise import x0
+from beeline.recipes import digits
+from benchmarks.machine import describe, write
+from pipeline.gen_pairs import PairShards, make_pairs, pair_labels, plan_of
+from pipeline.pool import run_pool
+from pipeline.shards import shard_count
+from pipeline.storage import Folder
+
+KINDS = ("throughput", "scaling", "startup", "shard", "memory")
+IMAGENET_SHARDS = 3_907
+
+
+class Sleeper(nn.Module):
+    """A network that takes `seconds` and returns its input."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self.seconds, self.weight = seconds, nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: torch.Tensor, *_: Any) -> torch.Tensor:
+        if self.seconds:
+            time.sleep(self.seconds)
+        return x
+
+
+def teacher(seconds: float | None) -> Denoiser:
+    """The digits' network with random weights; with `seconds`, one that sleeps so long at each evaluation."""
+    model = build(digits().teacher.network).eval()
+    if seconds is not None:
+        model.model = Sleeper(seconds)
+    return model
+
+
+class Worker(PairShards):
+    """The worker of gen_pairs.py. Its rows tell its peak memory, too."""
+
+    def work(self, k: int) -> dict[str, Any]:
+        """As PairShards."""
+        return super().work(k) | {"mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+
+
+def pairs_config(count: int, shard_size: int, evaluations: int = 35) -> PairsConfig:
+    """Settings of a store; Heun with that many evaluations."""
+    return PairsConfig(count=count, shard_size=shard_size, batch_size=shard_size, num_steps=(evaluations + 1) // 2)
+
+
+def through_ray(config: PairsConfig, actors: int, seconds: float | None, shards: int | None = None) -> list[dict[str, Any]]:
+    """The rows of a run with `actors` actors, each with the seconds since the call at which it came back."""
+    rows = []
+    with tempfile.TemporaryDirectory() as directory:
+        model = teacher(seconds)
+        plan = plan_of(config, model, "benchmark", None)
+        arguments = {"folder": Folder(directory), "plan": plan, "config": config, "load": functools.partial(teacher, seconds)}
+        pool = PoolConfig(min_actors=actors, max_actors=actors, cpus=0.01, threads=1)
+        start = time.perf_counter()
+        items = range(shard_count(config.count, config.shard_size))
+        for row in run_pool(Worker, arguments, items, pool, overlap=True):
+            rows.append(row | {"at": time.perf_counter() - start})
+            if len(rows) == shards:
+                break
+    return rows
+
+
+def plain_loop(config: PairsConfig, shards: int, seconds: float | None, *, publish: bool) -> float:
+    """Seconds per shard of a plain loop in this process, on one thread."""
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as directory:
+        model = teacher(seconds)
+        worker = PairShards(Folder(directory), plan_of(config, model, "benchmark", None), config, lambda: model)
+
+        def one(k: int) -> None:
+            if publish:
+                worker.work(k)
+            else:
+                rows = range(k * config.shard_size, (k + 1) * config.shard_size)
+                noise = x0(config.seed, rows, model.image_shape)
+                make_pairs(worker.teacher, noise, pair_labels(rows, model.label_dim), config)
+
+        one(0)
+        start = time.perf_counter()
+        for k in range(shards):
+            one(k)
+        return (time.perf_counter() - start) / shards
+
+
+def rate(rows: list[dict[str, Any]], skip: int) -> float:
+    """Shards/s between row `skip` and the last but `skip`: neither start nor end of a run."""
+    times = sorted(row["at"] for row in rows)[skip : len(rows) - skip]
+    return (len(times) - 1) / (times[-1] - times[0])
+
+
+def throughput(shards: int = 14, rounds: int = 3) -> dict[str, Any]:
+    """See above; loop and Ray take turns."""
+    config = pairs_config(shards * 512, 512)
+    ratios, loops = [], []
+    for _ in range(rounds):
+        loop = plain_loop(config, shards // 2, None, publish=False)
+        ratios.append(rate(through_ray(config, 1, None), 2) * loop)
+        loops.append(loop)
+        print(f"throughput: {512 / loop:.1f} pairs/s in a loop; {ratios[-1]:.3f} of it through Ray", flush=True)
+    return {"pairs_per_s_in_a_loop": 512 / float(np.median(loops)), "share_through_ray": float(np.median(ratios)), "of": ratios}
+
+
+def scaling(actors: tuple[int, ...] = (1, 2, 4, 8, 16, 32), shards_each: int = 8, seconds: float = 5.0) -> list[dict[str, Any]]:
+    """See above; a shard sleeps `seconds`, a twelfth to a fortieth of what a shard should take."""
+    found = []
+    config = pairs_config(64 * shards_each * max(actors), 64, evaluations=5)
+    loop = plain_loop(config, 2, seconds / 5, publish=False)
+    for n in actors:
+        rows = through_ray(pairs_config(64 * shards_each * n, 64, evaluations=5), n, seconds / 5)
+        done = rate(rows, n)
+        found.append({"actors": n, "shards_per_s": done, "ideal": n / loop, "share": done * loop / n})
+        print(f"scaling: {n} actors, {done:.2f} shards/s, {found[-1]['share']:.3f} of ideal", flush=True)
+    return found
+
+
+def startup() -> list[dict[str, Any]]:
+    """See above, with Ray already up."""
+    found = []
+    for shards in (1, 100, IMAGENET_SHARDS):
+        rows = through_ray(pairs_config(16 * shards, 16, evaluations=1), 1, 0.0, shards=1)
+        found.append({"shards": shards, "seconds_to_the_first": rows[0]["at"]})
+        print(f"startup: {shards} shards, the first after {rows[0]['at']:.1f} s", flush=True)
+    return found
+
+
+def shard(shards: int = 300) -> dict[str, float]:
+    """See above."""
+    config = pairs_config(16 * shards, 16, evaluations=1)
+    loop = plain_loop(config, shards, 0.0, publish=True)
+    ours = 1 / rate(through_ray(config, 1, 0.0), shards // 10)
+    print(f"shard: {ours * 1000:.1f} ms through Ray, {loop * 1000:.1f} ms in a loop", flush=True)
+    return {"seconds_through_ray": ours, "seconds_in_a_loop": loop, "fixed_cost_s": ours - loop}
+
+
+def memory(counts: tuple[int, ...]) -> list[dict[str, float]]:
+    """See above: peaks so far, in rising order of counts. The stub samples 1x8x8 images in shards of 8,192."""
+    found = []
+    for count in counts:
+        rows = through_ray(pairs_config(count, 8192, evaluations=1), 1, 0.0)
+        driver = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        found.append(
+            {"pairs": count, "driver_mb": driver, "actor_mb": max(row["mb"] for row in rows), "seconds": rows[-1]["at"]}
+        )
+        print(f"memory: {count:,} pairs, driver {driver:.0f} MB, actor {found[-1]['actor_mb']:.0f} MB", flush=True)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description="Making pairs through Ray.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--only", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--counts", type=int, nargs="+", default=[10_000, 100_000, 1_000_000, 10_000_000], help="of memory")
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    ray.init(address="local", num_cpus=4, include_dashboard=False, object_store_memory=300 * 2**20, logging_level=logging.ERROR)
+    kinds = {
+        "throughput": throughput,
+        "scaling": scaling,
+        "startup": startup,
+        "shard": shard,
+        "memory": functools.partial(memory, tuple(arguments.counts)),
+    }
+    result: dict[str, Any] = {"machine": describe(torch.device("cpu")), "ray": ray.__version__}
+    result |= {name: kinds[name]() for name in kinds if name in arguments.only}
+    write("pairs", result, arguments.out)
+
+
+if __name__ == "__main__":
+    main()
