@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import socket
 import subprocess
 import time
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
@@ -52,6 +54,18 @@ class Head:
         """The processes of this head's actors whose title has `name` in it: its raylet is their parent."""
         named = [p for p in psutil.process_iter() if name in _title(p)]
         return [p for p in named if (parent := p.parent()) and self.folder in _title(parent)]
+
+    def metrics(self) -> dict[str, float]:
+        """The sums of this head's Prometheus series, over their labels."""
+        discovery = Path(self.folder) / "prom_metrics_service_discovery.json"
+        sums: dict[str, float] = {}
+        for target in json.loads(discovery.read_text())[0]["targets"] if discovery.exists() else []:
+            with urllib.request.urlopen(f"http://{target}/metrics", timeout=10) as answer:
+                for line in answer.read().decode().splitlines():
+                    if line and not line.startswith("#"):
+                        name, value = line.split("{")[0].split(" ")[0], line.rsplit(" ", 1)[1]
+                        sums[name] = sums.get(name, 0.0) + float(value)
+        return sums
 
 
 def _title(process: psutil.Process) -> str:

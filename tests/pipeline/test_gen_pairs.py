@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -18,8 +24,13 @@ from harness import ROOT, TINY_PAIRS, Head, Run, files, wait_for
 
 import beeline
 from beeline.noise import crc32, x0
+from beeline.recipes import digits
 from beeline.samplers import sample
+from pipeline import metrics
+from pipeline.gen_pairs import PairShards, plan_of
+from pipeline.reader import ShardReader
 from pipeline.shards import decode
+from pipeline.storage import Folder
 
 
 def fresh(trained: Path, tmp_path: Path) -> Path:
@@ -109,3 +120,92 @@ def test_an_imported_teacher_is_used_as_it_is(run: Run, trained: Path, tmp_path:
     assert "imported from released.pkl" in run("trainers/train_teacher.py", "digits", "--workspace", workspace).stdout
     run("pipeline/gen_pairs.py", "digits", "--workspace", workspace, *TINY_PAIRS)
     assert files(workspace / "pairs", "part-*") == files(trained / "pairs", "part-*")
+
+
+def test_one_shard_is_published_while_the_next_is_sampled(trained: Path, tmp_path: Path) -> None:
+    sampling = threading.Semaphore(0)
+
+    class Watched(PairShards):
+        def _sample(self, rows: range) -> Any:
+            sampling.release()
+            return super()._sample(rows)
+
+    class Slow(Folder):
+        def write(self, name: str, data: bytes) -> None:
+            if name == "part-00000.parquet":
+                assert sampling.acquire(timeout=60), "nothing was sampled while a shard was published"
+            super().write(name, data)
+
+    teacher = beeline.load(trained / "teacher")
+    config = dataclasses.replace(digits().pairs, count=50, shard_size=25, num_steps=2)
+    worker = Watched(Slow(str(tmp_path)), plan_of(config, teacher, "", None), config, lambda: teacher)
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(worker.work, 0)
+        assert sampling.acquire(timeout=60)
+        rows = [first, threads.submit(worker.work, 1)]
+        assert [row.result()["shard"] for row in rows] == [0, 1]
+
+
+def test_what_is_watched(head: Head, trained: Path, tmp_path: Path) -> None:
+    """Progress and cost in the log, what is left in the first line, counters on Ray's Prometheus endpoint."""
+    workspace = fresh(trained, tmp_path)
+    settings = ["--pairs.count", "1500", "--pairs.shard-size", "25", "--pairs.batch-size", "25", "--pairs.pool.price", "3600"]
+    process = subprocess.Popen(
+        [sys.executable, "pipeline/gen_pairs.py", "digits", "--workspace", str(workspace), *settings],
+        cwd=ROOT, env=head.environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    series = {f"ray_beeline_{name}_total" for name in metrics.COUNTERS.keys() - {"images", "retries"}}
+    wait_for(lambda: series <= head.metrics().keys(), 120, f"{series} on the endpoint")
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert "pairs: 0 of 60 shards are there (0.00 GB); 1,500 of 1,500 pairs are left, 35 evaluations each" in output
+    assert re.search(
+        r"pairs: [\d,]+ of 1,500 pairs, [\d.]+/s, \d+ s left; 0\.\d\d actor-hours costing \d+\.\d\d so far", output
+    )
+    assert re.search(r"actors sampled \d+ s, waited \d+ s, published \d+ s meanwhile, repeated 0 requests", output)
+
+
+def test_a_full_disk_loses_nothing(trained: Path, tmp_path: Path) -> None:
+    """In a mount namespace of its own with a small disk: the message names it, and with more room the run goes on."""
+    disk, kept = tmp_path / "disk", tmp_path / "kept"
+    disk.mkdir()
+    source = fresh(trained, tmp_path)
+    size = sum(path.stat().st_size + 4096 for path in source.rglob("*")) + 60_000
+    command = f"{sys.executable} pipeline/gen_pairs.py digits --workspace {disk}/ws {' '.join(TINY_PAIRS)}"
+    script = f"""
+        mount -t tmpfs -o size={size} small {disk} || exit 99
+        cp -r {source} {disk}/ws
+        {command} 2>{tmp_path}/first && exit 98
+        ls {disk}/ws/pairs >{tmp_path}/listing
+        mount -o remount,size=100m {disk}
+        {command} >{tmp_path}/second && cp -r {disk}/ws/pairs {kept}
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    done = subprocess.run(["unshare", "-rm", "sh", "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True)
+    if done.returncode == 99 or "unshare" in done.stderr:
+        pytest.skip("this machine lets nobody mount a small disk")
+    assert done.returncode == 0, done.stderr
+    assert "No space left on device" in (tmp_path / "first").read_text()
+    there = (tmp_path / "listing").read_text().split()
+    assert not [name for name in there if name.endswith(".tmp")]
+    shards = sum(name.startswith("part-") for name in there)
+    assert f"pairs: {shards} of 6 shards are there" in (tmp_path / "second").read_text()
+    assert files(kept, "part-*") == files(trained / "pairs", "part-*")
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [("float16", 2.5e-4), ("uint8", 4e-3)])
+def test_smaller_stores_are_near(dtype: str, bound: float, run: Run, trained: Path, tmp_path: Path) -> None:
+    workspace = fresh(trained, tmp_path)
+    run("pipeline/gen_pairs.py", "digits", "--workspace", workspace, *TINY_PAIRS, "--pairs.dtype", dtype)
+    plan = json.loads((workspace / "pairs" / "plan.json").read_text())
+    small = ShardReader(Folder(str(workspace / "pairs")), plan["pairs"], seed=0).batch(0, 300)
+    whole = ShardReader(Folder(str(trained / "pairs")), plan["pairs"], seed=0).batch(0, 300)
+    np.testing.assert_array_equal(small["index"], whole["index"])
+    np.testing.assert_allclose(small["x1"], whole["x1"].clip(-1, 1) if dtype == "uint8" else whole["x1"], atol=bound)
+    assert small["x1"].dtype == np.float32
+
+
+def test_a_shard_that_is_too_large_is_refused(run: Run, trained: Path) -> None:
+    too_large = ["--pairs.count", "1000000", "--pairs.shard-size", "1000000"]
+    failed = run("pipeline/gen_pairs.py", "digits", "--workspace", trained, *too_large, ok=False)
+    assert "over 128 MB; expected at most --pairs.shard-size 524288" in failed.stderr
