@@ -142,7 +142,7 @@ class ShardReader:
                     return columns(file.read_row_group(inner), metadata)
             except (pa.ArrowException, OSError, ValueError) as error:
                 if attempt == ATTEMPTS:
-                    raise self._damaged(shard, error) from error
+                    raise damaged(self.folder, shard, error) from error
         raise AssertionError
 
     def _read_footer(self, shard: int) -> tuple[pq.FileMetaData, dict[str, Any]]:
@@ -151,13 +151,14 @@ class ShardReader:
                 footer = pq.read_metadata(source)
             return footer, shard_metadata(footer)
         except (pa.ArrowException, OSError, ValueError) as error:
-            raise self._damaged(shard, error) from error
+            raise damaged(self.folder, shard, error) from error
 
-    def _damaged(self, shard: int, error: Exception) -> BeelineError:
-        return BeelineError(
-            f"{self.folder}/{shard_name(shard)} is damaged ({error}); remove it and run the command that makes this folder "
-            "again (pipeline/verify_pairs.py finds every such shard)"
-        )
+
+def damaged(folder: Folder, shard: int, error: Exception) -> BeelineError:
+    """What to say of a shard that cannot be read."""
+    return BeelineError(
+        f"{folder}/{shard_name(shard)} is damaged ({error}); remove it and run the command that makes this folder again"
+    )
 
 
 def _gather(window: _Window, take: np.ndarray) -> Columns:
@@ -174,8 +175,12 @@ def _gather(window: _Window, take: np.ndarray) -> Columns:
 
 def real_images(folder: Folder, config: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     """All of images/ in order: uint8 (n, C, H, W) and labels (n,). For data sets that fit in memory."""
-    count, size = int(config["count"]), int(config["shard_size"])
-    parts = [decode(folder.read(shard_name(k)))[0] for k in range(shard_count(count, size))]
+    parts = []
+    for k in range(shard_count(int(config["count"]), int(config["shard_size"]))):
+        try:
+            parts.append(decode(folder.read(shard_name(k)))[0])
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise damaged(folder, k, error) from error
     return np.concatenate([part.images for part in parts]), np.concatenate([part.labels for part in parts])
 
 

@@ -119,7 +119,7 @@ def shard_metadata(footer: pq.FileMetaData) -> dict[str, Any]:
     """Beeline's metadata in a shard's footer. Raises ValueError if it is not of this format."""
     metadata = json.loads((footer.metadata or {}).get(b"beeline", b"{}"))
     if metadata.get("format") != FORMAT:
-        raise ValueError(f"format {metadata.get('format')!r} where {FORMAT} was expected")
+        raise ValueError(f"format {metadata.get('format')!r}, which another version of Beeline made; {FORMAT} is expected")
     return metadata
 
 

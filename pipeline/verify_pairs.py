@@ -59,10 +59,10 @@ class CheckShards:
     def work(self, k: int) -> dict[str, Any]:
         """The row: what is wrong with the shard ("" for nothing), how far re-sampled pairs are (RMS, -1 for none) and
         rows for the contact sheet."""
-        row: dict[str, Any] = {"shard": k, "trouble": "", "bytes": 0, "distance": -1.0, "images": b""}
+        row: dict[str, Any] = {"shard": k, "trouble": "", "read": 0, "distance": -1.0, "picked": b""}
         try:
             data = self.folder.read(shard_name(k))
-            row["bytes"] = len(data)
+            row["read"] = len(data)
             rows, metadata = decode(data)
         except FileNotFoundError:
             return row | {"trouble": "missing"}
@@ -74,7 +74,7 @@ class CheckShards:
             if row["distance"] > OTHER_DEVICE:
                 row["trouble"] = f"its teacher makes other images of the same noise, RMS {row['distance']:.3f} away"
         if not row["trouble"] and k in self.shown:
-            row["images"] = np.ascontiguousarray(_float(rows.images[self.shown[k]])).tobytes()
+            row["picked"] = np.ascontiguousarray(_float(rows.images[self.shown[k]])).tobytes()
         return row
 
     def _trouble(self, k: int, data: bytes, rows: Columns, metadata: Mapping[str, Any]) -> str:
@@ -150,10 +150,10 @@ def verify_pairs(workspace: str, recipe: tyro.conf.Suppress[str], verify: Verify
     troubles = {shard_name(k): rows[k]["trouble"] for k in shards if rows[k]["trouble"]}
     names = {shard_name(k) for k in shards}
     strangers = [name for name in folder.sizes() if name.startswith("part-") and name not in names]
-    _draw(folder, [rows[k]["images"] for k in shards], plan)
+    _draw(folder, [rows[k]["picked"] for k in shards], plan)
     again = [rows[k]["distance"] for k in arguments["resample"] if rows[k]["distance"] >= 0]
     print(
-        f"verify: {config.count:,} pairs in {len(shards):,} shards, {sum(row['bytes'] for row in rows.values()) / 1e9:.2f} GB; "
+        f"verify: {config.count:,} pairs in {len(shards):,} shards, {sum(row['read'] for row in rows.values()) / 1e9:.2f} GB; "
         f"{len(shards) - len(troubles):,} shards are sound, {len(arguments['remake'])} with their noise made again"
         + (f"; {len(again)} batches sampled again, RMS {max(again):.2g} away at most" if again else "")
         + f"; {folder}/{CONTACT}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -60,7 +61,7 @@ class Head:
         discovery = Path(self.folder) / "prom_metrics_service_discovery.json"
         sums: dict[str, float] = {}
         for target in json.loads(discovery.read_text())[0]["targets"] if discovery.exists() else []:
-            with urllib.request.urlopen(f"http://{target}/metrics", timeout=10) as answer:
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://{target}/metrics", timeout=10) as answer:
                 for line in answer.read().decode().splitlines():
                     if line and not line.startswith("#"):
                         name, value = line.split("{")[0].split(" ")[0], line.rsplit(" ", 1)[1]
