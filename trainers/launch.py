@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import pyarrow.fs
 import ray.train
 import ray.train.torch
 import torch
@@ -74,7 +73,7 @@ def check_batch(batch_size: int, workers: WorkersConfig, accumulate: int = 1) ->
 
 def ray_storage(folder: Folder) -> dict[str, Any]:
     """The arguments that make a RunConfig of Train or Tune keep its files in `folder`."""
-    filesystem, path = pyarrow.fs.FileSystem.from_uri(folder.uri)
+    filesystem, path = folder.arrow()
     return {"storage_path": path, "storage_filesystem": filesystem}
 
 
