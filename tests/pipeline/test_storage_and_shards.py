@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -10,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import pipeline.reader
 from beeline import noise
 from beeline.errors import BeelineError
 from pipeline import shards
@@ -59,7 +62,7 @@ def test_shards_cover_every_row_once(count: int, size: int) -> None:
     assert rows == list(range(count))
 
 
-@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+@pytest.mark.parametrize("dtype", [np.uint8, np.float16, np.float32])
 def test_shard_round_trip_and_same_bytes(dtype: type) -> None:
     images = np.random.default_rng(0).integers(0, 255, (9, 3, 4, 4)).astype(dtype)
     labels = np.arange(9, dtype=np.int32)
@@ -109,29 +112,51 @@ def test_todo_names_what_is_missing_truncated_or_foreign(tmp_path: Path, capsys:
     batch=st.integers(1, 30),
     ranks=st.sampled_from([1, 2, 3]),
     step=st.integers(0, 8),
-    wide=st.booleans(),
+    windows=st.booleans(),
 )
 def test_reader_order_depends_on_seed_and_position_alone(
-    tmp_path_factory: pytest.TempPathFactory, seed: int, batch: int, ranks: int, step: int, wide: bool
+    tmp_path_factory: pytest.TempPathFactory, seed: int, batch: int, ranks: int, step: int, windows: bool
 ) -> None:
-    plan = {"pairs": {"count": 50, "shard_size": 2 if wide else 8, "seed": 3}}
-    folder = tmp_path_factory.getbasetemp() / f"reader-{wide}"
-    if not folder.exists():
-        write_pairs(Folder(str(folder)), plan)
+    """Also where a shard has several row groups and an epoch several windows, and whatever was read ahead."""
+    folder = tmp_path_factory.getbasetemp() / f"reader-{windows}"
+    with (
+        patch.object(shards, "ROW_GROUP_BYTES", 3 * 64 if windows else 2**20),
+        patch.object(pipeline.reader, "WINDOW", 4 if windows else 64),
+    ):
+        if not folder.exists():
+            write_pairs(Folder(str(folder)))
 
-    def reader() -> ShardReader:
-        return ShardReader(Folder(str(folder)), plan["pairs"], seed)
+        def reader() -> ShardReader:
+            return ShardReader(Folder(str(folder)), PLAN["pairs"], seed)
 
-    def index(rows: dict[str, np.ndarray]) -> list[int]:
-        return rows["x1"][:, 0, 0, 0].astype(int).tolist()
+        def index(rows: dict[str, np.ndarray]) -> list[int]:
+            assert rows["x1"][:, 0, 0, 0].astype(int).tolist() == rows["index"].tolist()
+            assert rows["label"].tolist() == (rows["index"] % 10).tolist()
+            return rows["index"].tolist()
 
-    epoch = reader().batch(50, 50)
-    assert sorted(index(epoch)) == list(range(50))
-    np.testing.assert_array_equal(epoch["noise"], noise.x0(3, index(epoch), (1, 4, 4)))
-    size = batch * ranks
-    whole = index(reader().batch(step * size, size))
-    assert whole == [i for r in range(ranks) for i in index(reader().batch(step * size + r * batch, batch))]
-    assert index(reader().batch(0, 50)) != index(reader().batch(50, 50))
+        assert reader().groups == (19 if windows else 7)
+        epoch = reader().batch(50, 50)
+        assert sorted(index(epoch)) == list(range(50))
+        np.testing.assert_array_equal(epoch["noise"], noise.x0(3, index(epoch), (1, 4, 4)))
+        assert index(reader().batch(0, 50)) != index(epoch)
+        size = batch * ranks
+        whole = index(reader().batch(step * size, size))
+        assert whole == [i for r in range(ranks) for i in index(reader().batch(step * size + r * batch, batch))]
+        one_after_the_other = reader()
+        parts = [index(one_after_the_other.batch(k * size, batch)) for k in range(step + 1)]
+        assert parts[-1] == whole[:batch]
+
+
+def test_noise_that_cannot_be_made_again_is_noticed(tmp_path: Path) -> None:
+    folder = Folder(str(tmp_path))
+    rows = range(50)
+    x1 = np.zeros((50, 1, 4, 4), np.float32)
+    config = {"count": 50, "shard_size": 50, "seed": 3}
+    for crc, said in ((noise.crc32(noise.x0(3, rows, (1, 4, 4))), None), (1, r"other noise than NumPy .* draws here")):
+        data = shards.encode("x1", x1, np.zeros(50, np.int32), rows, {"pairs": config}, x0_crc32=crc)
+        folder.write(shards.shard_name(0), data)
+        with pytest.raises(BeelineError, match=said) if said else contextlib.nullcontext():
+            ShardReader(folder, config, seed=0)
 
 
 def test_a_damaged_shard_is_named_to_the_reader(tmp_path: Path) -> None:
