@@ -30,6 +30,7 @@ def run_pool(
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    context.issue_detectors_config.high_memory_detector_config.detection_time_interval_s = -1  # actors hold a model
     # The pool grows while there is work for more actors, by doubling; it shrinks when all work is handed out.
     context.autoscaling_config.actor_pool_util_upscaling_threshold = GROW_ABOVE
     context.autoscaling_config.actor_pool_util_downscaling_threshold = 0.0

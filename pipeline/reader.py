@@ -10,6 +10,7 @@ from __future__ import annotations
 import bisect
 import functools
 import itertools
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -49,6 +50,8 @@ class ShardReader:
         self._windows: dict[tuple[int, int], Future[_Window]] = {}
         self._next: tuple[tuple[int, int], Future[dict[str, np.ndarray]]] | None = None
         self._last: int | None = None
+        self.waited = 0.0
+        """Seconds that callers of `batch` have waited so far."""
         self._batches, self._ahead = ThreadPoolExecutor(1, "batches"), ThreadPoolExecutor(1, "windows")
         self._loaders = ThreadPoolExecutor(LOADERS, "row-groups")
         self.metadata = self._footer(0)[1]
@@ -70,7 +73,10 @@ class ShardReader:
         following = start + (start - self._last if self._last is not None and start > self._last else size)
         self._last = start
         self._next = self._submit(following, size)
-        return made.result()
+        start_waiting = time.monotonic()
+        rows = made.result()
+        self.waited += time.monotonic() - start_waiting
+        return rows
 
     def _submit(self, start: int, size: int) -> tuple[tuple[int, int], Future[dict[str, np.ndarray]]]:
         return (start, size), self._batches.submit(self._make, start, size)

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import resource
 import time
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
@@ -20,9 +21,12 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from beeline.config import OptimizerConfig
+from beeline.errors import BeelineError
 from beeline.noise import stream_seed
+from pipeline.reader import ShardReader
 from pipeline.storage import Folder
 
+MAX_SKIPPED = 100  # steps in a row
 LOG = "train.jsonl"
 State = dict[str, Any]
 
@@ -37,6 +41,12 @@ class Session:
     folder: Folder
     restored: State | None = None
     save: Callable[[int, dict[str, float], State | None], None]
+    readers: list[ShardReader] = dataclasses.field(default_factory=list, init=False)
+
+    def read(self, folder: Folder, config: dict[str, Any], seed: int) -> ShardReader:
+        """A reader of shards; the log tells how long steps wait for it."""
+        self.readers.append(ShardReader(folder, config, seed))
+        return self.readers[-1]
 
     def share(self, batch_size: int, step: int) -> tuple[int, int]:
         """(start, size) of this rank's part of global batch `step` in the endless stream of rows."""
@@ -86,8 +96,11 @@ class Task(Protocol):
 
 
 def run(task: Task, session: Session, *, log_every: int, checkpoint_every: int) -> None:
-    """Train `task` to its end, from `session.restored` where there is one, and publish the model."""
-    start, skipped, rows = 0, 0, []
+    """Train `task` to its end, from `session.restored` where there is one, and publish the model.
+
+    Raises BeelineError if MAX_SKIPPED steps in a row had gradients that are not finite.
+    """
+    start, skipped, in_a_row, rows = 0, 0, 0, []
     if session.restored is not None:
         start, skipped = session.restored["step"], session.restored["skipped"]
         task.load_state_dict(session.restored["task"])
@@ -96,10 +109,16 @@ def run(task: Task, session: Session, *, log_every: int, checkpoint_every: int) 
             print(f"{task.name}: resumed at step {start} of {task.iterations}", flush=True)
     sums: dict[str, float] = {}
     began = last = time.monotonic()
-    since = start
+    since, waited_before = start, 0.0
     for step in range(start, task.iterations):
         figures = task.step(step)
-        skipped += int(figures.pop("skipped"))
+        bad = int(figures.pop("skipped"))
+        skipped, in_a_row = skipped + bad, in_a_row + 1 if bad else 0
+        if in_a_row == MAX_SKIPPED:
+            raise BeelineError(
+                f"{task.name}: the gradients of {MAX_SKIPPED} steps in a row, up to step {step + 1}, are not finite, and were "
+                "skipped; lower the learning rate, or train in fp32. The last checkpoint is kept"
+            )
         for key, value in figures.items():
             sums[key] = sums.get(key, 0.0) + value
         done = step + 1
@@ -107,6 +126,10 @@ def run(task: Task, session: Session, *, log_every: int, checkpoint_every: int) 
             now = time.monotonic()
             row = {"step": done, **{key: value / (done - since) for key, value in sums.items()}, "skipped": skipped}
             row["images_per_s"] = task.images_per_step * (done - since) / (now - last)
+            waited = sum(reader.waited for reader in session.readers)
+            row["data_wait"] = (waited - waited_before) / (now - last)
+            row["peak_mb"] = peak_memory(session.device)
+            waited_before = waited
             row["seconds"] = now - began
             rows.append(row)
             if session.rank == 0:
@@ -123,6 +146,13 @@ def run(task: Task, session: Session, *, log_every: int, checkpoint_every: int) 
     if session.rank == 0:
         write_log(session.folder, rows)
         task.publish()
+
+
+def peak_memory(device: torch.device) -> float:
+    """The most memory that this process has held so far, in MB: the GPU's, or its own."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def read_log(folder: Folder) -> list[dict[str, Any]]:

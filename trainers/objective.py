@@ -21,7 +21,7 @@ from beeline.discriminator import ProjectedDiscriminator
 from beeline.features import Probe
 from beeline.noise import stream_seed
 from beeline.samplers import FewStep
-from pipeline.reader import ShardReader, to_float
+from pipeline.reader import to_float
 from pipeline.stage import publish_model, require_model, require_probe
 from pipeline.storage import Folder
 from trainers import loop
@@ -54,7 +54,7 @@ class LmmTask:
         device = session.device
         self.model = start_from(require_model(workspace, config.init, recipe)[0]).to(device)
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
-        self.pairs = ShardReader(workspace / "pairs", pairs["pairs"], config.seed)
+        self.pairs = session.read(workspace / "pairs", pairs["pairs"], config.seed)
         self.probe: Probe | None = None
         if any(needs_probe(phase) for phase in self.phases):
             self.probe = require_probe(workspace, "losses", recipe)[0].to(device)
@@ -68,7 +68,7 @@ class LmmTask:
             ).to(device)
             self.parallel_discriminator = session.parallel(self.discriminator)
             self.critic_optimizer = loop.make_optimizer(self.discriminator.parameters(), config.discriminator.optimizer)
-            self.images = ShardReader(workspace / "images", images["images"], config.seed + 1)
+            self.images = session.read(workspace / "images", images["images"], config.seed + 1)
         self._begin_phase(0 if config.reconstruction.iterations else 1)
 
     def _begin_phase(self, number: int) -> None:

@@ -18,7 +18,7 @@ from beeline.denoiser import edm_loss
 from beeline.errors import BeelineError
 from beeline.noise import stream_seed
 from pipeline.command import run_command
-from pipeline.reader import ShardReader, to_float
+from pipeline.reader import to_float
 from pipeline.stage import Stage, check_fits, fingerprint, publish_model, require
 from pipeline.storage import Folder
 from trainers import loop
@@ -38,15 +38,17 @@ class TeacherTask:
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.parallel = session.parallel(self.model)
         self.optimizer = loop.make_optimizer(self.model.parameters(), config.optimizer)
-        self.reader = ShardReader(self.workspace / "images", images["images"], config.seed)
+        self.reader = session.read(self.workspace / "images", images["images"], config.seed)
 
     def step(self, step: int) -> dict[str, float]:
         generator = self.session.generator(self.config.seed, step)
-        start, size = self.session.share(self.config.batch_size, step)
-        total, part = 0.0, size // self.config.accumulate
-        for k in range(self.config.accumulate):
-            with self.session.accumulating(self.parallel, last=k == self.config.accumulate - 1):
-                loss = self._loss(self.reader.batch(start + k * part, part), generator) / self.config.accumulate
+        batch = self.reader.batch(*self.session.share(self.config.batch_size, step))
+        total, parts = 0.0, self.config.accumulate
+        part = len(batch["label"]) // parts
+        for k in range(parts):
+            rows = {name: column[k * part : (k + 1) * part] for name, column in batch.items()}
+            with self.session.accumulating(self.parallel, last=k == parts - 1):
+                loss = self._loss(rows, generator) / parts
                 loss.backward()
             total += float(loss.detach())
         figures = loop.update(self.optimizer, self.config.optimizer, step, self.iterations)
