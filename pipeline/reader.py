@@ -25,6 +25,7 @@ from pipeline.storage import Folder
 
 WINDOW = 64  # row groups of some 6 MB; this window and the next are in memory
 LOADERS = 8  # row groups read at once
+DRAWERS = 4  # threads that draw noise; NumPy does most of it without the interpreter's lock
 ATTEMPTS = 3  # readings of a row group whose checksum fails: bits flip on the way, too
 
 
@@ -53,7 +54,7 @@ class ShardReader:
         self.waited = 0.0
         """Seconds that callers of `batch` have waited so far."""
         self._batches, self._ahead = ThreadPoolExecutor(1, "batches"), ThreadPoolExecutor(1, "windows")
-        self._loaders = ThreadPoolExecutor(LOADERS, "row-groups")
+        self._loaders, self._draw = ThreadPoolExecutor(LOADERS, "row-groups"), ThreadPoolExecutor(DRAWERS, "noise")
         self.metadata = self._footer(0)[1]
         self.group_rows = min(self.metadata["group_rows"], self.shard_size)
         self._groups_of_shard = -(-self.shard_size // self.group_rows)
@@ -97,13 +98,15 @@ class ShardReader:
         x1 = to_float(rows.images) if rows.images.dtype == np.uint8 else rows.images.astype(np.float32, copy=False)
         return {"x1": x1, "noise": self._noise(rows.indices), "label": rows.labels, "index": rows.indices}
 
-    def _noise(self, indices: np.ndarray | range) -> np.ndarray:
-        return x0(self.metadata["plan"]["pairs"]["seed"], indices, self.metadata["shape"])
+    def _noise(self, indices: np.ndarray) -> np.ndarray:
+        seed, shape = self.metadata["plan"]["pairs"]["seed"], self.metadata["shape"]
+        parts = np.array_split(indices, DRAWERS) if len(indices) >= DRAWERS else [indices]
+        return np.concatenate(list(self._draw.map(lambda part: x0(seed, part, shape), parts)))
 
     def _check_noise(self) -> None:
         if "x0_crc32" not in self.metadata:
             return
-        rows = shard_rows(0, self.shard_size, self.count)
+        rows = np.asarray(shard_rows(0, self.shard_size, self.count))
         if crc32(self._noise(rows)) != self.metadata["x0_crc32"]:
             raise BeelineError(
                 f"{self.folder}/{shard_name(0)} was made from other noise than NumPy {np.__version__} draws here: its CRC-32 "
