@@ -80,22 +80,23 @@ class ProbeNetworkConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PoolConfig:
-    """An actor pool: reading images, sampling, measuring."""
+    """The actor pool of a stage that reads images, samples or measures."""
 
-    min_actors: int = 1
-    max_actors: int = 2
-    gpus: float = 0
+    min_actors: int = resource(1)
+    max_actors: int = resource(2)
+    """The pool grows up to here as long as there is work and the cluster, or its autoscaler, has room."""
+    gpus: float = resource(0)
     """GPUs of each actor; fractions share one."""
-    cpus: float = 0.5
+    cpus: float = resource(0.5)
     """Ray CPUs that each actor reserves. Below 1 where actors would otherwise take every CPU and starve Ray Data."""
-    threads: int = 1
+    threads: int = resource(1)
     """CPU threads of each actor."""
-    price: float = 0.0
+    price: float = resource(0.0)
     """What an hour of one actor costs, in any currency; 0 leaves money out of the progress."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ImagesConfig:
+class ImagesConfig(PoolConfig):
     """Real images into images/."""
 
     source: str = "digits"
@@ -108,7 +109,6 @@ class ImagesConfig:
     """How other images are fitted: centre square and Lanczos, the whole image stretched, or as ADM prepared ImageNet."""
     shard_size: int = 1024
     """Images per Parquet file."""
-    pool: PoolConfig = resource(PoolConfig())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -178,7 +178,7 @@ class TeacherConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PairsConfig:
+class PairsConfig(PoolConfig):
     """Noise-image pairs from the teacher into pairs/."""
 
     count: int
@@ -198,11 +198,10 @@ class PairsConfig:
     """Of x1 in the store. float16 is off by at most 2.4e-4 within [-1, 1], a fiftieth of the solver's own error; uint8 by
     4e-3, and clipped."""
     seed: int = 0
-    pool: PoolConfig = resource(PoolConfig())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class VerifyConfig:
+class VerifyConfig(PoolConfig):
     """A check of a store of pairs."""
 
     remake: int = 8
@@ -214,7 +213,6 @@ class VerifyConfig:
     remove: bool = False
     """Remove what is damaged, so that gen_pairs.py makes it again."""
     seed: int = 0
-    pool: PoolConfig = PoolConfig()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -283,7 +281,7 @@ class SweepConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EvaluateConfig:
+class EvaluateConfig(PoolConfig):
     """Distances of models to the real images, in the features of the measuring probe."""
 
     draws: int = 3
@@ -300,7 +298,6 @@ class EvaluateConfig:
     """Students: step schedules, each as "0,8"."""
     samples: int = 40
     """Images of the sample sheet."""
-    pool: PoolConfig = resource(PoolConfig())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

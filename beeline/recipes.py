@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from beeline.config import (
     DiscriminatorConfig,
@@ -15,7 +16,6 @@ from beeline.config import (
     OptimizerConfig,
     PairsConfig,
     PhaseConfig,
-    PoolConfig,
     ProbeConfig,
     ProbeNetworkConfig,
     Recipe,
@@ -24,7 +24,7 @@ from beeline.config import (
     WorkersConfig,
 )
 
-ONE_GPU_EACH = PoolConfig(max_actors=64, gpus=1, cpus=1)
+ONE_GPU_EACH: dict[str, Any] = {"max_actors": 64, "gpus": 1, "cpus": 1}
 
 
 def digits(seed: int = 0) -> Recipe:
@@ -40,7 +40,7 @@ def digits(seed: int = 0) -> Recipe:
         attn_resolutions=(),
     )
     pair_of_cores = WorkersConfig(count=2, threads=1)
-    both_cores = PoolConfig(min_actors=2, max_actors=2)
+    both_cores: dict[str, Any] = {"min_actors": 2, "max_actors": 2}
     reconstruction = PhaseConfig(
         iterations=300, optimizer=OptimizerConfig(lr=1e-3, warmup=50, decay="cosine"), distance="perceptual"
     )
@@ -77,7 +77,7 @@ def digits(seed: int = 0) -> Recipe:
             checkpoint_every=500,
             workers=pair_of_cores,
         ),
-        pairs=PairsConfig(count=2500, shard_size=500, batch_size=250, seed=seed, pool=both_cores),
+        pairs=PairsConfig(count=2500, shard_size=500, batch_size=250, seed=seed, **both_cores),
         students={
             "lmm": lmm,
             "l2": replace(
@@ -98,7 +98,7 @@ def digits(seed: int = 0) -> Recipe:
         },
         few_steps=("0", "0,8", "0,6,12"),
         sweep=SweepConfig(schedules=("0", "0,8"), learning_rates=(1e-4, 1e-3), iterations=40),
-        evaluate=EvaluateConfig(shard_size=599, batch_size=300, seed=1000 + seed, pool=both_cores),
+        evaluate=EvaluateConfig(shard_size=599, batch_size=300, seed=1000 + seed, **both_cores),
     )
 
 
@@ -209,7 +209,7 @@ def _pairs(count: int, seed: int, *, num_steps: int, shard_size: int, batch_size
     """Pairs on GPUs: bf16, stored as float16. A shard is 12 to 18 PFLOP: one to three minutes at 100 to 200 TFLOP/s."""
     return PairsConfig(
         count=count, shard_size=shard_size, batch_size=batch_size, num_steps=num_steps, precision="bf16", dtype="float16",
-        seed=seed, pool=ONE_GPU_EACH,
+        seed=seed, **ONE_GPU_EACH,
     )  # fmt: skip
 
 
@@ -246,7 +246,7 @@ def _published(
         name=name,
         images=ImagesConfig(
             source=source, resolution=network.img_resolution, channels=network.img_channels, shard_size=4096,
-            pool=PoolConfig(max_actors=16, cpus=1),
+            max_actors=16, cpus=1,
         ),
         probe=ProbeConfig(
             losses=ProbeNetworkConfig(widths=widths, strides=strides, activation="relu", seed=2 * seed + 1),
@@ -272,7 +272,7 @@ def _published(
         few_steps=("0", "0,1", "0,1,2", "0,3,5", "0,1,3,5"),
         sweep=SweepConfig(schedules=("0", "0,1"), learning_rates=(lr / 4, lr), iterations=5000, gpus=1, max_concurrent=8),
         evaluate=EvaluateConfig(
-            count=50_000, shard_size=2500, batch_size=500, seed=1000 + seed, nfe=nfe, steps=("0",), pool=ONE_GPU_EACH
+            count=50_000, shard_size=2500, batch_size=500, seed=1000 + seed, nfe=nfe, steps=("0",), **ONE_GPU_EACH
         ),
     )  # fmt: skip
 

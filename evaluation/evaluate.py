@@ -89,7 +89,7 @@ def measure(workspace: str, recipe: str, config: EvaluateConfig, models: Mapping
     jobs = [job for *_, left in work for job in left]
     progress = Progress("evaluation", sum(job.evaluations for job in jobs), "network evaluations")
     arguments = {"workspace": place, "recipe": recipe, "jobs": jobs, "config": config, "images": images["images"]}
-    for done in run_pool(Measure, arguments, range(len(jobs)), config.pool):
+    for done in run_pool(Measure, arguments, range(len(jobs)), config):
         progress.add(done["evaluations"])
     real = reference(place, probe, images["images"])
     for stage, model, rows, _ in work:

@@ -166,7 +166,7 @@ def gen_pairs(workspace: str, recipe: tyro.conf.Suppress[str], pairs: PairsConfi
     load = functools.partial(load_sampler, place, recipe, stage.plan, pairs)
     arguments = {"folder": stage.folder, "plan": stage.plan, "config": pairs, "load": load}
     try:
-        for row in run_pool(PairShards, arguments, found.todo, pairs.pool, overlap=True):
+        for row in run_pool(PairShards, arguments, found.todo, pairs, overlap=True):
             manifest.add(row)
             progress.add(row["pairs"], _spent(manifest, pairs))
     finally:
@@ -191,7 +191,7 @@ def gen_pairs(workspace: str, recipe: tyro.conf.Suppress[str], pairs: PairsConfi
 def _spent(manifest: Manifest, config: PairsConfig) -> str:
     """What the store has cost so far, all runs together, as far as the manifest knows."""
     hours = (manifest.total("sampling_seconds") + manifest.total("waiting_seconds")) / 3600
-    price = f" costing {hours * config.pool.price:,.2f}" if config.pool.price else ""
+    price = f" costing {hours * config.price:,.2f}" if config.price else ""
     return f"; {hours:.2f} actor-hours{price} so far" if hours else ""
 
 

@@ -109,7 +109,7 @@ def _float(images: np.ndarray) -> np.ndarray:
     return to_float(images) if images.dtype == np.uint8 else images.astype(np.float32)
 
 
-def verify_pairs(workspace: str, recipe: tyro.conf.Suppress[str], verify: VerifyConfig = VerifyConfig()) -> None:  # noqa: B008
+def verify_pairs(workspace: str, recipe: tyro.conf.Suppress[str], verify: VerifyConfig = VerifyConfig()) -> None:
     """Check <workspace>/pairs and draw <workspace>/pairs/contact.png.
 
     Args:
@@ -144,7 +144,7 @@ def verify_pairs(workspace: str, recipe: tyro.conf.Suppress[str], verify: Verify
     }
     progress = Progress("verify", len(shards), "shards")
     rows: dict[int, dict[str, Any]] = {}
-    for row in run_pool(CheckShards, arguments, shards, verify.pool):
+    for row in run_pool(CheckShards, arguments, shards, verify):
         rows[row["shard"]] = row
         progress.add(1)
     troubles = {shard_name(k): rows[k]["trouble"] for k in shards if rows[k]["trouble"]}

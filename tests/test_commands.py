@@ -73,7 +73,7 @@ def test_a_finished_stage_says_so_and_a_changed_setting_is_refused(run: Run, tra
     done = run("pipeline/gen_pairs.py", "digits", "--workspace", trained, *TINY_PAIRS)
     assert done.stdout.startswith("pairs: already complete")
     # how the work is spread is not part of what is made
-    run("pipeline/gen_pairs.py", "digits", "--workspace", trained, *TINY_PAIRS, "--pairs.pool.max-actors", "7")
+    run("pipeline/gen_pairs.py", "digits", "--workspace", trained, *TINY_PAIRS, "--pairs.max-actors", "7")
     refused = run("pipeline/gen_pairs.py", "digits", "--workspace", trained, *TINY_PAIRS, "--pairs.seed", "9", ok=False)
     assert "pairs.seed: 0 there, 9 asked for" in refused.stderr
     assert "Nothing was changed" in refused.stderr

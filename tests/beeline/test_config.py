@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from beeline.config import LmmConfig, NetworkConfig, PoolConfig, Recipe, WorkersConfig, from_dict, to_dict
+from beeline.config import LmmConfig, NetworkConfig, Recipe, WorkersConfig, from_dict, to_dict
 from beeline.recipes import RECIPES
 from beeline.samplers import FewStep
 from beeline.schedule import check_steps
@@ -63,7 +63,7 @@ def test_resources_are_left_out_of_the_identity() -> None:
 
 def test_a_pool_is_a_resource() -> None:
     pairs = RECIPES["digits"](0).pairs
-    spread = dataclasses.replace(pairs, pool=PoolConfig(max_actors=9))
+    spread = dataclasses.replace(pairs, max_actors=9)
     assert to_dict(spread) != to_dict(pairs)
     assert to_dict(spread, resources=False) == to_dict(pairs, resources=False)
     assert to_dict(dataclasses.replace(pairs, batch_size=1), resources=False) != to_dict(pairs, resources=False)

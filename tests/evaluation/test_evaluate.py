@@ -31,7 +31,7 @@ SMALL = [
 def measured(run: Run, workspace: Path, actors: int) -> tuple[dict, dict[str, bytes]]:
     run(
         "evaluation/evaluate.py", "digits", "--workspace", workspace, "--model", "teacher", *SMALL,
-        "--evaluate.pool.min-actors", str(actors), "--evaluate.pool.max-actors", str(actors),
+        "--evaluate.min-actors", str(actors), "--evaluate.max-actors", str(actors),
     )  # fmt: skip
     folder = workspace / "evaluation/teacher"
     return json.loads((folder / "metrics.json").read_text()), files(folder, "part-*")

@@ -114,7 +114,7 @@ def test_nodes_come_and_go(undisturbed: dict[str, bytes], trained: Path, cluster
         return len(files(workspace / "pairs", "part-*.parquet"))
 
     first = add()
-    pool = ["--pairs.pool.max-actors", "4", "--pairs.pool.gpus", "1", "--pairs.pool.cpus", "0.1"]
+    pool = ["--pairs.max-actors", "4", "--pairs.gpus", "1", "--pairs.cpus", "0.1"]
     process = subprocess.Popen(
         [sys.executable, "pipeline/gen_pairs.py", "digits", "--workspace", str(workspace), *SETTINGS, *pool],
         cwd=ROOT, env=head.environment() | {"RAY_ADDRESS": str(cluster.address)},

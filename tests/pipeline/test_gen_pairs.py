@@ -149,7 +149,7 @@ def test_one_shard_is_published_while_the_next_is_sampled(trained: Path, tmp_pat
 def test_what_is_watched(head: Head, trained: Path, tmp_path: Path) -> None:
     """Progress and cost in the log, what is left in the first line, counters on Ray's Prometheus endpoint."""
     workspace = fresh(trained, tmp_path)
-    settings = ["--pairs.count", "1500", "--pairs.shard-size", "25", "--pairs.batch-size", "25", "--pairs.pool.price", "3600"]
+    settings = ["--pairs.count", "1500", "--pairs.shard-size", "25", "--pairs.batch-size", "25", "--pairs.price", "3600"]
     process = subprocess.Popen(
         [sys.executable, "pipeline/gen_pairs.py", "digits", "--workspace", str(workspace), *settings],
         cwd=ROOT, env=head.environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
