@@ -35,6 +35,8 @@ from pipeline.shards import MAX_SHARD_BYTES, encode, shard_count, shard_name, sh
 from pipeline.stage import Stage, require_model
 from pipeline.storage import Folder
 
+CONTACT = "contact.png"  # what verify_pairs.py draws
+
 
 def pair_labels(indices: Sequence[int], num_classes: int) -> np.ndarray:
     """Class of each pair, int32 (n,): index mod num_classes, so that classes are balanced; -1 for no classes."""
@@ -180,6 +182,8 @@ def gen_pairs(workspace: str, recipe: tyro.conf.Suppress[str], pairs: PairsConfi
         flush=True,
     )
     stage.folder.clean()
+    if CONTACT in stage.folder.sizes():  # of the store as it was; _SUCCESS must not vouch for what is drawn again
+        stage.folder.remove(CONTACT)
     stage.finish(
         pairs=pairs.count,
         shards=len(manifest.rows),

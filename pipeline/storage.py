@@ -132,9 +132,14 @@ class Folder:
         return dict(sorted((name, size) for name, size in files.items() if name and not name.endswith(".tmp")))
 
     def remove(self, name: str) -> None:
-        """Remove one file."""
-        fs, path = self.arrow()
-        fs.delete_file(f"{path}/{name}")
+        """Remove one file. Raises BeelineError if it cannot."""
+        try:
+            fs, path = _writer(self.uri)
+            fs.rm_file(f"{path}/{name}")
+        except FAILURES as error:
+            raise BeelineError(
+                f"{self}/{name} cannot be removed: {_plain(error)}. Check permissions and credentials"
+            ) from error
 
     def clean(self) -> None:
         """Remove the temporary files that killed writers left. Only for a folder that nobody is writing to."""

@@ -24,7 +24,7 @@ from beeline.config import PairsConfig, VerifyConfig, from_dict
 from beeline.errors import BeelineError
 from beeline.noise import stream
 from pipeline.command import Progress, run_command
-from pipeline.gen_pairs import load_sampler, make_pairs, pair_labels, stored
+from pipeline.gen_pairs import CONTACT, load_sampler, make_pairs, pair_labels, stored
 from pipeline.manifest import read_manifest
 from pipeline.pool import run_pool
 from pipeline.reader import to_float
@@ -33,7 +33,6 @@ from pipeline.sheet import sheet_png
 from pipeline.stage import PLAN, SUCCESS, fingerprint
 from pipeline.storage import Folder
 
-CONTACT = "contact.png"
 NAMED = 20  # troubles that the error names
 OTHER_DEVICE = 0.05  # RMS by which another kind of device, or library, may differ; another teacher is far beyond
 

@@ -52,6 +52,7 @@ def test_damage_is_named_removed_and_made_again(run: Run, workspace: Path) -> No
     run("pipeline/gen_pairs.py", "digits", "--workspace", workspace, *TINY_PAIRS)
     assert files(pairs, "part-*") == expected
     run("pipeline/verify_pairs.py", "digits", "--workspace", workspace)
+    assert "already complete" in run("pipeline/gen_pairs.py", "digits", "--workspace", workspace, *TINY_PAIRS).stdout
 
 
 def test_pairs_of_another_teacher_are_noticed(run: Run, workspace: Path) -> None:
