@@ -11,14 +11,16 @@ from torch.nn import functional as F
 Augmentation = Literal["color", "translation", "cutout"]
 
 
-def hinge_discriminator(real_logits: torch.Tensor, fake_logits: torch.Tensor) -> torch.Tensor:
-    """max(0, 1 - D(real)) + max(0, 1 + D(fake)), averaged (Lim & Ye 2017)."""
-    return F.relu(1 - real_logits).mean() + F.relu(1 + fake_logits).mean()
+def hinge_discriminator(real_logits: Sequence[torch.Tensor], fake_logits: Sequence[torch.Tensor]) -> torch.Tensor:
+    """max(0, 1 - D(real)) + max(0, 1 + D(fake)), averaged over each critic's logits (B, L_k) and over critics
+    (Lim & Ye 2017)."""
+    losses = [F.relu(1 - real).mean() + F.relu(1 + fake).mean() for real, fake in zip(real_logits, fake_logits, strict=True)]
+    return torch.stack(losses).mean()
 
 
-def hinge_generator(fake_logits: torch.Tensor) -> torch.Tensor:
-    """-D(fake), averaged."""
-    return -fake_logits.mean()
+def hinge_generator(fake_logits: Sequence[torch.Tensor]) -> torch.Tensor:
+    """-D(fake), averaged over each critic's logits (B, L_k) and over critics."""
+    return -torch.stack([fake.mean() for fake in fake_logits]).mean()
 
 
 def balanced_gradient(

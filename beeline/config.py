@@ -145,6 +145,8 @@ class WorkersConfig:
 
     count: int = 1
     """Training processes (DDP ranks); the batch is divided among them."""
+    min_count: int = resource(0)
+    """The fewest to go on with when machines are lost and none takes their place; 0 waits until all are there."""
     gpus: float = 0
     """GPUs of each."""
     threads: int = 1
@@ -174,6 +176,8 @@ class TeacherConfig:
     """Parts that each rank's share of the batch is worked off in, where it does not fit the memory."""
     log_every: int = resource(50)
     checkpoint_every: int = resource(500)
+    keep: int = resource(2)
+    """Checkpoints that are kept; older ones are removed."""
     workers: WorkersConfig = resource(WorkersConfig())
 
 
@@ -221,9 +225,12 @@ class PhaseConfig:
 
     iterations: int
     optimizer: OptimizerConfig
-    distance: Literal["l2", "perceptual"] = "perceptual"
-    pixel_weight: float = 0.1
-    """Weight of the pixel distance beside the perceptual one."""
+    distance: Literal["l2", "huber", "probe", "lpips"] = "probe"
+    """Of pixels (squared, or pseudo-Huber), or of features: of the losses' probe, or of VGG16 as LPIPS weighs them."""
+    resize: int = 0
+    """Side in pixels at which features are taken; 0 leaves images as they are."""
+    pixel_weight: float = 0.0
+    """Weight of the squared pixel distance beside one of features."""
     levels: Literal["schedule", "sigma"] = "schedule"
     steps: tuple[int, ...] | None = None
     adversarial_weight: float = 0.0
@@ -232,10 +239,15 @@ class PhaseConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DiscriminatorConfig:
-    """The critic of the adversarial phase, on the features of the losses' probe."""
+    """What learns beside the student: the critics of the adversarial phase."""
 
     optimizer: OptimizerConfig
+    networks: tuple[Literal["probe", "tf_efficientnet_lite0", "deit_base_distilled_patch16_224", "scratch"], ...] = ("probe",)
+    """What it looks through, a critic each: the losses' probe, pretrained backbones, or nothing ("scratch")."""
+    resize: int = 224
+    """Side in pixels that pretrained backbones see: a multiple of 32 from 128 on."""
     width: int = 64
+    """Channels of the heads on a probe."""
     augment: tuple[Literal["color", "translation", "cutout"], ...] = ("color", "translation", "cutout")
 
 
@@ -244,6 +256,9 @@ class LmmConfig:
     """A student: a reconstruction phase, then an adversarial one. A phase of 0 iterations is left out."""
 
     name: str = "lmm"
+    objective: str = "beeline.objectives.lmm:LinesMatching"
+    """What a step does: a class as package.module:Class. beeline.objectives has kd:Distillation and
+    rectified_flow:RectifiedFlow, too."""
     init: str = "teacher"
     """Folder of the model whose weights the student starts from: "teacher" or "students/<name>"."""
     num_steps: int = 18
@@ -252,14 +267,31 @@ class LmmConfig:
     rule: Literal["same_noise", "line", "fresh_noise"] = "same_noise"
     """Sampling rule: "same_noise" goes with the line "ve", "line" with "lerp"."""
     batch_size: int = 512
-    ema_half_life: float = 693.0
-    """In iterations; 693 is the paper's decay of 0.999."""
+    ema_half_lives: tuple[float, ...] = (693.0,)
+    """Of the averages of the weights, in iterations; 693 is the paper's decay of 0.999. The first is the student, others
+    are published beside it as <name>/ema-<half-life>."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """"bf16": student and discriminator train under autocast, frozen networks are bf16. Weights, averages, losses: float32."""
+    compiled: bool = False
+    """Compile student and frozen networks: pays on GPUs and long runs, costs minutes at the start."""
     seed: int = 0
     reconstruction: PhaseConfig
     adversarial: PhaseConfig
     discriminator: DiscriminatorConfig
+    accumulate: int = resource(1)
+    """Parts that each rank's share of the batch is worked off in, where it does not fit the memory. The adaptive weight and
+    the discriminator's batch norms are then of a part."""
     log_every: int = resource(50)
     checkpoint_every: int = resource(500)
+    keep: int = resource(2)
+    """Checkpoints that are kept; older ones are removed."""
+    validate_every: int = resource(0)
+    """Iterations between validations: a sheet of samples and a distance in the losses' probe, by which students/<name>/best
+    is chosen. 0 leaves them out."""
+    validate_count: int = resource(1024)
+    """Samples of a validation."""
+    trackers: tuple[Literal["mlflow", "wandb"], ...] = resource(())
+    """Where the log goes beside train.jsonl and TensorBoard."""
     workers: WorkersConfig = resource(WorkersConfig())
 
 

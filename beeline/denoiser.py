@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -93,7 +94,7 @@ class Denoiser(nn.Module):
 
 
 def edm_loss(
-    denoiser: nn.Module,
+    denoiser: Callable[..., torch.Tensor],
     images: torch.Tensor,
     labels: torch.Tensor | None,
     generator: torch.Generator | None = None,

@@ -1,19 +1,106 @@
-"""A discriminator that sees images through a frozen feature network (projected GANs; Sauer et al. 2021)."""
+"""Discriminators that see images through frozen feature networks (projected GANs; Sauer et al. 2021, 2022).
+
+A discriminator has two halves. `look` is frozen: each critic augments the images for itself, resizes them and takes the
+features of its network. `forward` is what learns: heads that judge features. The generator's step and the discriminator's
+step look at the same generated images, so they are looked at once, and no gradient of the second passes a frozen network.
+
+Three kinds of critics, by the name of their feature network:
+
+- "probe", for small images: a head of 3x3 and 1x1 convolutions on each tap;
+- a pretrained backbone: a random frozen projection that mixes the taps across channels and scales, then heads that reduce
+  each scale to a few logits, as in StyleGAN-XL;
+- "scratch": no frozen network; a convolutional discriminator that learns everything.
+"""
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 
-from beeline.features import FeatureNetwork
+from beeline.adversarial import Augmentation, diff_augment
+from beeline.features import FeatureNetwork, resized
+
+SCRATCH = "scratch"
+WIDTHS = (64, 64, 128, 256, 512)  # of features at nominal sizes 128, 64, 32, 16 and 8
+CLASS_MAPS = 64
 
 
-class Head(nn.Module):
-    """Spectral-norm 3x3 and 1x1 convolutions on one feature map, with class projection (Miyato & Koyama 2018)."""
+class Critic(Protocol):
+    """One way of looking and judging."""
+
+    def look(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """The frozen half: augmented images (B, C, H, W) to what is judged of them."""
+        ...
+
+    def __call__(self, look: list[torch.Tensor], one_hot: torch.Tensor | None) -> torch.Tensor:
+        """The learning half: logits (B, L)."""
+        ...
+
+
+class Discriminator(nn.Module):
+    """Critics side by side, by the names in `networks`; `policy` is what DiffAugment may do, drawn anew for each critic.
+
+    `side`: pixels that pretrained backbones see; a multiple of 32 from 128 on. `width`: channels of the heads on a probe.
+    """
+
+    def __init__(
+        self,
+        networks: Mapping[str, FeatureNetwork | None],
+        *,
+        image_shape: tuple[int, int, int],
+        num_classes: int,
+        policy: Sequence[Augmentation],
+        side: int,
+        width: int,
+    ) -> None:
+        super().__init__()
+        self.policy = tuple(policy)
+        made: dict[str, nn.Module] = {}
+        for name, network in networks.items():
+            if network is None:
+                made[name] = ScratchCritic(image_shape, num_classes)
+            elif name == "probe":
+                made[name] = TapCritic(network, width, num_classes)
+            else:
+                made[name] = ProjectedCritic(network, side, num_classes)
+        self.critics = nn.ModuleDict(made)
+
+    def look(self, images: torch.Tensor, generator: torch.Generator) -> list[list[torch.Tensor]]:
+        """What each critic sees of images (B, C, H, W) in [-1, 1]; differentiable by the images."""
+        return [critic.look(diff_augment(images, self.policy, generator)) for critic in self._all()]
+
+    def forward(self, looks: list[list[torch.Tensor]], one_hot: torch.Tensor | None) -> list[torch.Tensor]:
+        """Logits (B, L_k) of each critic, for labels one-hot (B, K) or None."""
+        return [critic(look, one_hot) for critic, look in zip(self._all(), looks, strict=True)]
+
+    def _all(self) -> list[Critic]:
+        return list(self.critics.values())  # pyright: ignore[reportReturnType]
+
+
+class TapCritic(nn.Module):
+    """A head of spectral-norm 3x3 and 1x1 convolutions on each tap, for images too small to go down from."""
+
+    def __init__(self, network: FeatureNetwork, width: int, num_classes: int) -> None:
+        super().__init__()
+        self._network = [network]  # in a list: it is not saved, nor trained, with the critic
+        self.heads = nn.ModuleList(TapHead(channels, width, num_classes) for channels in network.tap_channels)
+
+    def look(self, images: torch.Tensor) -> list[torch.Tensor]:
+        return self._network[0].taps(images)
+
+    def forward(self, look: list[torch.Tensor], one_hot: torch.Tensor | None) -> torch.Tensor:
+        return torch.cat([head(tap, one_hot) for head, tap in zip(self.heads, look, strict=True)], dim=1)
+
+
+class TapHead(nn.Module):
+    """Logits of every place of a feature map, with class projection (Miyato & Koyama 2018)."""
 
     def __init__(self, channels: int, width: int, num_classes: int) -> None:
         super().__init__()
@@ -33,15 +120,92 @@ class Head(nn.Module):
         return logits.flatten(1)
 
 
-class ProjectedDiscriminator(nn.Module):
-    """One head for each tap of a frozen feature network; the network itself belongs to the caller and is not saved."""
+class ProjectedCritic(nn.Module):
+    """A frozen backbone with four taps, a random projection of them, and a head on each scale."""
 
-    def __init__(self, network: FeatureNetwork, *, width: int, num_classes: int) -> None:
+    def __init__(self, network: FeatureNetwork, side: int, num_classes: int) -> None:
         super().__init__()
-        self._network = [network]  # in a list, so that its weights are neither registered nor trained
-        self.heads = nn.ModuleList(Head(channels, width, num_classes) for channels in network.tap_channels)
+        self._network, self.side = [network], side
+        self.projection = Projection(network.tap_channels)
+        self.heads = nn.ModuleList(DownHead(WIDTHS[level:], num_classes) for level in range(4))
 
-    def forward(self, images: torch.Tensor, one_hot: torch.Tensor | None) -> torch.Tensor:
-        """Images (B, C, H, W) in [-1, 1], labels one-hot (B, K) or None, to the logits of all heads (B, L)."""
-        taps = self._network[0].taps(images)
-        return torch.cat([head(tap, one_hot) for head, tap in zip(self.heads, taps, strict=True)], dim=1)
+    def look(self, images: torch.Tensor) -> list[torch.Tensor]:
+        return self.projection(self._network[0].taps(resized(images, self.side)))
+
+    def forward(self, look: list[torch.Tensor], one_hot: torch.Tensor | None) -> torch.Tensor:
+        return torch.cat([head(scale, one_hot) for head, scale in zip(self.heads, look, strict=True)], dim=1)
+
+
+class Projection(nn.Module):
+    """Random frozen mixing of a pyramid of four taps, across channels by 1x1 convolutions, then across scales from the top
+    down (Sauer et al. 2021, section 3.2). Kaiming's initialisation; part of the model, so part of the checkpoint."""
+
+    def __init__(self, channels: Sequence[int]) -> None:
+        super().__init__()
+        if len(channels) != 4:
+            raise ValueError(f"a projection mixes four taps; found {len(channels)}")
+        across, out = WIDTHS[:1] + WIDTHS[2:], WIDTHS[:4]
+        self.across_channels = nn.ModuleList(nn.Conv2d(a, b, 1) for a, b in zip(channels, across, strict=True))
+        self.across_scales = nn.ModuleList(nn.Conv2d(a, b, 1) for a, b in zip(across, out, strict=True))
+        for conv in (*self.across_channels, *self.across_scales):
+            assert isinstance(conv, nn.Conv2d)
+            assert conv.bias is not None
+            nn.init.kaiming_normal_(conv.weight)
+            nn.init.zeros_(conv.bias)
+        self.requires_grad_(False)
+
+    def forward(self, taps: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Taps at strides 4, 8, 16 and 32 to 64, 64, 128 and 256 channels, each at twice its tap's size."""
+        made: list[torch.Tensor] = []
+        for level in (3, 2, 1, 0):
+            x = self.across_channels[level](taps[level])
+            if made:
+                x = x + made[0]
+            x = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True)
+            made.insert(0, self.across_scales[level](x))
+        return made
+
+
+class DownHead(nn.Module):
+    """Spectral-norm 4x4 convolutions of stride 2 through `widths`, then one to the logits; with classes, to 64 maps whose
+    product with the class's embedding is the logit (Miyato & Koyama 2018)."""
+
+    def __init__(self, widths: Sequence[int], num_classes: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for a, b in itertools.pairwise(widths):
+            # Batch statistics are all that training needs: without running ones ranks have nothing to keep in step.
+            layers += [
+                spectral_norm(nn.Conv2d(a, b, 4, 2, 1)),
+                nn.BatchNorm2d(b, track_running_stats=False),
+                nn.LeakyReLU(0.2),
+            ]
+        self.down = nn.Sequential(*layers)
+        self.out = spectral_norm(nn.Conv2d(widths[-1], CLASS_MAPS if num_classes else 1, 4))
+        self.embed = nn.Linear(num_classes, CLASS_MAPS, bias=False) if num_classes else None
+
+    def forward(self, features: torch.Tensor, one_hot: torch.Tensor | None) -> torch.Tensor:
+        """Features (B, C, H, W) to logits (B, L)."""
+        logits = self.out(self.down(features))
+        if self.embed is not None:
+            assert one_hot is not None
+            logits = (logits * self.embed(one_hot)[:, :, None, None]).sum(dim=1) / math.sqrt(CLASS_MAPS)
+        return logits.flatten(1)
+
+
+class ScratchCritic(nn.Module):
+    """A discriminator that learns everything, from the pixels on: down to 8 pixels a side, at least once."""
+
+    def __init__(self, image_shape: tuple[int, int, int], num_classes: int) -> None:
+        super().__init__()
+        channels, side, _ = image_shape
+        downs = max(1, round(math.log2(side)) - 3)
+        widths = [min(512, 64 << level) for level in range(downs + 1)]
+        self.stem = spectral_norm(nn.Conv2d(channels, widths[0], 3, padding=1))
+        self.head = DownHead(widths, num_classes)
+
+    def look(self, images: torch.Tensor) -> list[torch.Tensor]:
+        return [images]
+
+    def forward(self, look: list[torch.Tensor], one_hot: torch.Tensor | None) -> torch.Tensor:
+        return self.head(F.leaky_relu(self.stem(look[0]), 0.2), one_hot)

@@ -1,6 +1,10 @@
-"""The one exception that is meant for the user's eyes."""
+"""The exceptions that are meant for the user's eyes."""
 
 
 class BeelineError(Exception):
     """Something the user can mend. The message says what was found, what was expected and the fix; commands print it
     alone, without a traceback, and exit with status 1."""
+
+
+class StorageError(BeelineError):
+    """A file or listing that could not be had, retries included: it may pass, so training that is restarted tries again."""

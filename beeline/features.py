@@ -2,12 +2,13 @@
 
 One small protocol serves all of them. The probe is the feature network that needs no download: a small classifier trained
 on the real images in seconds. A recipe trains two, one for the losses and one, of another architecture and seed, for
-measuring, so that no score is measured in features that a loss used.
+measuring, so that no score is measured in features that a loss used. Pretrained ones are in backbones.py.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+import copy
+from typing import Protocol, cast
 
 import torch
 from torch import nn
@@ -22,6 +23,11 @@ class FeatureNetwork(Protocol):
     @property
     def tap_channels(self) -> tuple[int, ...]:
         """Channels of each feature map of `taps`."""
+        ...
+
+    @property
+    def tap_weights(self) -> tuple[torch.Tensor, ...] | None:
+        """How much each channel of each tap counts in a perceptual distance, (C_l,) each; None: all the same."""
         ...
 
     def taps(self, images: torch.Tensor) -> list[torch.Tensor]:
@@ -50,6 +56,10 @@ class Probe(nn.Module):
     def tap_channels(self) -> tuple[int, ...]:
         return self.config.widths
 
+    @property
+    def tap_weights(self) -> None:
+        return None
+
     def taps(self, images: torch.Tensor) -> list[torch.Tensor]:
         activation = {"relu": F.relu, "silu": F.silu, "gelu": F.gelu}[self.config.activation]
         maps = []
@@ -65,6 +75,39 @@ class Probe(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Class logits (B, K)."""
         return self.head(self.features(images))
+
+
+class Frozen:
+    """A feature network that is only looked through: a copy on `device` in eval mode, channels last, in `dtype`, compiled if
+    asked. Taps come in `dtype`; gradients reach the images and stop there."""
+
+    def __init__(
+        self,
+        network: FeatureNetwork,
+        *,
+        device: torch.device | None = None,
+        dtype: torch.dtype = torch.float32,
+        compiled: bool = False,
+    ) -> None:
+        self.tap_channels = network.tap_channels
+        weights = network.tap_weights
+        self.tap_weights = None if weights is None else tuple(weight.detach().to(device, copy=True) for weight in weights)
+        self.dtype = dtype
+        made = copy.deepcopy(cast(nn.Module, network)).eval().requires_grad_(False)
+        made = made.to(device, dtype, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        taps = cast(FeatureNetwork, made).taps
+        self._taps = torch.compile(taps, dynamic=False) if compiled else taps
+
+    def taps(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """As the network's own, of images (B, C, H, W) in [-1, 1] of any precision."""
+        return self._taps(images.to(self.dtype, memory_format=torch.channels_last))
+
+
+def resized(images: torch.Tensor, side: int) -> torch.Tensor:
+    """Images (B, C, H, W) at `side` pixels, bilinear; unchanged if `side` is 0 or what they have."""
+    if side in (0, images.shape[-1]):
+        return images
+    return F.interpolate(images, (side, side), mode="bilinear", align_corners=False)
 
 
 def train_probe(

@@ -1,29 +1,48 @@
-"""Distances d of the line loss: pixels, or features of a frozen network."""
+"""Distances d of the line loss: pixels, or features of a frozen network. Each is per image, (B,), of images in [-1, 1]."""
 
 from __future__ import annotations
 
+import math
+
 import torch
 
-from beeline.features import FeatureNetwork
+from beeline.features import FeatureNetwork, resized
 
 
 def l2(images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Mean squared pixel difference per image, (B,), of two (B, C, H, W) in [-1, 1]."""
+    """Mean squared pixel difference per image, (B,), of two (B, C, H, W)."""
     return (images - targets).square().mean(dim=(1, 2, 3))
 
 
-def perceptual(network: FeatureNetwork, images: torch.Tensor, targets: torch.Tensor, pixel_weight: float) -> torch.Tensor:
-    """Feature distance per image, (B,): the squared difference of channel-normalised feature maps, summed over channels,
-    averaged over space and summed over taps (LPIPS without learned weights; Zhang et al. 2018, eq. 1), plus
-    `pixel_weight` times the pixel distance, which keeps what the features do not see.
+def pseudo_huber(images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """sqrt(|a - b|^2 + c^2) - c with c = 0.00054 sqrt(C H W), (B,): far away it grows as the distance, not as its square,
+    so that single bad images do not lead (Song & Dhariwal 2023, section 3.3)."""
+    c = 0.00054 * math.sqrt(images[0].numel())
+    return ((images - targets).square().sum(dim=(1, 2, 3)) + c * c).sqrt() - c
+
+
+def perceptual(
+    network: FeatureNetwork, images: torch.Tensor, targets: torch.Tensor, *, pixel_weight: float = 0.0, side: int = 0
+) -> torch.Tensor:
+    """Feature distance per image, (B,): squared differences of channel-normalised feature maps, weighted by channel and
+    summed over channels, averaged over space and summed over taps (LPIPS; Zhang et al. 2018, eq. 1).
+
+    With VGG16 and its learned channel weights this is LPIPS; networks without such weights count all channels alike.
+    Images are resized to `side` pixels before the network. `pixel_weight` times the pixel distance at their own size is
+    added, which keeps what the features do not see.
     """
     with torch.no_grad():
-        wanted = network.taps(targets)
+        wanted = network.taps(resized(targets, side))
     total = pixel_weight * l2(images, targets)
-    for ours, theirs in zip(network.taps(images), wanted, strict=True):
-        total = total + (_unit(ours) - _unit(theirs)).square().sum(dim=1).mean(dim=(1, 2))
+    weights = network.tap_weights or [None] * len(wanted)
+    for ours, theirs, weight in zip(network.taps(resized(images, side)), wanted, weights, strict=True):
+        difference = (_unit(ours) - _unit(theirs)).square()
+        if weight is not None:
+            difference = difference * weight[:, None, None]
+        total = total + difference.sum(dim=1).mean(dim=(1, 2))
     return total
 
 
 def _unit(features: torch.Tensor) -> torch.Tensor:
+    features = features.float()
     return features / (features.square().sum(dim=1, keepdim=True) + 1e-10).sqrt()

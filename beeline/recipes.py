@@ -42,14 +42,17 @@ def digits(seed: int = 0) -> Recipe:
     pair_of_cores = WorkersConfig(count=2, threads=1)
     both_cores: dict[str, Any] = {"min_actors": 2, "max_actors": 2}
     reconstruction = PhaseConfig(
-        iterations=300, optimizer=OptimizerConfig(lr=1e-3, warmup=50, decay="cosine"), distance="perceptual"
+        iterations=300,
+        optimizer=OptimizerConfig(lr=1e-3, warmup=50, decay="cosine"),
+        distance="probe",
+        pixel_weight=0.1,
     )
     one_core = WorkersConfig(count=1, threads=1)  # the ablations train side by side
     no_phase = replace(reconstruction, iterations=0)
     sot = replace(reconstruction, iterations=200, optimizer=OptimizerConfig(lr=5e-4, warmup=20, decay="cosine"), steps=(0,))
     lmm = LmmConfig(
         batch_size=128,
-        ema_half_life=50,
+        ema_half_lives=(50,),
         seed=seed,
         reconstruction=reconstruction,
         adversarial=replace(sot, adversarial_weight=0.3),
@@ -95,6 +98,7 @@ def digits(seed: int = 0) -> Recipe:
                 adversarial=sot,
                 workers=one_core,
             ),
+            **_other_objectives(replace(lmm, adversarial=no_phase, workers=one_core)),
         },
         few_steps=("0", "0,8", "0,6,12"),
         sweep=SweepConfig(schedules=("0", "0,8"), learning_rates=(1e-4, 1e-3), iterations=40),
@@ -125,6 +129,66 @@ def cifar10(seed: int = 0) -> Recipe:
         lr=4e-4,
         adversarial_iterations=20_000,
         nfe=(35, 9, 3, 1),
+    )
+
+
+def cifar10_small(seed: int = 0) -> Recipe:
+    """CIFAR-10 at 32x32 in small: teacher, pairs and students in some 20 minutes of one GPU, without pretrained weights."""
+    network = NetworkConfig(
+        kind="ddpmpp",
+        img_resolution=32,
+        img_channels=3,
+        label_dim=10,
+        model_channels=64,
+        channel_mult=(1, 2, 2),
+        num_blocks=2,
+        attn_resolutions=(16,),
+    )
+    recipe = cifar10(seed)
+    one_gpu = WorkersConfig(count=1, gpus=1, threads=4)
+    one_actor: dict[str, Any] = {"max_actors": 1}
+    optimizer = OptimizerConfig(lr=5e-4, warmup=200, decay="cosine")
+    reconstruction = PhaseConfig(iterations=3000, optimizer=optimizer, distance="probe", pixel_weight=0.1)
+    sot = replace(reconstruction, iterations=1500, optimizer=replace(optimizer, lr=2e-4), steps=(0,))
+    none = replace(reconstruction, iterations=0)
+    lmm = replace(
+        recipe.students["lmm"],
+        batch_size=256,
+        ema_half_lives=(200,),
+        compiled=False,
+        reconstruction=reconstruction,
+        adversarial=replace(sot, adversarial_weight=0.3),
+        discriminator=DiscriminatorConfig(optimizer=OptimizerConfig(lr=1e-3, betas=(0.5, 0.9)), networks=("probe",)),
+        checkpoint_every=500,
+        validate_every=500,
+        workers=one_gpu,
+    )
+    return replace(
+        recipe,
+        name="cifar10_small",
+        images=replace(recipe.images, source="cifar10-train.zip"),
+        probe=replace(recipe.probe, iterations=4000),
+        teacher=TeacherConfig(
+            network=network,
+            iterations=15_000,
+            batch_size=256,
+            optimizer=OptimizerConfig(lr=1e-3, warmup=500, decay="cosine"),
+            ema_half_life=1000,
+            flip=True,
+            precision="bf16",
+            seed=seed,
+            checkpoint_every=2000,
+            workers=one_gpu,
+        ),
+        pairs=replace(recipe.pairs, count=50_000, shard_size=4096, batch_size=512, **one_actor),
+        students={
+            "lmm": lmm,
+            "l2": replace(lmm, name="l2", reconstruction=replace(reconstruction, distance="l2"), adversarial=none),
+            "sot": replace(lmm, name="sot", init="students/lmm/reconstruction", reconstruction=none, adversarial=sot),
+            **_other_objectives(replace(lmm, adversarial=none)),
+        },
+        sweep=replace(recipe.sweep, learning_rates=(1e-4, 5e-4), iterations=500, max_concurrent=1),
+        evaluate=replace(recipe.evaluate, count=10_000, **one_actor),
     )
 
 
@@ -187,6 +251,14 @@ def imagenet64(seed: int = 0) -> Recipe:
     return replace(recipe, images=replace(recipe.images, fit="adm"))
 
 
+def _other_objectives(student: LmmConfig) -> dict[str, LmmConfig]:
+    """What else can be learned from the same pairs, as controls: distillation of the end points, and rectified flow."""
+    return {
+        "kd": replace(student, name="kd", objective="beeline.objectives.kd:Distillation"),
+        "rf": replace(student, name="rf", objective="beeline.objectives.rectified_flow:RectifiedFlow"),
+    }
+
+
 def _edm(
     network: NetworkConfig, seed: int, *, batch_size: int, images: float, lr: float, ema_images: float, augment: float
 ) -> TeacherConfig:
@@ -226,19 +298,28 @@ def _published(
 ) -> Recipe:
     """The paper's students (LMM, table 6) of one teacher: all levels, SOT at the first, and the L2 ablation.
 
-    The perceptual and adversarial terms look through the probe.
+    LPIPS at 64 pixels in the first phase, at 224 in the second, as the two backbones of the discriminator.
     """
     network = teacher.network
-    reconstruction = PhaseConfig(iterations=80_000, optimizer=OptimizerConfig(kind="radam", lr=lr, clip=0))
-    adversarial = replace(reconstruction, iterations=adversarial_iterations, adversarial_weight=1.0)
+    reconstruction = PhaseConfig(
+        iterations=80_000, optimizer=OptimizerConfig(kind="radam", lr=lr, clip=0), distance="lpips", resize=64
+    )
+    adversarial = replace(reconstruction, iterations=adversarial_iterations, resize=224, adversarial_weight=1.0)
     none = replace(reconstruction, iterations=0)
     lmm = LmmConfig(
         num_steps=pairs.num_steps,
+        ema_half_lives=(693, 6931),
+        precision="bf16",
+        compiled=True,
         seed=seed,
         reconstruction=reconstruction,
         adversarial=adversarial,
-        discriminator=DiscriminatorConfig(optimizer=OptimizerConfig(kind="radam", lr=2e-3, betas=(0.5, 0.9), clip=0)),
+        discriminator=DiscriminatorConfig(
+            optimizer=OptimizerConfig(kind="radam", lr=2e-3, betas=(0.5, 0.9), clip=0),
+            networks=("tf_efficientnet_lite0", "deit_base_distilled_patch16_224"),
+        ),
         checkpoint_every=2000,
+        validate_every=5000,
         workers=WorkersConfig(count=8, gpus=1),
     )
     widths, strides = (64, 128, 128, 256, 256, 256), (1, 1, 2, 1, 2, 1)
@@ -268,6 +349,7 @@ def _published(
                 adversarial=replace(adversarial, steps=(0,)),
             ),
             "l2": replace(lmm, name="l2", reconstruction=replace(reconstruction, distance="l2"), adversarial=none),
+            **_other_objectives(replace(lmm, adversarial=none)),
         },
         few_steps=("0", "0,1", "0,1,2", "0,3,5", "0,1,3,5"),
         sweep=SweepConfig(schedules=("0", "0,1"), learning_rates=(lr / 4, lr), iterations=5000, gpus=1, max_concurrent=8),
@@ -280,6 +362,7 @@ def _published(
 RECIPES: dict[str, Callable[[int], Recipe]] = {
     "digits": digits,
     "cifar10": cifar10,
+    "cifar10_small": cifar10_small,
     "cifar10_uncond": cifar10_uncond,
     "afhqv2": afhqv2,
     "imagenet64": imagenet64,

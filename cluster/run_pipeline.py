@@ -21,7 +21,7 @@ from pipeline.command import ensure_ray, run_command
 from pipeline.gen_pairs import gen_pairs
 from pipeline.ingest_images import ingest_images
 from pipeline.storage import Folder
-from trainers.objective import RECONSTRUCTION
+from trainers.student import RECONSTRUCTION
 from trainers.sweep_lmm import sweep_lmm
 from trainers.train_lmm import train_lmm
 from trainers.train_probe import train_probes
@@ -43,7 +43,7 @@ def run_pipeline(workspace: str, recipe: Annotated[Recipe, tyro.conf.arg(name=""
     main = recipe.students["lmm"]
     train_lmm(workspace, name, main)
     train_together(workspace, name, [student for student in recipe.students.values() if student != main])
-    sweep_lmm(workspace, name, recipe.sweep, main, recipe.evaluate)
+    sweep_lmm(workspace, name, recipe.sweep, main)
     models = {"teacher": (), **{f"students/{student}": recipe.evaluate.steps for student in recipe.students}}
     if main.reconstruction.iterations:
         models[f"students/lmm/{RECONSTRUCTION}"] = recipe.few_steps

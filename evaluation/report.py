@@ -34,6 +34,8 @@ from pipeline.storage import Folder
 REPORT = "report.html"
 RECONSTRUCTION = "students/lmm/reconstruction"
 ABLATION = {
+    "students/kd": "end points alone (knowledge distillation, L2)",
+    "students/rf": "rectified flow",
     "students/l2": "lines, pixel distance (L2)",
     RECONSTRUCTION: "+ perceptual distance",
     "students/sot": "+ SOT (second phase at the steps sampled)",

@@ -24,8 +24,13 @@ from beeline.errors import BeelineError
 from beeline.recipes import RECIPES
 
 WORKER_ENVIRONMENT = {"RAY_TRAIN_ENABLE_PRINT_PATCH": "0"}  # patched, every printed line comes twice
-# Where the bucket is goes with the job. Keys do not: Ray shows a job's environment to everyone. Nodes have their own.
-FOLLOWING = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_DEFAULT_REGION", "AWS_REGION", "AWS_EC2_METADATA_DISABLED")
+# Where the bucket and the trackers are goes with the job. Keys do not: Ray shows a job's environment to everyone. Nodes have
+# their own.
+FOLLOWING = (
+    *("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_DEFAULT_REGION", "AWS_REGION", "AWS_EC2_METADATA_DISABLED"),
+    *("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_ALLOW_FILE_STORE"),
+    *("WANDB_BASE_URL", "WANDB_ENTITY", "WANDB_PROJECT", "WANDB_MODE", "WANDB_DIR"),
+)
 
 
 def run_command(stage: Callable[..., Any]) -> NoReturn:
@@ -112,7 +117,8 @@ def find_user_error(error: BaseException | None) -> BeelineError | None:
         if isinstance(error, BeelineError):
             return BeelineError(*error.args)  # without the traceback text that Ray adds to its dual types
         failures = getattr(error, "worker_failures", None)
-        waiting += [error.__cause__, error.__context__, getattr(error, "cause", None)]
+        waiting += [error.__cause__, error.__context__]
+        waiting += [getattr(error, name, None) for name in ("cause", "controller_failure")]
         waiting += list(failures.values()) if isinstance(failures, dict) else []
     return None
 

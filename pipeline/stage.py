@@ -17,7 +17,8 @@ from beeline.checkpoint import CONFIG, WEIGHTS
 from beeline.config import NetworkConfig
 from beeline.denoiser import Denoiser
 from beeline.errors import BeelineError
-from beeline.features import Probe
+from beeline.features import FeatureNetwork, Probe
+from beeline.weights import load_backbone
 from pipeline.storage import Folder
 
 PLAN, SUCCESS = "plan.json", "_SUCCESS"
@@ -139,6 +140,22 @@ def require_probe(workspace: Folder, which: str, recipe: str) -> tuple[Probe, st
     if not isinstance(model, Probe):
         raise BeelineError(f"{workspace / 'probe' / which} holds a denoiser, not a probe")
     return model, digest
+
+
+def require_features(workspace: Folder, name: str, recipe: str) -> tuple[FeatureNetwork, str]:
+    """The feature network "probe" (that of the losses) or a pretrained backbone, and the SHA-256 of its weights."""
+    if name == "probe":
+        return require_probe(workspace, "losses", recipe)
+    folder = workspace / "weights" / name
+    try:
+        files = {file: folder.read(file) for file in (WEIGHTS, CONFIG)}
+    except FileNotFoundError as error:
+        place = f"{workspace}/weights" if folder.is_local else f"FOLDER, and copy FOLDER to {workspace}/weights"
+        raise BeelineError(
+            f"{folder} holds no weights; fetch them once, on a machine with internet, with: "
+            f"python -m beeline.weights fetch {name} --out {place}"
+        ) from error
+    return load_backbone(files, str(folder)), checkpoint.digest(files)
 
 
 def _load(workspace: Folder, name: str, recipe: str) -> tuple[Denoiser | Probe, str]:

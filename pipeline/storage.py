@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.fs
 from botocore.exceptions import BotoCoreError, ClientError
 
-from beeline.errors import BeelineError
+from beeline.errors import BeelineError, StorageError
 
 JOB_MARK = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for the entrypoint of a submitted job
 READ_ATTEMPTS = 10  # the waits double from 25 ms: half a minute in all
@@ -60,12 +60,12 @@ class Folder:
         return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(_writer(self.uri)[0])), _writer(self.uri)[1]
 
     def write(self, name: str, data: bytes) -> None:
-        """Publish `data` as file `name`: one PUT, or a temporary file and a rename. Raises BeelineError if it cannot."""
+        """Publish `data` as file `name`: one PUT, or a temporary file and a rename. Raises StorageError if it cannot."""
         try:
             if self.is_local:
                 path = os.path.join(self.uri, name)
                 os.makedirs(os.path.dirname(path), exist_ok=True)
-                temporary = f"{path}.{uuid.uuid4().hex}.tmp"
+                temporary = os.path.join(os.path.dirname(path), f".{uuid.uuid4().hex}.tmp")
                 try:
                     with open(temporary, "wb") as file:
                         file.write(data)
@@ -79,7 +79,7 @@ class Folder:
                 fs, path = _writer(self.uri)
                 fs.pipe_file(f"{path}/{name}", data, **_one_put(self.uri, data))
         except FAILURES as error:
-            raise BeelineError(
+            raise StorageError(
                 f"{self}/{name} cannot be written: {_plain(error)}. Check the workspace's path, permissions, credentials and "
                 "free space, then run the command again: what is there is kept"
             ) from error
@@ -96,17 +96,17 @@ class Folder:
         except (FileNotFoundError, NotADirectoryError) as error:
             raise FileNotFoundError(f"{self}/{name}") from error
         except FAILURES as error:
-            raise BeelineError(
+            raise StorageError(
                 f"{self}/{name} cannot be read: {_plain(error)}. Check the bucket's name, permissions and credentials"
             ) from error
 
     def read(self, name: str) -> bytes:
-        """The file's bytes. Raises FileNotFoundError, or BeelineError if it is there and cannot be read."""
+        """The file's bytes. Raises FileNotFoundError, or StorageError if it is there and cannot be read."""
         with self.open(name) as file:
             try:
                 return file.read()
             except FAILURES as error:
-                raise BeelineError(f"{self}/{name} cannot be read: {_plain(error)}") from error
+                raise StorageError(f"{self}/{name} cannot be read: {_plain(error)}") from error
 
     def read_json(self, name: str) -> Any:
         """The file's JSON, or None where it does not exist. Raises BeelineError where it is damaged."""
@@ -119,27 +119,43 @@ class Folder:
 
     def sizes(self) -> dict[str, int]:
         """Names and sizes in bytes of the files directly in this folder, sorted by name; leftovers of writes excluded."""
+        found = self._list(pyarrow.fs.FileType.File)
+        files = {entry.base_name: int(entry.size) for entry in found if not entry.base_name.endswith(".tmp")}
+        return dict(sorted(files.items()))
+
+    def folders(self) -> list[str]:
+        """Names of the folders directly in this one, sorted."""
+        return sorted(entry.base_name for entry in self._list(pyarrow.fs.FileType.Directory))
+
+    def _list(self, kind: pyarrow.fs.FileType) -> list[pyarrow.fs.FileInfo]:
         fs, path = self.arrow()
         try:
             entries = fs.get_file_info(pyarrow.fs.FileSelector(path, allow_not_found=True))
         except NotADirectoryError:
-            return {}
+            return []
         except FAILURES as error:
-            raise BeelineError(
+            raise StorageError(
                 f"{self} cannot be listed: {_plain(error)}. Check the bucket's name, permissions and credentials"
             ) from error
-        files = {entry.base_name: int(entry.size) for entry in entries if entry.type == pyarrow.fs.FileType.File}
-        return dict(sorted((name, size) for name, size in files.items() if name and not name.endswith(".tmp")))
+        return [entry for entry in entries if entry.type == kind and entry.base_name]
 
     def remove(self, name: str) -> None:
-        """Remove one file. Raises BeelineError if it cannot."""
+        """Remove one file. Raises StorageError if it cannot."""
         try:
             fs, path = _writer(self.uri)
             fs.rm_file(f"{path}/{name}")
         except FAILURES as error:
-            raise BeelineError(
+            raise StorageError(
                 f"{self}/{name} cannot be removed: {_plain(error)}. Check permissions and credentials"
             ) from error
+
+    def remove_all(self) -> None:
+        """Remove the files directly in this folder, and the folder."""
+        for name in self.sizes():
+            self.remove(name)
+        if self.is_local:
+            self.clean()
+            os.rmdir(self.uri)
 
     def clean(self) -> None:
         """Remove the temporary files that killed writers left. Only for a folder that nobody is writing to."""

@@ -23,6 +23,15 @@ TINY_TEACHER = [
     "--teacher.checkpoint-every", "10",
     "--teacher.log-every", "5",
 ]  # fmt: skip
+TINY_LMM = [
+    "--lmm.reconstruction.iterations", "40",
+    "--lmm.adversarial.iterations", "40",
+    "--lmm.batch-size", "16",
+    "--lmm.checkpoint-every", "10",
+    "--lmm.log-every", "5",
+    "--lmm.num-steps", "6",
+]  # fmt: skip
+TWO_RANKS = ("--lmm.workers.count", "2")
 S3_KEYS = {"AWS_ACCESS_KEY_ID": "test:tester", "AWS_SECRET_ACCESS_KEY": "testing"}  # of the tests' own server
 TINY_PAIRS = [
     "--pairs.count", "300",

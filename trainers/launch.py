@@ -1,26 +1,27 @@
-"""The Ray Train shell around the loop: DDP ranks, checkpoints in the stage's folder, restarts after failures."""
+"""The Ray Train shell around the loop: DDP ranks, restarts after failures, from the newest checkpoint that is whole.
+
+Ray's own checkpoint store is not used: it does not retry an upload, and a damaged snapshot in it ends every further run.
+Ray gets a folder on the driver's machine, where it writes nothing but an empty marker.
+"""
 
 from __future__ import annotations
 
-import os
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import ray.train
 import ray.train.torch
 import torch
+import torch.distributed
 
 from beeline.config import WorkersConfig
-from beeline.errors import BeelineError
+from beeline.errors import BeelineError, StorageError
 from pipeline.command import ensure_ray
 from pipeline.storage import Folder
-from trainers import loop
-
-CHECKPOINTS = "checkpoints"
-STATE = "state.pt"
+from trainers import checkpoints, loop
+from trainers.tracking import open_trackers
 
 
 def launch(
@@ -29,37 +30,56 @@ def launch(
     folder: Folder,
     *,
     workers: WorkersConfig,
-    log_every: int,
-    checkpoint_every: int,
+    cadence: loop.Cadence,
+    tracking: Mapping[str, Any] | None = None,
 ) -> None:
-    """Train `build(session=..., **arguments)` on `workers.count` ranks. Resumes from <folder>/checkpoints by itself.
+    """Train `build(session=..., **arguments)` on `workers.count` ranks. Goes on from <folder>/checkpoints by itself.
 
-    `build` is called in each rank, so it must be importable and its arguments picklable.
+    `build` is called in each rank, so it must be importable and its arguments picklable. `tracking` are the arguments of
+    `open_trackers`. Ranks that are killed are restarted `workers.max_failures` times; a BeelineError in a rank is final,
+    but for a StorageError, which may pass. Machines that Ray is told will leave are left in time, and not counted.
     """
     ensure_ray()
-    trainer = ray.train.torch.TorchTrainer(
-        _rank,
-        train_loop_config={
-            "build": build,
-            "arguments": dict(arguments),
-            "folder": folder,
-            "threads": workers.threads,
-            "log_every": log_every,
-            "checkpoint_every": checkpoint_every,
-        },
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=workers.count,
-            use_gpu=workers.gpus > 0,
-            resources_per_worker={"CPU": workers.threads} | ({"GPU": workers.gpus} if workers.gpus else {}),
-        ),
-        run_config=ray.train.RunConfig(
-            name=CHECKPOINTS,
-            **ray_storage(folder),
-            failure_config=ray.train.FailureConfig(max_failures=workers.max_failures),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
-        ),
-    )
-    trainer.fit()
+    count = (workers.min_count, workers.count) if workers.min_count else workers.count
+    config = {
+        "build": build,
+        "arguments": dict(arguments),
+        "folder": folder,
+        "threads": workers.threads,
+        "cadence": cadence,
+        "tracking": tracking,
+    }
+    with tempfile.TemporaryDirectory(prefix="beeline-train-") as scratch:
+        finished = False
+        while not finished:
+            trainer = ray.train.torch.TorchTrainer(
+                _rank,
+                train_loop_config=config,
+                scaling_config=ray.train.ScalingConfig(
+                    num_workers=count,
+                    use_gpu=workers.gpus > 0,
+                    resources_per_worker={"CPU": workers.threads} | ({"GPU": workers.gpus} if workers.gpus else {}),
+                ),
+                run_config=ray.train.RunConfig(
+                    name="train",
+                    storage_path=scratch,
+                    failure_config=ray.train.FailureConfig(max_failures=workers.max_failures),
+                    callbacks=[FinalErrors()],
+                    logging_config=ray.train.LoggingConfig(log_level="WARNING"),
+                ),
+            )
+            finished = bool(trainer.fit().return_value)
+            if not finished:
+                print("training: a machine is about to leave; going on with the others", flush=True)
+
+
+class FinalErrors(ray.train.UserCallback):
+    """Ray Train takes an exception of the code for a lost process and tries again; the user's to mend are not tried again."""
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        for error in worker_exceptions.values():
+            if isinstance(error, BeelineError) and not isinstance(error, StorageError):
+                raise ray.train.ControllerError(error)
 
 
 def check_batch(batch_size: int, workers: WorkersConfig, accumulate: int = 1) -> None:
@@ -77,32 +97,37 @@ def ray_storage(folder: Folder) -> dict[str, Any]:
     return {"storage_path": path, "storage_filesystem": filesystem}
 
 
-def _rank(config: dict[str, Any]) -> None:
+def _rank(config: dict[str, Any]) -> bool:
     # 1x1 convolutions: the two layouts hold the same numbers in the same order.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     torch.set_num_threads(config["threads"])
     context = ray.train.get_context()
-    restored = None
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is not None:
-        with checkpoint.as_directory() as directory:
-            restored = torch.load(Path(directory) / STATE, weights_only=True)
+    restored = _newest(config["folder"], context.get_world_rank())
+    tracking = config["tracking"] if context.get_world_rank() == 0 else None
     session = loop.Session(
         rank=context.get_world_rank(),
         world_size=context.get_world_size(),
         device=ray.train.torch.get_device(),
         folder=config["folder"],
         restored=restored,
-        save=_save,
+        leaving=lambda: ray.train.get_preemption_info() is not None,
+        trackers=open_trackers(**tracking, resumed=restored is not None) if tracking else (),
     )
     task = config["build"](session=session, **config["arguments"])
-    loop.run(task, session, log_every=config["log_every"], checkpoint_every=config["checkpoint_every"])
+    return loop.run(task, session, config["cadence"])
 
 
-def _save(step: int, figures: dict[str, float], state: loop.State | None) -> None:
-    with tempfile.TemporaryDirectory() as directory:
-        checkpoint = None
-        if state is not None:
-            torch.save(state, os.path.join(directory, STATE))
-            checkpoint = ray.train.Checkpoint.from_directory(directory)
-        ray.train.report({"step": step}, checkpoint=checkpoint, checkpoint_dir_name=f"step-{step:08d}")
+def _newest(folder: Folder, rank: int) -> loop.State | None:
+    """The state of the newest checkpoint that is whole. Rank 0 chooses it, so that all ranks take the same."""
+    state, chosen = None, [None]
+    if rank == 0:
+        for step in reversed(checkpoints.steps(folder)):
+            try:
+                state, chosen = checkpoints.load(folder, step), [step]
+                break
+            except StorageError:
+                raise
+            except BeelineError as error:
+                print(f"{error}", flush=True)
+    torch.distributed.broadcast_object_list(chosen, src=0)
+    return checkpoints.load(folder, chosen[0]) if rank and chosen[0] is not None else state

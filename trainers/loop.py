@@ -1,4 +1,4 @@
-"""The training loop: steps, logs, checkpoints. It knows no Ray; `Session` is what it sees of the outside world.
+"""The training loop: steps, logs, validations, checkpoints. It knows no Ray; `Session` is what it sees of the outside world.
 
 A task says what one step does; the loop does the rest. Everything random in a step is a function of (seed, rank, step), so
 a checkpoint holds weights, optimisers and counters, and a resumed run ends with the weights of an undisturbed one.
@@ -6,13 +6,11 @@ a checkpoint holds weights, optimisers and counters, and a resumed run ends with
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
-import math
 import resource
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -20,27 +18,33 @@ import torch.distributed
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from beeline.config import OptimizerConfig
 from beeline.errors import BeelineError
 from beeline.noise import stream_seed
 from pipeline.reader import ShardReader
 from pipeline.storage import Folder
+from trainers import checkpoints
+from trainers.tracking import Tracker, tensorboard_events
 
 MAX_SKIPPED = 100  # steps in a row
-LOG = "train.jsonl"
-State = dict[str, Any]
+NOTICE_EVERY = 10  # steps: to ask whether a machine leaves makes all ranks meet, some 5 ms
+LOG, EVENTS = "train.jsonl", "tensorboard/events.out.tfevents.0000000000.beeline"
+LOOP = "loop"  # the loop's own entry of a checkpoint
+State = checkpoints.State
+Figures = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Session:
-    """One rank's view of a run. `save` is called by all ranks alike, with the state on rank 0 and None elsewhere."""
+    """One rank's view of a run. `restored` is the state to go on from. `leaving` says whether a machine is about to be taken
+    away; all ranks ask it at the same steps, and hear the same."""
 
     rank: int = 0
     world_size: int = 1
     device: torch.device = torch.device("cpu")
     folder: Folder
     restored: State | None = None
-    save: Callable[[int, dict[str, float], State | None], None]
+    leaving: Callable[[], bool] = lambda: False
+    trackers: Sequence[Tracker] = ()
     readers: list[ShardReader] = dataclasses.field(default_factory=list, init=False)
 
     def read(self, folder: Folder, config: dict[str, Any], seed: int) -> ShardReader:
@@ -50,8 +54,8 @@ class Session:
 
     def share(self, batch_size: int, step: int) -> tuple[int, int]:
         """(start, size) of this rank's part of global batch `step` in the endless stream of rows."""
-        size = batch_size // self.world_size
-        return step * batch_size + self.rank * size, size
+        first, last = (batch_size * rank // self.world_size for rank in (self.rank, self.rank + 1))
+        return step * batch_size + first, last - first
 
     def generator(self, seed: int, step: int) -> torch.Generator:
         """The source of this step's randomness on this rank; torch's global one (dropout) is seeded alike."""
@@ -66,10 +70,6 @@ class Session:
         # Buffers follow the weights by themselves (spectral norm, resampling filters): nothing to broadcast.
         return DistributedDataParallel(model, forward_sync_buffers=False, gradient_as_bucket_view=True)
 
-    def accumulating(self, model: nn.Module, *, last: bool) -> contextlib.AbstractContextManager[Any]:
-        """For gradients that are summed over several backward passes: ranks exchange them in the last one alone."""
-        return contextlib.nullcontext() if last or not isinstance(model, DistributedDataParallel) else model.no_sync()
-
 
 class Task(Protocol):
     """What is trained. `name` heads the log lines; `images_per_step` counts over all ranks."""
@@ -78,12 +78,17 @@ class Task(Protocol):
     iterations: int
     images_per_step: int
 
-    def step(self, step: int) -> dict[str, float]:
-        """One step; returns figures for the log, among them "skipped" (1 for a step with non-finite gradients)."""
+    def step(self, step: int) -> Figures:
+        """One step; returns figures for the log, numbers or tensors, among them "skipped" (1 for a step with non-finite
+        gradients)."""
         ...
 
-    def state_dict(self, step: int) -> State:
-        """Everything that steps change, as tensors and plain Python, after `step` steps."""
+    def validate(self, step: int) -> dict[str, float]:
+        """Judge the model after `step` steps; figures for the log. Called on rank 0, where `validate_every` asks for it."""
+        ...
+
+    def state_dict(self) -> State:
+        """Everything that steps change, as tensors and plain Python, in a few entries."""
         ...
 
     def load_state_dict(self, state: State) -> None:
@@ -95,21 +100,38 @@ class Task(Protocol):
         ...
 
 
-def run(task: Task, session: Session, *, log_every: int, checkpoint_every: int) -> None:
-    """Train `task` to its end, from `session.restored` where there is one, and publish the model.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cadence:
+    """How often, in steps. `validate_every` 0 never validates; `keep` is how many checkpoints stay."""
+
+    log_every: int
+    checkpoint_every: int
+    validate_every: int = 0
+    keep: int = 2
+
+
+def run(task: Task, session: Session, cadence: Cadence) -> bool:
+    """Train `task` to its end, from `session.restored` where there is one, and publish the model: True. False if a machine
+    is about to leave: a checkpoint of this very step is there, and the ranks are to be started anew.
 
     Raises BeelineError if MAX_SKIPPED steps in a row had gradients that are not finite.
     """
-    start, skipped, in_a_row, rows = 0, 0, 0, []
+    start, since, skipped, in_a_row, rows = 0, 0, 0, 0, []
+    sums: Figures = {}
     if session.restored is not None:
-        start, skipped = session.restored["step"], session.restored["skipped"]
-        task.load_state_dict(session.restored["task"])
+        state = dict(session.restored)
+        own = state.pop(LOOP)
+        start, since, sums = own["step"], own["since"], own["sums"]
+        skipped, in_a_row = own["skipped"], own["in_a_row"]
+        task.load_state_dict(state)
         rows = [row for row in read_log(session.folder) if row["step"] <= start]
         if session.rank == 0:
             print(f"{task.name}: resumed at step {start} of {task.iterations}", flush=True)
-    sums: dict[str, float] = {}
+            for tracker in session.trackers:
+                for row in rows:
+                    tracker.log(row)
     began = last = time.monotonic()
-    since, waited_before = start, 0.0
+    timed_from, waited_before = start, 0.0
     for step in range(start, task.iterations):
         figures = task.step(step)
         bad = int(figures.pop("skipped"))
@@ -122,30 +144,44 @@ def run(task: Task, session: Session, *, log_every: int, checkpoint_every: int) 
         for key, value in figures.items():
             sums[key] = sums.get(key, 0.0) + value
         done = step + 1
-        if done % log_every == 0 or done == task.iterations:
+        final = done == task.iterations
+        judged = cadence.validate_every and (done % cadence.validate_every == 0 or final)
+        if done % cadence.log_every == 0 or judged or final:
             now = time.monotonic()
-            row = {"step": done, **{key: value / (done - since) for key, value in sums.items()}, "skipped": skipped}
-            row["images_per_s"] = task.images_per_step * (done - since) / (now - last)
+            row = {"step": done, **{key: float(value) / (done - since) for key, value in sums.items()}, "skipped": skipped}
+            row["images_per_s"] = task.images_per_step * (done - timed_from) / (now - last)
             waited = sum(reader.waited for reader in session.readers)
             row["data_wait"] = (waited - waited_before) / (now - last)
             row["peak_mb"] = peak_memory(session.device)
-            waited_before = waited
             row["seconds"] = now - began
-            rows.append(row)
+            waited_before, sums, since, timed_from = waited, {}, done, done
             if session.rank == 0:
+                if judged:
+                    row |= task.validate(done)
                 left = (task.iterations - done) * (now - began) / (done - start)
                 shown = ", ".join(f"{key} {value:.4g}" for key, value in row.items() if key not in ("step", "seconds"))
                 print(f"{task.name}: step {done} of {task.iterations}, {shown}, {left:.0f} s left", flush=True)
-            sums, since, last = {}, done, now
-        if done % checkpoint_every == 0 and done < task.iterations:
-            state = None
+                for tracker in session.trackers:
+                    tracker.log(row)
+            rows.append(row)
+            last = time.monotonic()
+        leaving = done % NOTICE_EVERY == 0 and session.leaving()
+        if (done % cadence.checkpoint_every == 0 or leaving) and not final:
             if session.rank == 0:
+                if leaving:
+                    print(f"{task.name}: a machine is about to leave; checkpoint at step {done}", flush=True)
                 write_log(session.folder, rows)
-                state = {"step": done, "skipped": skipped, "task": task.state_dict(done)}
-            session.save(done, rows[-1] if rows else {}, state)
+                own = {"step": done, "since": since, "sums": {key: float(value) for key, value in sums.items()}}
+                own |= {"skipped": skipped, "in_a_row": in_a_row}
+                checkpoints.save(session.folder, done, {LOOP: own, **task.state_dict()}, keep=cadence.keep)
+            if leaving:
+                return False
     if session.rank == 0:
         write_log(session.folder, rows)
         task.publish()
+        for tracker in session.trackers:
+            tracker.close()
+    return True
 
 
 def peak_memory(device: torch.device) -> float:
@@ -163,31 +199,7 @@ def read_log(folder: Folder) -> list[dict[str, Any]]:
         return []
 
 
-def write_log(folder: Folder, rows: Iterable[dict[str, Any]]) -> None:
-    """Publish train.jsonl whole: object storage cannot append."""
+def write_log(folder: Folder, rows: Sequence[dict[str, Any]]) -> None:
+    """Publish train.jsonl, and TensorBoard's file, whole: object storage cannot append."""
     folder.write(LOG, "".join(json.dumps(row) + "\n" for row in rows).encode())
-
-
-def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
-    """The optimiser that `config` names."""
-    cls = {"adam": torch.optim.Adam, "radam": torch.optim.RAdam}[config.kind]
-    extra = {"fused": True} if config.kind == "adam" else {"foreach": True}
-    return cls(list(parameters), lr=config.lr, betas=config.betas, **extra)
-
-
-def update(optimizer: torch.optim.Optimizer, config: OptimizerConfig, step: int, total: int) -> dict[str, float]:
-    """Apply the gradients at the schedule's learning rate for `step` of `total`; skip the step if they are not finite.
-
-    Gradients are the same on all ranks, so all ranks skip together.
-    """
-    rate = config.lr * min(1.0, (step + 1) / max(config.warmup, 1))
-    if config.decay == "cosine":
-        rate *= 0.05 + 0.95 * (1 + math.cos(math.pi * step / total)) / 2
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = float(nn.utils.clip_grad_norm_(parameters, config.clip or math.inf))
-    if math.isfinite(norm):
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return {"grad_norm": norm if math.isfinite(norm) else 0.0, "skipped": float(not math.isfinite(norm))}
+    folder.write(EVENTS, tensorboard_events(rows))

@@ -25,26 +25,22 @@ import tyro
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler
 
-from beeline.config import EvaluateConfig, LmmConfig, SweepConfig, to_dict
+from beeline.config import LmmConfig, SweepConfig, to_dict
 from beeline.errors import BeelineError
-from beeline.frechet import Statistics, frechet_distance
 from beeline.schedule import check_steps
-from evaluation.measure import Row, draw, features, noise_seed, parse_steps, reference
+from evaluation.measure import parse_steps
 from pipeline.command import ensure_ray, run_command
-from pipeline.reader import real_images
-from pipeline.stage import Stage, fingerprint, require, require_model, require_probe
+from pipeline.stage import Stage, fingerprint, require, require_features, require_model, require_probe
 from pipeline.storage import Folder
 from trainers import loop
 from trainers.launch import ray_storage
-from trainers.objective import LmmTask
+from trainers.student import StudentTask, all_needs
+from trainers.validation import METRIC, Validation
 
-TRIALS, PARETO, METRIC = "trials.parquet", "pareto.png", "fd_probe_losses"
-SWEEP_DRAW = 1_000_000  # a noise seed that no reported draw uses
+TRIALS, PARETO = "trials.parquet", "pareto.png"
 
 
-def sweep_lmm(
-    workspace: str, recipe: tyro.conf.Suppress[str], sweep: SweepConfig, lmm: LmmConfig, evaluate: EvaluateConfig
-) -> None:
+def sweep_lmm(workspace: str, recipe: tyro.conf.Suppress[str], sweep: SweepConfig, lmm: LmmConfig) -> None:
     """Train one short trial per schedule and learning rate, and tabulate their distances.
 
     Args:
@@ -52,8 +48,8 @@ def sweep_lmm(
     """
     place = Folder(workspace)
     pairs, images = require(place, "pairs", recipe), require(place, "images", recipe)
-    _, probe_digest = require_probe(place, "losses", recipe)
-    _, digest = require_model(place, sweep.init, recipe)
+    probe_digest = require_probe(place, "losses", recipe)[1]
+    digest = require_model(place, sweep.init, recipe)[1]
     for text in sweep.schedules:
         try:
             check_steps(parse_steps(text), lmm.num_steps)
@@ -64,7 +60,9 @@ def sweep_lmm(
         init=sweep.init,
         reconstruction=replace(lmm.reconstruction, iterations=0),
         adversarial=replace(lmm.adversarial, iterations=sweep.iterations, adversarial_weight=0.0),
+        validate_every=0,
     )
+    features = {name: require_features(place, name, recipe)[1] for name in all_needs(base).features}
     plan = {
         "sweep": to_dict(sweep, resources=False),
         "lmm": to_dict(base, resources=False),
@@ -72,6 +70,7 @@ def sweep_lmm(
         "images": fingerprint(images),
         "init_sha256": digest,
         "probe_sha256": probe_digest,
+        "features_sha256": features,
     }
     stage = Stage(place, f"sweeps/{sweep.name}", plan)
     if not stage.begin():
@@ -89,8 +88,8 @@ def sweep_lmm(
             continue
         trainable = tune.with_resources(
             tune.with_parameters(
-                _trial, grid=grid, workspace=place, recipe=recipe, base=base, sweep=sweep, evaluate=evaluate,
-                pairs=pairs, images=images, folder=folder,
+                _trial, grid=grid, workspace=place, recipe=recipe, base=base, sweep=sweep, pairs=pairs, images=images,
+                folder=folder,
             ),
             {"CPU": sweep.threads, "GPU": sweep.gpus},
         )  # fmt: skip
@@ -137,7 +136,6 @@ def _trial(
     recipe: str,
     base: LmmConfig,
     sweep: SweepConfig,
-    evaluate: EvaluateConfig,
     pairs: dict[str, Any],
     images: dict[str, Any],
     folder: Folder,
@@ -150,27 +148,16 @@ def _trial(
     optimizer = replace(base.adversarial.optimizer, lr=rate)
     lmm = replace(base, adversarial=replace(base.adversarial, steps=steps, optimizer=optimizer))
     device = torch.device("cuda" if sweep.gpus else "cpu")
-    probe = require_probe(workspace, "losses", recipe)[0].to(device)
-    real = reference(workspace, probe, images["images"])
-    labels = real_images(workspace / "images", images["images"])[1]
-
-    def save(step: int, figures: dict[str, float], state: loop.State | None) -> None:
-        row = Row(len(steps), steps, None, lmm.num_steps)
-        drawn = draw(
-            task.student(), row, range(len(labels)), labels, seed=noise_seed(evaluate, SWEEP_DRAW),
-            batch_size=evaluate.batch_size,
-        )  # fmt: skip
-        distance = frechet_distance(Statistics.of(features(probe, drawn.to(device))), real)
-        found = {"steps": schedule, "nfe": len(steps), "lr": rate, "step": step, METRIC: distance}
-        folder.write_json(_progress_name(k), found)
-        tune.report(found)
-
-    session = loop.Session(device=device, folder=folder, save=save)
-    task = LmmTask(session=session, workspace=workspace, recipe=recipe, config=lmm, pairs=pairs, images=None)
-    for step in range(task.iterations):
-        task.step(step)
-        if (step + 1) % max(1, sweep.iterations // sweep.rungs) == 0:
-            save(step + 1, {}, None)
+    validation = Validation(workspace, recipe, images, count=lmm.validate_count, seed=lmm.seed, device=device)
+    session = loop.Session(device=device, folder=folder)
+    task = StudentTask(session=session, workspace=workspace, recipe=recipe, config=lmm, pairs=pairs, images=images)
+    for step in range(1, task.iterations + 1):
+        task.step(step - 1)
+        if step % max(1, sweep.iterations // sweep.rungs) == 0:
+            distance = validation.judge(task.average(), steps)[0][METRIC]
+            found = {"steps": schedule, "nfe": len(steps), "lr": rate, "step": step, METRIC: distance}
+            folder.write_json(_progress_name(k), found)
+            tune.report(found)
 
 
 def _pareto(table: pd.DataFrame) -> bytes:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import numpy as np
 import torch
 import tyro
 
@@ -16,6 +17,7 @@ from beeline.checkpoint import CONFIG, build, dump, ema_update
 from beeline.config import TeacherConfig, to_dict
 from beeline.denoiser import edm_loss
 from beeline.errors import BeelineError
+from beeline.learner import Learner
 from beeline.noise import stream_seed
 from pipeline.command import run_command
 from pipeline.reader import to_float
@@ -36,22 +38,22 @@ class TeacherTask:
         torch.manual_seed(stream_seed(config.seed, "teacher"))
         self.model = build(config.network).to(session.device)
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
-        self.parallel = session.parallel(self.model)
-        self.optimizer = loop.make_optimizer(self.model.parameters(), config.optimizer)
+        self.learner = Learner(self.model, config.optimizer, parallel=session.parallel, precision=config.precision)
         self.reader = session.read(self.workspace / "images", images["images"], config.seed)
 
-    def step(self, step: int) -> dict[str, float]:
+    def step(self, step: int) -> loop.Figures:
         generator = self.session.generator(self.config.seed, step)
-        batch = self.reader.batch(*self.session.share(self.config.batch_size, step))
-        total, parts = 0.0, self.config.accumulate
-        part = len(batch["label"]) // parts
-        for k in range(parts):
-            rows = {name: column[k * part : (k + 1) * part] for name, column in batch.items()}
-            with self.session.accumulating(self.parallel, last=k == parts - 1):
-                loss = self._loss(rows, generator) / parts
+        start, size = self.session.share(self.config.batch_size, step)
+        batch = self.reader.batch(start, size)
+        total = torch.zeros((), device=self.session.device)
+        parts = np.array_split(np.arange(size), self.config.accumulate)
+        for part in parts:
+            rows = {name: column[part] for name, column in batch.items()}
+            with self.learner.accumulating(last=part is parts[-1]):
+                loss = self._loss(rows, generator) * (len(part) * self.session.world_size / self.config.batch_size)
                 loss.backward()
-            total += float(loss.detach())
-        figures = loop.update(self.optimizer, self.config.optimizer, step, self.iterations)
+            total += loss.detach()
+        figures = self.learner.update(step, self.iterations)
         ema_update(self.ema, self.model, self.config.ema_half_life, step + 1)
         return {"loss": total, **figures}
 
@@ -65,20 +67,17 @@ class TeacherTask:
         elif self.config.flip:
             mirrored = torch.rand(len(images), 1, 1, 1, device=device, generator=generator) < 0.5
             images = torch.where(mirrored, images.flip(-1), images)
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
-            return edm_loss(self.parallel, images, labels, generator, augment_labels)
+        return edm_loss(self.learner, images, labels, generator, augment_labels)
 
-    def state_dict(self, step: int) -> loop.State:
-        return {
-            "model": self.model.state_dict(),
-            "ema": self.ema.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-        }
+    def validate(self, step: int) -> dict[str, float]:
+        return {}
+
+    def state_dict(self) -> loop.State:
+        return {"ema": self.ema.state_dict(), "learner": self.learner.state_dict()}
 
     def load_state_dict(self, state: loop.State) -> None:
-        self.model.load_state_dict(state["model"])
         self.ema.load_state_dict(state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.learner.load_state_dict(state["learner"])
 
     def publish(self) -> None:
         publish_model(self.workspace / "teacher", dump(self.ema, {"trained": to_dict(self.config, resources=False)}))
@@ -111,8 +110,7 @@ def train_teacher(workspace: str, recipe: tyro.conf.Suppress[str], teacher: Teac
         {"workspace": place, "config": teacher, "images": images},
         stage.folder,
         workers=teacher.workers,
-        log_every=teacher.log_every,
-        checkpoint_every=teacher.checkpoint_every,
+        cadence=loop.Cadence(log_every=teacher.log_every, checkpoint_every=teacher.checkpoint_every, keep=teacher.keep),
     )
     stage.finish(images_seen=teacher.iterations * teacher.batch_size)
 

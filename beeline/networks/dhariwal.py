@@ -102,6 +102,16 @@ class DhariwalUNet(nn.Module):
         augment_labels: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """x (B, C, H, W), noise_labels (B,) = c_noise(sigma), labels one-hot (B, K) or None, to (B, C_out, H, W)."""
+        return self.out_conv(self.trunk(x, noise_labels, labels, augment_labels))
+
+    def trunk(
+        self,
+        x: torch.Tensor,
+        noise_labels: torch.Tensor,
+        labels: torch.Tensor | None,
+        augment_labels: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """All but the output convolution, which two losses are compared at: what training compiles."""
         emb = self.map_noise(noise_labels)
         if self.map_augment is not None and augment_labels is not None:
             emb = emb + self.map_augment(augment_labels)
@@ -117,4 +127,4 @@ class DhariwalUNet(nn.Module):
         for block in self.dec.values():
             assert isinstance(block, UNetBlock)
             x = block(torch.cat([x, skips.pop()], dim=1) if x.shape[1] != block.in_channels else x, emb)
-        return self.out_conv(F.silu(self.out_norm(x)))
+        return F.silu(self.out_norm(x))

@@ -118,9 +118,13 @@ class SongUNet(nn.Module):
     @property
     def last_layer(self) -> nn.Parameter:
         """The weight of the output convolution: where the adversarial phase compares its two gradients."""
-        weight = list(self.dec.values())[-1].weight
+        weight = self._last_conv.weight
         assert isinstance(weight, nn.Parameter)
         return weight
+
+    @property
+    def _last_conv(self) -> nn.Module:
+        return list(self.dec.values())[-1]
 
     def forward(
         self,
@@ -130,6 +134,16 @@ class SongUNet(nn.Module):
         augment_labels: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """x (B, C, H, W), noise_labels (B,) = c_noise(sigma), labels one-hot (B, K) or None, to (B, C_out, H, W)."""
+        return self._last_conv(self.trunk(x, noise_labels, labels, augment_labels))
+
+    def trunk(
+        self,
+        x: torch.Tensor,
+        noise_labels: torch.Tensor,
+        labels: torch.Tensor | None,
+        augment_labels: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """All but the output convolution, which two losses are compared at: what training compiles."""
         emb = self.map_noise(noise_labels)
         emb = emb.reshape(len(emb), 2, -1).flip(1).reshape(emb.shape)  # released weights expect [sin, cos]
         if self.map_label is not None and labels is not None:
@@ -145,9 +159,9 @@ class SongUNet(nn.Module):
             else:
                 x = block(x, emb) if isinstance(block, UNetBlock) else block(x)
                 skips.append(x)
-        for name, block in self.dec.items():
+        for block in self.dec.values():
             if isinstance(block, UNetBlock):
                 x = block(torch.cat([x, skips.pop()], dim=1) if x.shape[1] != block.in_channels else x, emb)
-            else:
-                x = block(F.silu(x)) if name.endswith("aux_conv") else block(x)
-        return x
+            elif block is not self._last_conv:
+                x = block(x)
+        return F.silu(x)

@@ -26,8 +26,12 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 def test_hinge_values() -> None:
     real, fake = torch.tensor([2.0, 1.0, 0.0, -1.0]), torch.tensor([-2.0, -1.0, 0.5])
-    assert float(hinge_discriminator(real, fake)) == pytest.approx((0 + 0 + 1 + 2) / 4 + (0 + 0 + 1.5) / 3)
-    assert float(hinge_generator(fake)) == pytest.approx(2.5 / 3)
+    of_first = (0 + 0 + 1 + 2) / 4 + (0 + 0 + 1.5) / 3
+    assert float(hinge_discriminator([real], [fake])) == pytest.approx(of_first)
+    assert float(hinge_generator([fake])) == pytest.approx(2.5 / 3)
+    # Critics count alike, however many logits they have.
+    assert float(hinge_discriminator([real, fake], [fake, real])) == pytest.approx((of_first + (5.5 / 3 + 6 / 4)) / 2)
+    assert float(hinge_generator([fake, real])) == pytest.approx((2.5 / 3 - 2 / 4) / 2)
 
 
 @pytest.mark.parametrize("weight", [1.0, 0.3])
@@ -39,7 +43,7 @@ def test_balanced_gradient_is_that_of_the_weighted_sum(scale: float, regime: str
     x, targets = torch.randn(5, 2, 6, 6), torch.randn(5, 2, 6, 6)
 
     def losses(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return scale * (images - targets).square().mean(), hinge_generator(critic(images))
+        return scale * (images - targets).square().mean(), hinge_generator([critic(images)])
 
     twin = copy.deepcopy(net)
     last = twin[2].weight

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -27,8 +26,12 @@ class Task:
         self.reader.batch(4 * step, 4)
         return {"loss": 1.0, "skipped": float(step in self.bad)}
 
-    def state_dict(self, step: int) -> loop.State:
-        return {}
+    def validate(self, step: int) -> dict[str, float]:
+        self.judged = [*getattr(self, "judged", []), step]
+        return {"fd": 1 / step}
+
+    def state_dict(self) -> loop.State:
+        return {"task": {"steps": 0}}
 
     def load_state_dict(self, state: loop.State) -> None: ...
 
@@ -41,14 +44,12 @@ def session(tmp_path: Path) -> loop.Session:
     data = shards.encode("image", np.zeros((8, 1, 4, 4), np.uint8), np.zeros(8, np.int32), range(8), {})
     Folder(str(tmp_path)).write(shards.shard_name(0), data)
 
-    def save(*_: Any) -> None: ...
-
-    return loop.Session(folder=Folder(str(tmp_path)), save=save)
+    return loop.Session(folder=Folder(str(tmp_path)))
 
 
 def test_the_log_counts_waiting_memory_and_skipped_steps(session: loop.Session) -> None:
     task = Task(session, range(5, 5 + loop.MAX_SKIPPED - 1), iterations=150)
-    loop.run(task, session, log_every=50, checkpoint_every=1000)
+    loop.run(task, session, loop.Cadence(log_every=50, checkpoint_every=1000))
     assert task.published
     rows = loop.read_log(session.folder)
     assert [row["skipped"] for row in rows] == [45, 95, 99]
@@ -60,5 +61,5 @@ def test_the_log_counts_waiting_memory_and_skipped_steps(session: loop.Session) 
 def test_training_that_has_diverged_ends(session: loop.Session) -> None:
     task = Task(session, range(7, 1000), iterations=1000)
     with pytest.raises(BeelineError, match="100 steps in a row, up to step 107, are not finite"):
-        loop.run(task, session, log_every=50, checkpoint_every=1000)
+        loop.run(task, session, loop.Cadence(log_every=50, checkpoint_every=1000))
     assert not task.published

@@ -8,21 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-from harness import ROOT, TINY_TEACHER, Head, Run, files, wait_for
+from harness import ROOT, TINY_LMM, TINY_TEACHER, TWO_RANKS, Head, Run, files, wait_for
 
 from pipeline.storage import Folder
 from trainers.loop import read_log
-
-TWO_RANKS = ("--lmm.workers.count", "2")
-LMM = [
-    "--lmm.reconstruction.iterations", "40",
-    "--lmm.adversarial.iterations", "40",
-    "--lmm.batch-size", "16",
-    "--lmm.checkpoint-every", "10",
-    "--lmm.log-every", "5",
-    "--lmm.num-steps", "6",
-]  # fmt: skip
 
 
 def kill_a_rank_after(head: Head, command: list[str], folder: Path, checkpoints: list[int]) -> None:
@@ -30,7 +19,7 @@ def kill_a_rank_after(head: Head, command: list[str], folder: Path, checkpoints:
     process = subprocess.Popen(command, cwd=ROOT, env=head.environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     for k, step in enumerate(checkpoints):
         wait_for(
-            lambda s=step: (folder / "checkpoints" / f"step-{s:08d}" / "state.pt").exists() or process.poll() is not None,
+            lambda s=step: (folder / "checkpoints" / f"step-{s:08d}" / "index.json").exists() or process.poll() is not None,
             240, f"checkpoint {step}",
         )  # fmt: skip
         ranks = head.workers("RayTrainWorker")
@@ -41,18 +30,10 @@ def kill_a_rank_after(head: Head, command: list[str], folder: Path, checkpoints:
     assert b"resumed at step" in output
 
 
-@pytest.fixture(scope="module")
-def undisturbed(run: Run, trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    workspace = tmp_path_factory.mktemp("undisturbed") / "ws"
-    shutil.copytree(trained, workspace)
-    run("trainers/train_lmm.py", "digits", "--workspace", workspace, *LMM, *TWO_RANKS)
-    return workspace
-
-
 def test_a_killed_rank_in_each_phase(head: Head, undisturbed: Path, trained: Path, tmp_path: Path) -> None:
     workspace = tmp_path / "ws"
     shutil.copytree(trained, workspace)
-    command = [sys.executable, "trainers/train_lmm.py", "digits", "--workspace", str(workspace), *LMM, *TWO_RANKS]
+    command = [sys.executable, "trainers/train_lmm.py", "digits", "--workspace", str(workspace), *TINY_LMM, *TWO_RANKS]
     kill_a_rank_after(head, command, workspace / "students/lmm", [20, 60])
     for folder in ("students/lmm", "students/lmm/reconstruction"):
         assert files(workspace / folder, "model.safetensors") == files(undisturbed / folder, "model.safetensors")

@@ -1,0 +1,271 @@
+"""Pretrained backbones as model folders: fetched once, checked, and converted to safetensors; loaded as data ever after.
+
+    python -m beeline.weights fetch --out weights
+    python -m beeline.weights fetch vgg16 --out weights --downloads /media/usb
+
+The originals are pickles. Each is compared with its SHA-256 before anything else is done with it, and read with torch's
+weights_only reader, which runs none of a file's code. A folder is written weights first, config.json last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import http.client
+import importlib.metadata
+import importlib.util
+import json
+import os
+import re
+import sys
+import urllib.request
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+
+from beeline.backbones import BACKBONES, VGG16, TimmBackbone, build_backbone
+from beeline.checkpoint import CONFIG, FORMAT, WEIGHTS
+from beeline.errors import BeelineError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where the original file of a backbone is, and how its tensors are named."""
+
+    url: str
+    sha256: str
+    """All 64 digits, or the first eight: torch.hub puts those into a file's name, and for some files no more is published."""
+    licence: str
+    prefix: str = ""
+    """What beeline's names of the tensors have in front of the file's."""
+    lins_sha256: str = ""
+    """SHA-256 of the lpips package's linear layers that go with the network; "" for none."""
+
+
+LPIPS_LICENCE = "BSD-2-Clause (R. Zhang et al., https://github.com/richzhang/PerceptualSimilarity)"
+SOURCES: dict[str, Source] = {
+    "vgg16": Source(
+        url="https://download.pytorch.org/models/vgg16-397923af.pth",
+        sha256="397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0",
+        licence="BSD-3-Clause (torchvision), trained on ImageNet, whose own terms may apply",
+        lins_sha256="a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868",
+    ),
+    "tf_efficientnet_lite0": Source(
+        url="https://github.com/rwightman/pytorch-image-models/releases/download/v0.1-weights/tf_efficientnet_lite0-0aa007d2.pth",
+        sha256="0aa007d2",
+        licence="Apache-2.0 (Google, ported by timm), trained on ImageNet, whose own terms may apply",
+        prefix="network.",
+    ),
+    "deit_base_distilled_patch16_224": Source(
+        url="https://dl.fbaipublicfiles.com/deit/deit_base_distilled_patch16_224-df68dfff.pth",
+        sha256="df68dfff",
+        licence="Apache-2.0 (Meta), trained on ImageNet, whose own terms may apply",
+        prefix="network.model.",
+    ),
+}
+
+
+def fetch(names: Sequence[str], out: Path, downloads: Path | None = None, sources: Mapping[str, Source] = SOURCES) -> None:
+    """Write the model folder `out`/name of each backbone; no names are all of them. Folders that are complete stay as they
+    are. Originals are taken from `downloads` (by default the cache of torch.hub) or downloaded into it.
+
+    Raises BeelineError for unknown names, failed downloads, and originals that are not the expected files.
+    """
+    unknown = sorted(set(names) - set(sources))
+    if unknown:
+        raise BeelineError(f"backbone {unknown[0]!r} is unknown; expected some of: {', '.join(sources)}")
+    folder = downloads or Path(torch.hub.get_dir()) / "checkpoints"
+    for name in dict.fromkeys(names or sources):
+        target = out / name
+        if (target / CONFIG).is_file() and (target / WEIGHTS).is_file():
+            print(f"{target}: complete already, left as it is")
+            continue
+        files = convert(name, obtain(sources[name], folder), sources[name])
+        _publish(files, target)
+        print(f"{target}: {sum(map(len, files.values())) / 1e6:,.1f} MB. Licence: {sources[name].licence}")
+
+
+def obtain(source: Source, downloads: Path) -> Path:
+    """The original file, checked against its SHA-256, in the downloads folder; downloaded if it is not there.
+
+    Raises BeelineError if it cannot be had or is another file. A download that fails leaves nothing behind.
+    """
+    file = downloads / source.url.rsplit("/", 1)[-1]
+    if file.is_file():
+        _check(file, source.sha256, f"delete {file} and run again to download it")
+        return file
+    part = file.with_name(f"{file.name}.{os.getpid()}.part")
+    by_hand = f"or put the right file there by hand as {file}"
+    try:
+        downloads.mkdir(parents=True, exist_ok=True)
+        _download(source.url, part)
+        _check(part, source.sha256, f"it came from {source.url}; try again, {by_hand}")
+        part.replace(file)
+    except (OSError, http.client.HTTPException) as error:
+        reason = str(error) or type(error).__name__
+        raise BeelineError(f"{source.url} could not be downloaded ({reason}); try again, {by_hand}") from None
+    finally:
+        part.unlink(missing_ok=True)
+    return file
+
+
+def _download(url: str, part: Path) -> None:
+    request = urllib.request.Request(url, headers={"User-Agent": "beeline"})  # some servers refuse urllib's own name
+    with urllib.request.urlopen(request, timeout=60) as response, open(part, "wb") as stream:
+        size = int(response.headers.get("Content-Length", 0))
+        print(f"{url}: {size / 1e6:,.1f} MB" if size else url, flush=True)
+        told = 0
+        while block := response.read(1 << 20):
+            stream.write(block)
+            if stream.tell() - told >= 64e6:
+                told = stream.tell()
+                print(f"  {told / 1e6:,.0f} MB", flush=True)
+        if size and stream.tell() != size:
+            raise OSError(f"the connection broke off after {stream.tell():,} of {size:,} bytes")
+
+
+def _check(file: Path, expected: str, fix: str) -> None:
+    found = _sha256(file)
+    if not found.startswith(expected):
+        more = "" if len(expected) == len(found) else "..."
+        raise BeelineError(f"{file} has SHA-256 {found}, expected {expected}{more}; nothing of it was read: {fix}")
+
+
+def _sha256(file: Path) -> str:
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def read(file: Path) -> dict[str, Any]:
+    """The content of a file that torch.save wrote: tensors by name, or a dict that has them as 'model'. None of the file's
+    code is run. Raises BeelineError for any other file."""
+    try:
+        # Training scripts leave their arguments beside the weights; a Namespace is attributes and nothing else.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # what a damaged file raises depends on the damage
+        asked = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it asks for {asked[1]}" if asked else f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        raise BeelineError(f"{file} is not a file of tensors ({reason}); it was refused and nothing of it was run") from None
+    tensors = content.get("model", content) if isinstance(content, Mapping) else None
+    if not isinstance(tensors, Mapping):
+        raise BeelineError(f"{file} holds a {type(content).__name__}; expected tensors by name")
+    return dict(tensors)
+
+
+def convert(name: str, original: Path, source: Source) -> dict[str, bytes]:
+    """The files of a backbone's model folder, name to bytes, from its original file (see `obtain`)."""
+    tensors = {f"{source.prefix}{key}": tensor for key, tensor in read(original).items()}
+    about: dict[str, Any] = {"source": source.url, "sha256": _sha256(original), "licence": source.licence}
+    if source.lins_sha256:
+        lins, file = lpips_layers(source.lins_sha256)
+        tensors |= lins
+        version = importlib.metadata.version("lpips")
+        about["lins"] = {"source": f"lpips {version}, {file}", "sha256": source.lins_sha256, "licence": LPIPS_LICENCE}
+    try:
+        backbone, _ = _filled(name, tensors)  # what is left over are the classifier's layers
+    except ValueError as error:
+        raise BeelineError(f"{original} does not hold the weights of {name}: {error}") from None
+    return dump_backbone(backbone, about)
+
+
+def lpips_layers(sha256: str) -> tuple[dict[str, torch.Tensor], str]:
+    """LPIPS's channel weights as `lins.0` ..., (C_l,), and the name of their file within the installed lpips package.
+
+    Raises BeelineError if the package is not installed or its file has another SHA-256. The package is not imported.
+    """
+    spec = importlib.util.find_spec("lpips")
+    name = "weights/v0.1/vgg.pth"
+    file = Path(spec.origin).parent / name if spec is not None and spec.origin is not None else None
+    if file is None or not file.is_file():
+        raise BeelineError("LPIPS's linear layers come with the lpips package, which is not installed: pip install lpips")
+    _check(file, sha256, "install lpips 0.1.4 again")
+    found = read(file)
+    return {f"lins.{k}": found[f"lin{k}.model.1.weight"].reshape(-1) for k in range(len(VGG16.tap_channels))}, name
+
+
+def dump_backbone(backbone: VGG16 | TimmBackbone, about: Mapping[str, Any]) -> dict[str, bytes]:
+    """The backbone's files, name to bytes; the same model gives the same bytes. `about` is free-form provenance."""
+    config = {"format": FORMAT, "kind": "backbone", "network": {"name": backbone.name}, "about": about}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in backbone.state_dict().items()}
+    return {WEIGHTS: safetensors.torch.save(tensors), CONFIG: json.dumps(config, indent=2).encode()}
+
+
+def load_backbone(files: Mapping[str, bytes], where: str) -> VGG16 | TimmBackbone:
+    """The frozen backbone, float32 and in eval mode, from its files; `where` is named in errors. No random numbers are drawn.
+
+    Raises BeelineError for a format or kind this version does not know, damaged files, and weights of another shape.
+    """
+    fix = "make it again: python -m beeline.weights fetch"
+    try:
+        config = json.loads(files[CONFIG])
+        tensors = safetensors.torch.load(files[WEIGHTS])
+    except (KeyError, json.JSONDecodeError, UnicodeDecodeError, safetensors.SafetensorError) as error:
+        raise BeelineError(f"{where} is not a readable backbone ({type(error).__name__}: {error}); {fix}") from error
+    if not isinstance(config, dict) or config.get("format") != FORMAT or config.get("kind") != "backbone":
+        found = {key: config.get(key) for key in ("format", "kind")} if isinstance(config, dict) else type(config).__name__
+        raise BeelineError(f"{where}/{CONFIG} holds {found}; this version reads format {FORMAT}, kind 'backbone'")
+    network = config.get("network")
+    name = network.get("name") if isinstance(network, dict) else None
+    if name not in BACKBONES:
+        raise BeelineError(f"{where}/{CONFIG} names backbone {name!r}; this version has: {', '.join(BACKBONES)}")
+    try:
+        backbone, left_over = _filled(name, tensors)
+        if left_over:
+            raise ValueError(f"{len(left_over)} tensors too many, {left_over[0]} for example")
+    except ValueError as error:
+        raise BeelineError(f"{where}: the weights do not fit {name}, which {CONFIG} names ({error}); {fix}") from None
+    return backbone
+
+
+def _filled(name: str, tensors: Mapping[str, Any]) -> tuple[VGG16 | TimmBackbone, list[str]]:
+    """The backbone with these weights, and the names it has no use for. Raises ValueError where some are missing or misfit."""
+    with torch.random.fork_rng(devices=()):  # a network draws its first weights; loading must not move the caller's numbers
+        backbone = build_backbone(name)
+    try:
+        keys = backbone.load_state_dict(tensors, strict=False)
+    except RuntimeError as error:
+        raise ValueError(str(error).splitlines()[1].strip()) from None  # the first line names the class only
+    if keys.missing_keys:
+        raise ValueError(f"{len(keys.missing_keys)} tensors are missing, {keys.missing_keys[0]} for example")
+    return backbone, keys.unexpected_keys
+
+
+def _publish(files: Mapping[str, bytes], folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in (WEIGHTS, CONFIG):
+            temporary = folder / f"{name}.{os.getpid()}.tmp"
+            try:
+                temporary.write_bytes(files[name])
+                temporary.replace(folder / name)
+            finally:
+                temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise BeelineError(f"{folder} cannot be written ({error}); choose another --out") from None
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(prog="python -m beeline.weights", description="Pretrained backbones as model folders.")
+    fetching = parser.add_subparsers(required=True, metavar="fetch").add_parser(
+        "fetch", help="download, check and convert", description=f"Backbones: {', '.join(SOURCES)}."
+    )
+    fetching.add_argument("names", nargs="*", metavar="NAME", help="backbones to fetch (default: all)")
+    fetching.add_argument("--out", type=Path, required=True, help="folder for the model folders, for example weights")
+    fetching.add_argument(
+        "--downloads", type=Path, help="folder of the original files; what is there is not downloaded (default: torch.hub's)"
+    )
+    try:
+        fetch(**vars(parser.parse_args()))
+    except BeelineError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,177 @@
+"""Training speed of each phase by policy, against the plain version, and where a step spends its time.
+
+    python -m benchmarks.training                       # EDM's CIFAR-10 network and the paper's losses, random weights
+    python -m benchmarks.training --phases adversarial --no-compile
+
+A step is all of it: student, losses, discriminator, both optimisers, both averages. The plain version is eager, float32 and
+NCHW. Parts are timed by themselves, forward and backward; "second look" is what it would cost besides if the discriminator's
+step looked at the generated images anew, as projected GANs are published, instead of sharing the generator's look.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from beeline import adversarial
+from beeline.backbones import BACKBONES, build_backbone
+from beeline.checkpoint import build, ema_update
+from beeline.config import LmmConfig, PhaseConfig
+from beeline.denoiser import Denoiser, as_one_hot
+from beeline.features import FeatureNetwork, Frozen
+from beeline.inference import DTYPES
+from beeline.learner import Learner, compile_trunk
+from beeline.objectives import Batch, Setting
+from beeline.objectives.lmm import LinesMatching, distance
+from beeline.recipes import cifar10
+from benchmarks.machine import describe, describe_model, timed, write
+from benchmarks.sampling import CIFAR10, plain
+
+POLICIES: dict[str, dict[str, Any]] = {
+    "plain": {"precision": "fp32", "compiled": False},
+    "fp32": {"precision": "fp32", "compiled": False},
+    "bf16": {"precision": "bf16", "compiled": False},
+    "bf16 compiled": {"precision": "bf16", "compiled": True},
+}
+
+
+class Step:
+    """A training step of one phase under one policy, on a fixed batch."""
+
+    def __init__(self, model: Denoiser, networks: dict[str, Any], policy: str, config: LmmConfig, phase: PhaseConfig) -> None:
+        self.config, self.phase = replace(config, **POLICIES[policy]), phase
+        self.model = copy.deepcopy(plain(model) if policy == "plain" else model).train().requires_grad_(True)
+        self.averages = [copy.deepcopy(self.model) for _ in config.ema_half_lives]
+        if policy != "plain":
+            self.model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        if self.config.compiled:
+            compile_trunk(self.model)
+        features: dict[str, FeatureNetwork] = {}
+        for name in LinesMatching.needs(config, phase).features:
+            dtype = DTYPES[self.config.precision]
+            frozen = Frozen(networks[name], dtype=dtype, compiled=self.config.compiled)
+            features[name] = networks[name] if policy == "plain" else frozen
+        torch.manual_seed(0)
+        self.setting = Setting(
+            config=self.config, phase=phase, image_shape=model.image_shape, num_classes=model.label_dim, features=features
+        )
+        self.objective = LinesMatching(self.setting)
+        self.student = Learner(self.model, phase.optimizer, precision=self.config.precision)
+        self.critic: Learner | None = None
+        if self.objective.critic is not None:
+            critic = self.objective.critic.to(next(model.parameters()).device)
+            self.critic = Learner(critic, config.discriminator.optimizer, precision=self.config.precision)
+        self.number = 0
+
+    def __call__(self, batch: Batch, generator: torch.Generator) -> None:
+        self.objective.backward(self.student, self.critic, batch, generator)
+        self.update()
+
+    def update(self) -> None:
+        """Optimisers and averages."""
+        for learner in (self.student, self.critic):
+            if learner is not None:
+                learner.update(self.number, self.phase.iterations)
+        self.number += 1
+        for average, half_life in zip(self.averages, self.config.ema_half_lives, strict=True):
+            ema_update(average, self.model, half_life, self.number)
+
+    def parts(self, batch: Batch, generator: torch.Generator) -> dict[str, Callable[[], Any]]:
+        """The parts of the step by themselves, forward and backward."""
+        x1, noise, real, labels = batch.x1, batch.noise, batch.real, batch.labels
+        assert x1 is not None
+        assert noise is not None
+        assert real is not None
+        sigma = torch.full((len(x1),), 20.0, device=x1.device)
+
+        def student() -> None:
+            self.student(x1 + 20 * noise, sigma, labels).square().mean().backward()
+
+        def loss() -> None:
+            distance(self.setting)(x1.clone().requires_grad_(), x1).mean().backward()
+
+        found = {"student": student, "distance": loss, "optimisers and averages": self.update}
+        critic, own = self.critic, self.objective.critic
+        if critic is None or own is None:
+            return found
+
+        def look(images: torch.Tensor) -> list[list[torch.Tensor]]:
+            with critic.autocast():
+                return own.look(images, generator)
+
+        def discriminator() -> None:
+            fake = look(x1.clone().requires_grad_())
+            adversarial.hinge_generator(critic.frozen(fake, labels)).backward()
+            with torch.no_grad():
+                seen = look(real)
+            of_fake = critic([[part.detach() for part in parts] for parts in fake], labels)
+            adversarial.hinge_discriminator(critic(seen, labels), of_fake).backward()
+
+        def second_look() -> None:
+            fake = look(x1.clone().requires_grad_())
+            torch.stack([part.float().mean() for parts in fake for part in parts]).sum().backward()
+
+        return found | {"discriminator": discriminator, "second look": second_look}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description="Training speed by policy.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--batch-size", type=int, default=0, help="0: 4 on a CPU, 64 on a GPU")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--phases", nargs="+", default=["reconstruction", "adversarial"])
+    parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--out", type=Path, help="JSON file; default in benchmarks/results")
+    arguments = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    size = arguments.batch_size or (64 if device.type == "cuda" else 4)
+    config = cifar10().students["lmm"]
+    torch.manual_seed(0)
+    model = build(CIFAR10).to(device)
+    for parameter in model.parameters():  # far from the zero start of the output layers
+        if parameter.ndim > 1:
+            nn.init.normal_(parameter, 0, parameter[0].numel() ** -0.5)
+    networks = {name: build_backbone(name).to(device) for name in BACKBONES}
+    noise, x1, real = (torch.randn(size, *model.image_shape, device=device).clamp(-1, 1) for _ in range(3))
+    labels = as_one_hot(torch.arange(size) % model.label_dim, model.label_dim, size, device)
+    batch = Batch(noise=noise, x1=x1, labels=labels, real=real, real_labels=labels)
+    generator = torch.Generator(device).manual_seed(0)
+
+    phases: dict[str, Any] = {}
+    for name in arguments.phases:
+        steps = {
+            policy: Step(model, networks, policy, config, getattr(config, name))
+            for policy in POLICIES
+            if not (arguments.no_compile and POLICIES[policy]["compiled"])
+        }
+        seconds = timed({key: lambda s=s: s(batch, generator) for key, s in steps.items()}, device, arguments.rounds)
+        rows = {}
+        for policy, step in steps.items():
+            parts = timed(step.parts(batch, generator), device, arguments.rounds)
+            step.student.optimizer.zero_grad(set_to_none=True)
+            rows[policy] = {
+                "images_per_s": size / seconds[policy],
+                "against_plain": seconds["plain"] / seconds[policy],
+                "share_of_step": {part: value / seconds[policy] for part, value in parts.items()},
+            }
+            shares = ", ".join(f"{part} {value:.0%}" for part, value in rows[policy]["share_of_step"].items())
+            speed = f"{rows[policy]['images_per_s']:.2f} images/s, {rows[policy]['against_plain']:.2f}x plain"
+            print(f"{name}, {policy}: {speed}; {shares}", flush=True)
+        phases[name] = rows
+    write(
+        f"training-{'gpu' if device.type == 'cuda' else 'cpu'}-cifar10",
+        {"machine": describe(device), "model": describe_model(model, None), "batch_size": size, "phases": phases},
+        arguments.out,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""A quick judgement of a student in training: a few samples to look at, and a distance in the losses' probe.
+
+The probe is the one that losses may look through, so that what is chosen by this distance (the best student, the winner of
+a sweep) is not chosen by the measure that is reported. A workspace without probes gets the samples alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from beeline.denoiser import Denoiser
+from beeline.features import Probe
+from beeline.frechet import Statistics, frechet_distance
+from beeline.noise import stream_seed
+from evaluation.measure import Row, draw, features
+from pipeline.reader import ShardReader, to_float
+from pipeline.sheet import sheet_png
+from pipeline.stage import require_probe
+from pipeline.storage import Folder
+
+METRIC = "fd_probe_losses"
+SHOWN, COLUMNS = 40, 10
+BATCH = 256
+
+
+class Validation:
+    """Judges by `count` samples against as many real images, of their classes; noise that no pair and no reported draw has.
+
+    `images` is the plan of images/. The samples are the same for any student.
+    """
+
+    def __init__(
+        self, workspace: Folder, recipe: str, images: dict[str, Any], *, count: int, seed: int, device: torch.device
+    ) -> None:
+        count = min(count, images["images"]["count"])
+        rows = ShardReader(workspace / "images", images["images"], seed=0).batch(0, count)
+        self.labels: np.ndarray = rows["label"]
+        self.seed, self.device = stream_seed(seed, "validation"), device
+        self.probe: Probe | None = None
+        if not (workspace / "probe" / "losses").sizes():
+            return
+        self.probe = require_probe(workspace, "losses", recipe)[0].to(device)
+        self.real = Statistics.of(features(self.probe, torch.from_numpy(to_float(rows["image"])).to(device)))
+
+    def judge(self, model: Denoiser, steps: tuple[int, ...] | None = None) -> tuple[dict[str, float], bytes]:
+        """The figure `fd_probe_losses`, where there is a probe, and a PNG of the first samples.
+
+        `steps`: the schedule to sample at; left out, the levels that the student was trained on, or one step.
+        """
+        assert model.few_step is not None
+        steps = steps or model.few_step.trained_steps or (0,)
+        row = Row(len(steps), steps, None, model.few_step.num_steps)
+        count = len(self.labels) if self.probe is not None else min(SHOWN, len(self.labels))
+        images = draw(model, row, range(count), self.labels[:count], seed=self.seed, batch_size=BATCH)
+        sheet = sheet_png(images[:SHOWN], columns=COLUMNS)
+        if self.probe is None:
+            return {}, sheet
+        return {METRIC: frechet_distance(Statistics.of(features(self.probe, images.to(self.device))), self.real)}, sheet
