@@ -35,10 +35,11 @@ def balanced_gradient(
         lambda = |grad L_lines| / (|grad L_adv| + 1e-4), by the weight of the last layer, clamped to [0.01, 10]
 
     (Esser et al. 2021, eq. 7; the clamp is CTM's.) Both losses are differentiated once, down to the images; from there to
-    the last layer is one convolution. Continue with `images.backward(gradient)`, whose graph is kept.
+    the last layer is one convolution. Continue with `images.backward(gradient)`: the graph up to the images is kept, those of
+    the losses, which share nothing but the images, are not.
     """
-    (of_lines,) = torch.autograd.grad(lines_loss, images, retain_graph=True)
-    (of_adversarial,) = torch.autograd.grad(adversarial_loss, images, retain_graph=True)
+    (of_lines,) = torch.autograd.grad(lines_loss, images)
+    (of_adversarial,) = torch.autograd.grad(adversarial_loss, images)
 
     def norm(gradient: torch.Tensor) -> torch.Tensor:
         return torch.autograd.grad(images, last_layer, gradient, retain_graph=True)[0].norm()

@@ -49,7 +49,8 @@ class StudentTask:
         self.phases = (config.reconstruction, config.adversarial)
         self.iterations = sum(phase.iterations for phase in self.phases)
         self.images_per_step = config.batch_size
-        self.model = start_from(require_model(workspace, config.init, recipe)[0]).to(session.device)
+        self.model = start_from(require_model(workspace, config.init, recipe)[0])
+        self.model.to(session.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         # EDM's averages over half-lives: the first is the student.
         self.averages = [copy.deepcopy(self.model).eval().requires_grad_(False) for _ in config.ema_half_lives]
         if config.compiled:

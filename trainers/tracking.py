@@ -25,7 +25,7 @@ RETRY = 600.0  # seconds: an attempt to reach a server that is gone can take mos
 RUN_TAG = "beeline.run_id"  # MLflow chooses its runs' ids itself
 # By its own defaults MLflow would hold a step up for 20 minutes before it gives up a server that hangs.
 MLFLOW_DEFAULTS = {"HTTP_REQUEST_TIMEOUT": "10", "HTTP_REQUEST_MAX_RETRIES": "1", "DISABLE_TELEMETRY": "true"}
-WANDB_WAITS = {"init_timeout": 30.0, "finish_timeout": 60.0}  # seconds
+WANDB_WAITS: dict[str, Any] = {"init_timeout": 30.0, "finish_timeout": 60.0}  # seconds
 
 
 def tensorboard_events(rows: Sequence[Row]) -> bytes:

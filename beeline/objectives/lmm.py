@@ -33,16 +33,23 @@ class LinesMatching:
     def needs(config: LmmConfig, phase: PhaseConfig) -> Needs:
         """Pairs; real images for the adversarial term; the networks of distance and discriminator.
 
-        Raises BeelineError for a sampling rule that does not follow the line.
+        Raises BeelineError for a sampling rule that does not follow the line, and sizes that networks cannot take.
         """
         if (config.line, config.rule) in (("ve", "line"), ("lerp", "same_noise")):
             raise BeelineError(
                 f"the sampling rule {config.rule!r} does not follow the line {config.line!r}: its points lie elsewhere. "
                 "Use ve with same_noise, or lerp with line"
             )
+        if phase.distance == "lpips" and 0 < phase.resize < 16:
+            raise BeelineError(
+                f"LPIPS is asked for at {phase.resize} pixels; VGG16 halves images four times: resize to 16 or more"
+            )
         names = [NETWORK[phase.distance]] if phase.distance in NETWORK else []
         if phase.adversarial_weight:
-            names += [name for name in config.discriminator.networks if name != SCRATCH]
+            critics, side = config.discriminator.networks, config.discriminator.resize
+            if not set(critics) <= {"probe", SCRATCH} and (side < 128 or side % 32):
+                raise BeelineError(f"discriminator.resize is {side}; pretrained backbones see multiples of 32 from 128 on")
+            names += [name for name in critics if name != SCRATCH]
         return Needs(pairs=True, images=phase.adversarial_weight > 0, features=tuple(dict.fromkeys(names)))
 
     def __init__(self, setting: Setting) -> None:
