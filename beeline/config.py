@@ -122,6 +122,8 @@ class ProbeConfig:
     lr: float = 4e-3
     min_accuracy: float = 0.9
     """Held-out accuracy below which the probe is refused: its features would say little."""
+    gpus: float = resource(0)
+    """GPUs of each of the two trainings."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

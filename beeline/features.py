@@ -124,16 +124,18 @@ def train_probe(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=iterations)
     probe.train()
     for _ in range(iterations):
-        rows = rest[torch.randint(len(rest), (batch_size,), generator=generator)]
+        rows = rest[torch.randint(len(rest), (batch_size,), generator=generator)].to(images.device)
         x = F.pad(images[rows], (1, 1, 1, 1), mode="replicate")
         top, left = torch.randint(3, (2,), generator=generator).tolist()
         x = x[:, :, top : top + images.shape[2], left : left + images.shape[3]]
-        x = x + 0.1 * torch.randn(x.shape, generator=generator)
+        x = x + 0.1 * torch.randn(x.shape, generator=generator).to(images.device)
         loss = F.cross_entropy(probe(x), labels[rows], label_smoothing=0.05)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
     probe.eval().requires_grad_(False)
+    held_out = held_out.to(images.device)
     with torch.inference_mode():
-        return float((probe(images[held_out]).argmax(1) == labels[held_out]).float().mean())
+        found = torch.cat([probe(images[rows]).argmax(1) for rows in held_out.split(1024)])
+    return float((found == labels[held_out]).float().mean())

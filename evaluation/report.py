@@ -243,8 +243,8 @@ def _plot_distance(axes: Axes, metrics: dict[str, Any]) -> None:
 
 def _plot_losses(axes: Axes, place: Folder, models: list[str]) -> None:
     for name in models:
-        log = [] if name == RECONSTRUCTION else _log(place / name)
-        key = "loss" if name == "teacher" else "lines"
+        key = "loss" if name == "teacher" else "lines"  # other objectives' losses are of other kinds
+        log = [] if name == RECONSTRUCTION else [row for row in _log(place / name) if key in row]
         if log:
             axes.plot([row["step"] for row in log], [row[key] for row in log], label=_short(name), linewidth=1.2)
     axes.set_yscale("log")

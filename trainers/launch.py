@@ -101,13 +101,16 @@ def _rank(config: dict[str, Any]) -> bool:
     # 1x1 convolutions: the two layouts hold the same numbers in the same order.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     torch.set_num_threads(config["threads"])
-    context = ray.train.get_context()
-    restored = _newest(config["folder"], context.get_world_rank())
-    tracking = config["tracking"] if context.get_world_rank() == 0 else None
+    context, device = ray.train.get_context(), ray.train.torch.get_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    rank = context.get_world_rank()
+    restored = _newest(config["folder"], rank, device)
+    tracking = config["tracking"] if rank == 0 else None
     session = loop.Session(
-        rank=context.get_world_rank(),
+        rank=rank,
         world_size=context.get_world_size(),
-        device=ray.train.torch.get_device(),
+        device=device,
         folder=config["folder"],
         restored=restored,
         leaving=lambda: ray.train.get_preemption_info() is not None,
@@ -117,7 +120,7 @@ def _rank(config: dict[str, Any]) -> bool:
     return loop.run(task, session, config["cadence"])
 
 
-def _newest(folder: Folder, rank: int) -> loop.State | None:
+def _newest(folder: Folder, rank: int, device: torch.device) -> loop.State | None:
     """The state of the newest checkpoint that is whole. Rank 0 chooses it, so that all ranks take the same."""
     state, chosen = None, [None]
     if rank == 0:
@@ -129,5 +132,5 @@ def _newest(folder: Folder, rank: int) -> loop.State | None:
                 raise
             except BeelineError as error:
                 print(f"{error}", flush=True)
-    torch.distributed.broadcast_object_list(chosen, src=0)
+    torch.distributed.broadcast_object_list(chosen, src=0, device=device)
     return checkpoints.load(folder, chosen[0]) if rank and chosen[0] is not None else state

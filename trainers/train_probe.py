@@ -29,11 +29,11 @@ def train_probes(workspace: str, recipe: tyro.conf.Suppress[str], probe: ProbeCo
     images = require(place, "images", recipe)
     if images["images"]["num_classes"] == 0:
         raise BeelineError(f"{place / 'images'} has no labels; a probe is a classifier and needs them")
-    stage = Stage(place, "probe", {"probe": to_dict(probe), "images": fingerprint(images)})
+    stage = Stage(place, "probe", {"probe": to_dict(probe, resources=False), "images": fingerprint(images)})
     if not stage.begin():
         return
     ensure_ray()
-    remote = ray.remote(num_cpus=1)(_train)
+    remote = ray.remote(num_cpus=1, num_gpus=probe.gpus)(_train)
     jobs = {which: remote.remote(place, getattr(probe, which), probe, images) for which in ("losses", "measure")}
     accuracies = {}
     for which, job in jobs.items():
@@ -50,13 +50,15 @@ def train_probes(workspace: str, recipe: tyro.conf.Suppress[str], probe: ProbeCo
 
 def _train(workspace: Folder, network: ProbeNetworkConfig, config: ProbeConfig, images: dict) -> tuple[dict[str, bytes], float]:
     torch.set_num_threads(1)
+    device = torch.device("cuda" if config.gpus else "cpu")
     torch.manual_seed(network.seed)
     pixels, labels = real_images(workspace / "images", images["images"])
     probe = Probe(network, channels=pixels.shape[1], num_classes=images["images"]["num_classes"])
+    probe.to(device)
     accuracy = train_probe(
         probe,
-        torch.from_numpy(to_float(pixels)),
-        torch.from_numpy(labels).to(torch.int64),
+        torch.from_numpy(to_float(pixels)).to(device),
+        torch.from_numpy(labels).to(device, torch.int64),
         iterations=config.iterations,
         batch_size=config.batch_size,
         lr=config.lr,

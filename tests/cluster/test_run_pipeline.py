@@ -16,11 +16,11 @@ TINY = [
     "--probe.iterations", "150",
     "--students.lmm.reconstruction.iterations", "12", "--students.lmm.adversarial.iterations", "6",
     "--students.l2.reconstruction.iterations", "6", "--students.sot.adversarial.iterations", "6",
-    "--students.lmm.log-every", "3", "--students.l2.log-every", "3", "--students.sot.log-every", "3",
+    "--students.kd.reconstruction.iterations", "6", "--students.rf.reconstruction.iterations", "6",
     "--sweep.iterations", "4",
     "--evaluate.count", "100", "--evaluate.draws", "2", "--evaluate.nfe", "15", "3",
 ]  # fmt: skip
-STUDENTS = ("students/lmm", "students/l2", "students/sot", "students/lmm/reconstruction")
+STUDENTS = ("students/lmm", "students/l2", "students/sot", "students/kd", "students/rf", "students/lmm/reconstruction")
 
 
 @pytest.fixture(scope="module")
@@ -72,5 +72,5 @@ def test_the_report_is_self_contained(made: Path) -> None:
 def test_run_again_it_returns_at_once(run: Run, made: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in made.rglob("model.safetensors")}
     done = run("cluster/run_pipeline.py", "digits", "--workspace", made, *TINY, "--teacher.workers.count", "1")
-    assert done.stdout.count("already complete") == 4 + 3 + 1 + 5
+    assert done.stdout.count("already complete") == 4 + 5 + 1 + 7
     assert before == {path: path.stat().st_mtime_ns for path in made.rglob("model.safetensors")}
