@@ -23,8 +23,7 @@ from beeline.config import (
     TeacherConfig,
     WorkersConfig,
 )
-
-ONE_GPU_EACH: dict[str, Any] = {"max_actors": 64, "gpus": 1, "cpus": 1}
+from beeline.published import edm_training, gpu_pairs, other_objectives, published
 
 
 def digits(seed: int = 0) -> Recipe:
@@ -98,7 +97,7 @@ def digits(seed: int = 0) -> Recipe:
                 adversarial=sot,
                 workers=one_core,
             ),
-            **_other_objectives(replace(lmm, adversarial=no_phase, workers=one_core)),
+            **other_objectives(replace(lmm, adversarial=no_phase, workers=one_core)),
         },
         few_steps=("0", "0,8", "0,6,12"),
         sweep=SweepConfig(schedules=("0", "0,8"), learning_rates=(1e-4, 1e-3), iterations=40),
@@ -120,12 +119,12 @@ def cifar10(seed: int = 0) -> Recipe:
         attn_resolutions=(16,),
         dropout=0.13,
     )
-    return _published(
+    return published(
         "cifar10",
         seed,
         source="cifar-10-python.tar.gz",
-        teacher=_edm(network, seed, batch_size=512, images=200e6, lr=1e-3, ema_images=500e3, augment=0.12),
-        pairs=_pairs(1_000_000, seed, num_steps=18, shard_size=8192, batch_size=512),
+        teacher=edm_training(network, seed, batch_size=512, images=200e6, lr=1e-3, ema_images=500e3, augment=0.12),
+        pairs=gpu_pairs(1_000_000, seed, num_steps=18, shard_size=8192, batch_size=512),
         lr=4e-4,
         adversarial_iterations=20_000,
         nfe=(35, 9, 3, 1),
@@ -186,7 +185,7 @@ def cifar10_small(seed: int = 0) -> Recipe:
             "lmm": lmm,
             "l2": replace(lmm, name="l2", reconstruction=replace(reconstruction, distance="l2"), adversarial=none),
             "sot": replace(lmm, name="sot", init="students/lmm/reconstruction", reconstruction=none, adversarial=sot),
-            **_other_objectives(replace(lmm, adversarial=none)),
+            **other_objectives(replace(lmm, adversarial=none)),
         },
         sweep=replace(recipe.sweep, learning_rates=(1e-4, 5e-4), iterations=500, max_concurrent=1),
         evaluate=replace(recipe.evaluate, count=10_000, **one_actor),
@@ -213,12 +212,12 @@ def afhqv2(seed: int = 0) -> Recipe:
         attn_resolutions=(16,),
         dropout=0.25,
     )
-    return _published(
+    return published(
         "afhqv2",
         seed,
         source="afhqv2-64x64.zip",
-        teacher=_edm(network, seed, batch_size=256, images=200e6, lr=2e-4, ema_images=500e3, augment=0.15),
-        pairs=_pairs(2_000_000, seed, num_steps=40, shard_size=2048, batch_size=256),
+        teacher=edm_training(network, seed, batch_size=256, images=200e6, lr=2e-4, ema_images=500e3, augment=0.15),
+        pairs=gpu_pairs(2_000_000, seed, num_steps=40, shard_size=2048, batch_size=256),
         lr=1e-4,
         adversarial_iterations=25_000,
         nfe=(79, 9, 3, 1),
@@ -238,127 +237,18 @@ def imagenet64(seed: int = 0) -> Recipe:
         attn_resolutions=(32, 16, 8),
         dropout=0.10,
     )
-    teacher = _edm(network, seed, batch_size=4096, images=2500e6, lr=1e-4, ema_images=50e6, augment=0.0)
-    recipe = _published(
+    teacher = edm_training(network, seed, batch_size=4096, images=2500e6, lr=1e-4, ema_images=50e6, augment=0.0)
+    recipe = published(
         "imagenet64",
         seed,
         source="imagenet-64x64.zip",
         teacher=replace(teacher, flip=False, precision="bf16", workers=WorkersConfig(count=32, gpus=1)),
-        pairs=_pairs(4_000_000, seed, num_steps=40, shard_size=1024, batch_size=256),
+        pairs=gpu_pairs(4_000_000, seed, num_steps=40, shard_size=1024, batch_size=256),
         lr=8e-6,
         adversarial_iterations=30_000,
         nfe=(79, 9, 3, 1),
     )
     return replace(recipe, images=replace(recipe.images, fit="adm"))
-
-
-def _other_objectives(student: LmmConfig) -> dict[str, LmmConfig]:
-    """What else can be learned from the same pairs, as controls: distillation of the end points, and rectified flow."""
-    return {
-        "kd": replace(student, name="kd", objective="beeline.objectives.kd:Distillation"),
-        "rf": replace(student, name="rf", objective="beeline.objectives.rectified_flow:RectifiedFlow"),
-    }
-
-
-def _edm(
-    network: NetworkConfig, seed: int, *, batch_size: int, images: float, lr: float, ema_images: float, augment: float
-) -> TeacherConfig:
-    """EDM's training (Karras et al. 2022, table 7): everything that it counts in images, in iterations of `batch_size`."""
-    return TeacherConfig(
-        network=network,
-        iterations=round(images / batch_size),
-        batch_size=batch_size,
-        optimizer=OptimizerConfig(lr=lr, warmup=round(10e6 / batch_size), clip=0),
-        ema_half_life=ema_images / batch_size,
-        flip=True,
-        augment=augment,
-        seed=seed,
-        checkpoint_every=2000,
-        workers=WorkersConfig(count=8, gpus=1),
-    )
-
-
-def _pairs(count: int, seed: int, *, num_steps: int, shard_size: int, batch_size: int) -> PairsConfig:
-    """Pairs on GPUs: bf16, stored as float16. A shard is 12 to 18 PFLOP: one to three minutes at 100 to 200 TFLOP/s."""
-    return PairsConfig(
-        count=count, shard_size=shard_size, batch_size=batch_size, num_steps=num_steps, precision="bf16", dtype="float16",
-        seed=seed, **ONE_GPU_EACH,
-    )  # fmt: skip
-
-
-def _published(
-    name: str,
-    seed: int,
-    *,
-    source: str,
-    teacher: TeacherConfig,
-    pairs: PairsConfig,
-    lr: float,
-    adversarial_iterations: int,
-    nfe: tuple[int, ...],
-) -> Recipe:
-    """The paper's students (LMM, table 6) of one teacher: all levels, SOT at the first, and the L2 ablation.
-
-    LPIPS at 64 pixels in the first phase, at 224 in the second, as the two backbones of the discriminator.
-    """
-    network = teacher.network
-    reconstruction = PhaseConfig(
-        iterations=80_000, optimizer=OptimizerConfig(kind="radam", lr=lr, clip=0), distance="lpips", resize=64
-    )
-    adversarial = replace(reconstruction, iterations=adversarial_iterations, resize=224, adversarial_weight=1.0)
-    none = replace(reconstruction, iterations=0)
-    lmm = LmmConfig(
-        num_steps=pairs.num_steps,
-        ema_half_lives=(693, 6931),
-        precision="bf16",
-        compiled=True,
-        seed=seed,
-        reconstruction=reconstruction,
-        adversarial=adversarial,
-        discriminator=DiscriminatorConfig(
-            optimizer=OptimizerConfig(kind="radam", lr=2e-3, betas=(0.5, 0.9), clip=0),
-            networks=("tf_efficientnet_lite0", "deit_base_distilled_patch16_224"),
-        ),
-        checkpoint_every=2000,
-        validate_every=5000,
-        workers=WorkersConfig(count=8, gpus=1),
-    )
-    widths, strides = (64, 128, 128, 256, 256, 256), (1, 1, 2, 1, 2, 1)
-    return Recipe(
-        name=name,
-        images=ImagesConfig(
-            source=source, resolution=network.img_resolution, channels=network.img_channels, shard_size=4096,
-            max_actors=16, cpus=1,
-        ),
-        probe=ProbeConfig(
-            losses=ProbeNetworkConfig(widths=widths, strides=strides, activation="relu", seed=2 * seed + 1),
-            measure=ProbeNetworkConfig(
-                widths=(48, 96, 192, 192, 256), strides=(1, 2, 2, 1, 1), activation="gelu", norm=False, seed=2 * seed + 2
-            ),
-            iterations=20_000,
-            min_accuracy=0.3,
-            gpus=1,
-        ),
-        teacher=teacher,
-        pairs=pairs,
-        students={
-            "lmm": lmm,
-            "sot": replace(
-                lmm,
-                name="sot",
-                init="students/lmm/reconstruction",
-                reconstruction=none,
-                adversarial=replace(adversarial, steps=(0,)),
-            ),
-            "l2": replace(lmm, name="l2", reconstruction=replace(reconstruction, distance="l2"), adversarial=none),
-            **_other_objectives(replace(lmm, adversarial=none)),
-        },
-        few_steps=("0", "0,1", "0,1,2", "0,3,5", "0,1,3,5"),
-        sweep=SweepConfig(schedules=("0", "0,1"), learning_rates=(lr / 4, lr), iterations=5000, gpus=1, max_concurrent=8),
-        evaluate=EvaluateConfig(
-            count=50_000, shard_size=2500, batch_size=500, seed=1000 + seed, nfe=nfe, steps=("0",), **ONE_GPU_EACH
-        ),
-    )  # fmt: skip
 
 
 RECIPES: dict[str, Callable[[int], Recipe]] = {
