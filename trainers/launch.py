@@ -91,12 +91,6 @@ def check_batch(batch_size: int, workers: WorkersConfig, accumulate: int = 1) ->
         )
 
 
-def ray_storage(folder: Folder) -> dict[str, Any]:
-    """The arguments that make a RunConfig of Train or Tune keep its files in `folder`."""
-    filesystem, path = folder.arrow()
-    return {"storage_path": path, "storage_filesystem": filesystem}
-
-
 def _rank(config: dict[str, Any]) -> bool:
     # 1x1 convolutions: the two layouts hold the same numbers in the same order.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")

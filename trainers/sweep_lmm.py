@@ -33,7 +33,6 @@ from pipeline.command import ensure_ray, run_command
 from pipeline.stage import Stage, fingerprint, require, require_features, require_model, require_probe
 from pipeline.storage import Folder
 from trainers import loop
-from trainers.launch import ray_storage
 from trainers.student import StudentTask, all_needs
 from trainers.validation import METRIC, Validation
 
@@ -101,7 +100,7 @@ def sweep_lmm(workspace: str, recipe: tyro.conf.Suppress[str], sweep: SweepConfi
             trainable,
             param_space={"trial": tune.grid_search(members)},
             tune_config=tune.TuneConfig(scheduler=scheduler, max_concurrent_trials=sweep.max_concurrent),
-            run_config=tune.RunConfig(name=f"tune-{steps.replace(',', '-')}", verbose=0, **ray_storage(folder)),
+            run_config=tune.RunConfig(name=f"tune-{steps.replace(',', '-')}", verbose=0, **_storage(folder)),
         )
         errors = [result.error for result in tuner.fit() if result.error]
         if errors:
@@ -118,6 +117,12 @@ def sweep_lmm(workspace: str, recipe: tyro.conf.Suppress[str], sweep: SweepConfi
     folder.write(TRIALS, buffer.getvalue())
     folder.write(PARETO, _pareto(table))
     stage.finish(trials=len(grid))
+
+
+def _storage(folder: Folder) -> dict[str, Any]:
+    """The arguments that make a RunConfig of Tune keep its files in `folder`."""
+    filesystem, path = folder.arrow()
+    return {"storage_path": path, "storage_filesystem": filesystem}
 
 
 def _row_name(k: int) -> str:

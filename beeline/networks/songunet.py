@@ -159,9 +159,9 @@ class SongUNet(nn.Module):
             else:
                 x = block(x, emb) if isinstance(block, UNetBlock) else block(x)
                 skips.append(x)
-        for block in self.dec.values():
+        for block in list(self.dec.values())[:-1]:
             if isinstance(block, UNetBlock):
                 x = block(torch.cat([x, skips.pop()], dim=1) if x.shape[1] != block.in_channels else x, emb)
-            elif block is not self._last_conv:
+            else:
                 x = block(x)
         return F.silu(x)
