@@ -1,0 +1,103 @@
+"""Minibatch optimal-transport pairing, and why it ends where dimensions begin (appendix A.2 of the LMM paper).
+
+Between two standard normals in d dimensions the optimal transport is the identity: a flow that learned it would stand still,
+v = 0. Pairing noise and data at random makes v(x0) = E[x1] - x0 = -x0 at the source. What a network learns from the optimal
+pairing of batches of n lies in between. Derivations:
+
+- *Slope and cost.* The pairing does not change under rotations, so the linear regression of x1 on x0 is s x0 with one slope
+  s = E<x0, x1> / d, and the velocity at the source is (s - 1) x0. As E|x0|^2 = E|x1|^2 = d, the cost E|x1 - x0|^2 is
+  2 d (1 - s): one number says both, 0 for pairing at random and 1 for the optimal transport.
+- *A bound.* No pairing does better than each x0 with its best of n: <x0, x1> is then |x0| times the largest of n standard
+  normals, sqrt(2 ln n) at most in expectation. So s <= sqrt(2 ln n / d): **a slope s takes n >= exp(d s^2 / 2)**.
+- *A prediction* (`predicted_slope`). In many dimensions all lengths are about sqrt(d), and only angles matter. A random
+  direction has a cosine of s or more with a given one with the probability P_d(s) of a spherical cap,
+  I_{1-s^2}((d-1)/2, 1/2) / 2. Where n P_d(s) is far below 1, few x0 have an x1 as near as that; where it is far above, each has
+  many, and nearly all can be served at once. So n P_d(s) = 1. Up to powers of d that is ln n = -(d/2) ln(1 - s^2),
+  exponential in d for every s; and 1 - s ~ n^(-2/d) / 2 for large n, the rate at which empirical measures converge in W2^2.
+  The step from "each has one" to "all can be served" is an argument, not a proof. With few dimensions it is too optimistic:
+  lengths differ, and points compete. In one dimension pairing is sorting, and s is exactly the mean square of the expected
+  order statistics, which are taken by Blom's formula.
+
+Nothing in the prediction is fitted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from scipy.optimize import linear_sum_assignment
+from scipy.special import betainc, betaincinv, ndtri
+
+from beeline.errors import BeelineError
+from beeline.noise import stream
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OtConfig:
+    """Which slopes are measured: all of `dims` by `batches`, each from `points` pairs at least and 4 batches at least."""
+
+    dims: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
+    batches: tuple[int, ...] = (4, 8, 16, 32, 64, 128, 256, 512, 1024)
+    points: int = 8192
+
+    def __post_init__(self) -> None:
+        """Raise BeelineError for dimensions, batches or points that cannot be."""
+        if not self.dims or min(self.dims) < 1:
+            raise BeelineError(f"ot.dims are {self.dims}; expected dimensions from 1")
+        if not self.batches or min(self.batches) < 2 or list(self.batches) != sorted(set(self.batches)):
+            raise BeelineError(f"ot.batches are {self.batches}; expected rising batch sizes from 2")
+        if self.points < 1:
+            raise BeelineError(f"ot.points is {self.points}; expected at least 1")
+
+
+def ot_pairing(x0: np.ndarray, x1: np.ndarray) -> np.ndarray:
+    """The permutation p of range(n) for which the sum of |x0_i - x1_p(i)|^2 is least; x0 and x1 are (n, d)."""
+    return linear_sum_assignment(-(x0 @ x1.T))[1]  # the squared lengths are the same for all permutations
+
+
+def measured_slope(dim: int, batch: int, count: int, rng: np.random.Generator) -> tuple[float, float]:
+    """Slope of x1 on x0 over `count` optimally paired batches of two standard normals, and its standard error.
+
+    Lengths are pooled over x0 and x1, of one distribution both: s = 2 <x0, x1> / (|x0|^2 + |x1|^2), which is 1 at most.
+    """
+    sums = np.empty((count, 2))
+    for row in sums:
+        x0, x1 = rng.standard_normal((2, batch, dim))
+        row[:] = 2 * (x0 * x1[ot_pairing(x0, x1)]).sum(), (x0**2).sum() + (x1**2).sum()
+    slope = float(sums[:, 0].sum() / sums[:, 1].sum())
+    return slope, float((sums[:, 0] - slope * sums[:, 1]).std(ddof=1) * math.sqrt(count) / sums[:, 1].sum())
+
+
+def predicted_slope(dim: int, batch: float) -> float:
+    """The slope s for which `batch` P_d(s) = 1, or in one dimension the mean square of expected order statistics."""
+    if dim == 1:
+        ranks = np.arange(1, round(batch) + 1)
+        return float((ndtri((ranks - 0.375) / (len(ranks) + 0.25)) ** 2).mean())
+    return math.sqrt(1 - betaincinv((dim - 1) / 2, 0.5, min(1.0, 2 / batch)))
+
+
+def predicted_batch(dim: int, slope: float) -> float:
+    """The batch that a slope in (0, 1) takes, 1 / P_d(slope), in two dimensions or more."""
+    return float(2 / betainc((dim - 1) / 2, 0.5, 1 - slope**2))
+
+
+def batch_for(slope: float, batches: Sequence[int], slopes: Sequence[float]) -> float | None:
+    """The batch at which measured `slopes` pass `slope`, linear between log batches; None where they do not reach it."""
+    for low, high, below, above in zip(batches, batches[1:], slopes, slopes[1:], strict=False):
+        if below <= slope <= above:
+            return low * (high / low) ** ((slope - below) / (above - below))
+    return None
+
+
+def measure_ot(config: OtConfig, seed: int) -> list[dict[str, float]]:
+    """One row for each dimension and batch: the measured slope with its standard error, and the predicted one."""
+    rows = []
+    for dim in config.dims:
+        for batch in config.batches:
+            count = max(4, math.ceil(config.points / batch))
+            slope, error = measured_slope(dim, batch, count, stream(seed, "toy-ot", dim, batch))
+            rows.append({"dim": dim, "batch": batch, "slope": slope, "error": error, "predicted": predicted_slope(dim, batch)})
+    return rows
