@@ -10,13 +10,43 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import io
-import zipfile
-import zlib
 from collections.abc import Iterable
+from typing import Protocol
 
 import numpy as np
 import scipy.linalg
+
+from beeline.arrays import pack, unpack
+
+
+class Gaussian(Protocol):
+    """All that a Fréchet distance asks of a distribution: `mean` (D,) and `covariance` (D, D), float64."""
+
+    @property
+    def mean(self) -> np.ndarray: ...
+
+    @property
+    def covariance(self) -> np.ndarray: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Moments:
+    """A mean (D,) and a covariance (D, D), float64, of samples that are not at hand."""
+
+    mean: np.ndarray
+    covariance: np.ndarray
+
+    @staticmethod
+    def from_npz(data: bytes) -> Moments:
+        """Reference statistics as EDM publishes them: an .npz file with `mu` (D,) and `sigma` (D, D). Raises ValueError for
+        anything else."""
+        found = unpack(data, "an .npz file with mu and sigma")
+        if not {"mu", "sigma"} <= found.keys():
+            raise ValueError(f"an .npz file with {', '.join(found)}; expected mu and sigma")
+        mean, covariance = (np.asarray(found[key], np.float64) for key in ("mu", "sigma"))
+        if covariance.shape != 2 * mean.shape or mean.ndim != 1 or not np.allclose(covariance, covariance.T):
+            raise ValueError(f"mu has shape {mean.shape}, sigma {covariance.shape}; expected (D,) and a symmetric (D, D)")
+        return Moments(mean, covariance)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,18 +84,15 @@ class Statistics:
 
     def to_npz(self) -> bytes:
         """The statistics as the bytes of an .npz file; the same statistics give the same bytes."""
-        buffer = io.BytesIO()
-        np.savez(buffer, n=np.int64(self.n), mean=self.mean, m2=self.m2)
-        return buffer.getvalue()
+        return pack({"n": np.int64(self.n), "mean": self.mean, "m2": self.m2})
 
     @staticmethod
     def from_npz(data: bytes) -> Statistics:
         """The inverse of `to_npz`. Raises ValueError for anything damaged."""
-        try:
-            with np.load(io.BytesIO(data), allow_pickle=False) as file:
-                return Statistics(int(file["n"]), file["mean"], file["m2"])
-        except (OSError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise ValueError(f"not the statistics of a shard: {error}") from error
+        found = unpack(data, "statistics")
+        if not {"n", "mean", "m2"} <= found.keys():
+            raise ValueError(f"an .npz file with {', '.join(found)}; expected n, mean and m2")
+        return Statistics(int(found["n"]), found["mean"], found["m2"])
 
 
 def merge(parts: Iterable[Statistics]) -> Statistics:
@@ -73,7 +100,7 @@ def merge(parts: Iterable[Statistics]) -> Statistics:
     return functools.reduce(lambda a, b: a + b, parts)
 
 
-def frechet_distance(a: Statistics, b: Statistics) -> float:
+def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     """Fréchet distance (the squared one, as FID reports it) between two feature distributions."""
     if a.mean.shape != b.mean.shape:
         raise ValueError(f"features have {a.mean.size} and {b.mean.size} dimensions; they must be of one network")

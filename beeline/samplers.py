@@ -25,7 +25,7 @@ FewStepRule = Literal["same_noise", "line", "fresh_noise"]
 
 
 def solve(
-    denoiser: nn.Module,
+    denoiser: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor],
     latents: torch.Tensor,
     labels: torch.Tensor | None,
     *,

@@ -1,4 +1,4 @@
-"""Pretrained backbones as model folders: fetched once, checked, and converted to safetensors; loaded as data ever after.
+"""Pretrained networks as model folders: fetched once, checked, and converted to safetensors; loaded as data ever after.
 
     python -m beeline.weights fetch --out weights
     python -m beeline.weights fetch vgg16 --out weights --downloads /media/usb
@@ -30,6 +30,9 @@ import torch
 from beeline.backbones import BACKBONES, VGG16, TimmBackbone, build_backbone
 from beeline.checkpoint import CONFIG, FORMAT, WEIGHTS
 from beeline.errors import BeelineError
+from beeline.measuring import MEASURING, DinoV2, Inception, build_measuring
+
+Network = VGG16 | TimmBackbone | Inception | DinoV2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +68,24 @@ SOURCES: dict[str, Source] = {
         sha256="df68dfff",
         licence="Apache-2.0 (Meta), trained on ImageNet, whose own terms may apply",
         prefix="network.model.",
+    ),
+    "inception": Source(
+        url="https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
+        sha256="6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
+        licence="Apache-2.0 (Google, ported by torch-fidelity), trained on ImageNet, whose own terms may apply",
+        prefix="network.",
+    ),
+    "dinov2_vitl14": Source(
+        url="https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth",
+        sha256="d5383ea8f4877b2472eb973e0fd72d557c7da5d3611bd527ceeb1d7162cbf428",
+        licence="Apache-2.0 (Meta)",
+        prefix="network.",
+    ),
+    "dinov2_vits14": Source(
+        url="https://dl.fbaipublicfiles.com/dinov2/dinov2_vits14/dinov2_vits14_pretrain.pth",
+        sha256="b938bf1bc15cd2ec0feacfe3a1bb553fe8ea9ca46a7e1d8d00217f29aef60cd9",
+        licence="Apache-2.0 (Meta)",
+        prefix="network.",
     ),
 }
 
@@ -188,7 +209,7 @@ def lpips_layers(sha256: str) -> tuple[dict[str, torch.Tensor], str]:
     return {f"lins.{k}": found[f"lin{k}.model.1.weight"].reshape(-1) for k in range(len(VGG16.tap_channels))}, name
 
 
-def dump_backbone(backbone: VGG16 | TimmBackbone, about: Mapping[str, Any]) -> dict[str, bytes]:
+def dump_backbone(backbone: Network, about: Mapping[str, Any]) -> dict[str, bytes]:
     """The backbone's files, name to bytes; the same model gives the same bytes. `about` is free-form provenance."""
     config = {"format": FORMAT, "kind": "backbone", "network": {"name": backbone.name}, "about": about}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in backbone.state_dict().items()}
@@ -200,6 +221,19 @@ def load_backbone(files: Mapping[str, bytes], where: str) -> VGG16 | TimmBackbon
 
     Raises BeelineError for a format or kind this version does not know, damaged files, and weights of another shape.
     """
+    made = _restored(files, where, BACKBONES)
+    assert isinstance(made, VGG16 | TimmBackbone)
+    return made
+
+
+def load_measuring(files: Mapping[str, bytes], where: str) -> Inception | DinoV2:
+    """As `load_backbone`, for the networks of beeline.measuring."""
+    made = _restored(files, where, MEASURING)
+    assert isinstance(made, Inception | DinoV2)
+    return made
+
+
+def _restored(files: Mapping[str, bytes], where: str, names: Sequence[str]) -> Network:
     fix = "make it again: python -m beeline.weights fetch"
     try:
         config = json.loads(files[CONFIG])
@@ -210,9 +244,9 @@ def load_backbone(files: Mapping[str, bytes], where: str) -> VGG16 | TimmBackbon
         found = {key: config.get(key) for key in ("format", "kind")} if isinstance(config, dict) else type(config).__name__
         raise BeelineError(f"{where}/{CONFIG} holds {found}; this version reads format {FORMAT}, kind 'backbone'")
     network = config.get("network")
-    name = network.get("name") if isinstance(network, dict) else None
-    if name not in BACKBONES:
-        raise BeelineError(f"{where}/{CONFIG} names backbone {name!r}; this version has: {', '.join(BACKBONES)}")
+    name: Any = network.get("name") if isinstance(network, dict) else None
+    if name not in names:
+        raise BeelineError(f"{where}/{CONFIG} names backbone {name!r}; this version has: {', '.join(names)}")
     try:
         backbone, left_over = _filled(name, tensors)
         if left_over:
@@ -222,10 +256,10 @@ def load_backbone(files: Mapping[str, bytes], where: str) -> VGG16 | TimmBackbon
     return backbone
 
 
-def _filled(name: str, tensors: Mapping[str, Any]) -> tuple[VGG16 | TimmBackbone, list[str]]:
-    """The backbone with these weights, and the names it has no use for. Raises ValueError where some are missing or misfit."""
+def _filled(name: str, tensors: Mapping[str, Any]) -> tuple[Network, list[str]]:
+    """The network with these weights, and the names it has no use for. Raises ValueError where some are missing or misfit."""
     with torch.random.fork_rng(devices=()):  # a network draws its first weights; loading must not move the caller's numbers
-        backbone = build_backbone(name)
+        backbone = build_measuring(name) if name in MEASURING else build_backbone(name)
     try:
         keys = backbone.load_state_dict(tensors, strict=False)
     except RuntimeError as error:

@@ -1,60 +1,66 @@
-"""Distances of models to the real images into evaluation/<model>/, by a pool of actors.
+"""Figures of models against the real images into evaluation/<model>/, by a pool of actors.
 
-    python evaluation/evaluate.py digits --model teacher
-    python evaluation/evaluate.py digits --model students/lmm students/l2 --evaluate.steps 0
+    python evaluation/evaluate.py digits --model teacher --nfe 35 9 3 1
+    python evaluation/evaluate.py digits --model students/lmm students/l2 --steps 0
+    python evaluation/evaluate.py cifar10 --model students/lmm/reconstruction --steps 0 0,1 0,1,2 0,3,5 0,1,3,5
 
-The metric is `fd_probe`: the Fréchet distance in the features of the measuring probe, which no loss has used. It is not
-FID. Class labels match those of the real images. The same numbers come out, to the last bit, for any number of actors.
+What figures there are, and their names, is in beeline/measures.py. Averages of a student's weights are models of their own
+(students/lmm/ema-200). Class labels match those of the real images. Rows add up from call to call. The same numbers come
+out, to the last bit, for any number of actors, after any number of kills.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any
 
-import numpy as np
-import torch
 import tyro
 
-from beeline import frechet
 from beeline.config import EvaluateConfig, to_dict
-from beeline.denoiser import Denoiser
 from beeline.errors import BeelineError
-from beeline.frechet import Statistics
-from beeline.schedule import edm_sigmas
-from beeline.straightness import straightness
-from evaluation.measure import (
-    Job,
-    Measure,
-    Row,
-    draw,
-    jobs_of,
-    noise_seed,
-    part_name,
+from beeline.frechet import Moments
+from beeline.measuring import PROBES
+from evaluation import results
+from evaluation.jobs import (
+    HELD_OUT,
+    KEPT,
+    PAIRS,
+    Bench,
+    Fidelity,
+    HeldOut,
+    Judge,
+    Lines,
+    RealImages,
+    Samples,
+    Setup,
+    Sheet,
+    groups,
+    merge_reference,
     reference,
-    rows_for,
-    shards_per_draw,
+    reference_folder,
+    sound,
 )
+from evaluation.rows import Row, rows_for
 from pipeline.command import Progress, run_command
 from pipeline.pool import run_pool
-from pipeline.reader import ShardReader
-from pipeline.sheet import sheet_png
-from pipeline.stage import Stage, check_fits, fingerprint, require, require_model, require_probe
+from pipeline.stage import Stage, check_fits, fingerprint, require, require_measuring, require_model, require_probe
 from pipeline.storage import Folder
-
-METRICS, SAMPLES = "metrics.json", "samples.png"
-STRAIGHTNESS_PAIRS = 512
 
 
 def evaluate(
-    workspace: str, recipe: tyro.conf.Suppress[str], evaluate: EvaluateConfig, model: tuple[str, ...] = ("teacher",)
+    workspace: str,
+    recipe: tyro.conf.Suppress[str],
+    evaluate: Annotated[EvaluateConfig, tyro.conf.arg(name="")],
+    model: tuple[str, ...] = ("teacher",),
 ) -> None:
     """Measure models against <workspace>/images.
 
     Args:
         workspace: Local folder or s3://bucket/prefix.
-        model: Folders of the models: teacher, students/<name>.
+        model: Folders of the models: teacher, students/<name>, students/<name>/ema-<half-life>.
     """
     measure(workspace, recipe, evaluate, {name: evaluate.steps for name in model})
 
@@ -63,110 +69,195 @@ def measure(workspace: str, recipe: str, config: EvaluateConfig, models: Mapping
     """Measure several models with one pool; `models` gives each student the step schedules to sample it at."""
     place = Folder(workspace)
     images = require(place, "images", recipe)
-    probe, probe_digest = require_probe(place, "measure", recipe)
+    moments, given = _given_reference(config)
+    networks = _networks(place, config, recipe)
     count = config.count or images["images"]["count"]
-    dimensions = probe.tap_channels[-1]
-    if count <= dimensions:
-        raise BeelineError(f"{count} samples are too few for a distance in {dimensions} features; take more than {dimensions}")
-    work: list[tuple[Stage, Denoiser, list[Row], list[Job]]] = []
-    for name, steps in models.items():
-        model, digest = require_model(place, name, recipe)
-        check_fits(place, images, model.network_config, name)
-        rows = rows_for(model, replace(config, steps=steps))
-        plan = {
-            "evaluate": to_dict(replace(config, steps=steps), resources=False),
-            "rows": [row.label for row in rows],
-            "model_sha256": digest,
-            "probe_sha256": probe_digest,
-            "images": fingerprint(images),
-        }
-        stage = Stage(place, f"evaluation/{name}", plan)
-        if stage.begin():
-            there = stage.folder.sizes()
-            jobs = jobs_of(name, rows, config, count)
-            left = [job for job in jobs if part_name(job.item) not in there or not _sound(stage.folder, job.item)]
-            work.append((stage, model, rows, left))
-    jobs = [job for *_, left in work for job in left]
-    progress = Progress("evaluation", sum(job.evaluations for job in jobs), "network evaluations")
-    arguments = {"workspace": place, "recipe": recipe, "jobs": jobs, "config": config, "images": images["images"]}
-    for done in run_pool(Measure, arguments, range(len(jobs)), config):
-        progress.add(done["evaluations"])
-    real = reference(place, probe, images["images"])
-    for stage, model, rows, _ in work:
-        name = stage.name.removeprefix("evaluation/")
-        metrics = {
-            "rows": _distances(stage.folder, name, rows, config, count, real),
-            "straightness": _straightness(place, model, recipe),
-            "provenance": stage.plan | {"torch": torch.__version__, "numpy": np.__version__},
-        }
-        stage.folder.write_json(METRICS, metrics)
-        stage.folder.write(SAMPLES, _sample_sheet(model, rows, config, images["images"]["num_classes"]))
-        for row in metrics["rows"]:
-            spread = f"{row['mean']:.3f} +- {row['std']:.3f}"
-            print(f"{name}, {row['sampler']}: NFE {row['nfe']}, {row['metric']} {spread} (n = {count})", flush=True)
-        stage.folder.clean()
-        stage.finish(samples=config.draws * count * len(rows), evaluations=config.draws * count * sum(r.nfe for r in rows))
+    for name, (_, dimensions) in networks.items():
+        if count <= dimensions:
+            raise BeelineError(
+                f"{count} samples are too few for a distance in the {dimensions} features of {name}; take more than "
+                f"{dimensions} (--count), or measure in other features (--features)"
+            )
+    setup = Setup(
+        workspace=place, recipe=recipe, config=config, images=images, pairs=_pairs(place, recipe), count=count, moments=moments
+    )
+    digests = {name: digest for name, (digest, _) in networks.items()}
+    work = [
+        found
+        for name, steps in models.items()
+        if (found := _measurement(setup, name, replace(config, steps=steps), digests, given)) is not None
+    ]
+    if not work:
+        return
+    _prepare_and_sample(setup, work, digests)
+    _judge(setup, work)
+    for measurement in work:
+        measurement.publish(setup)
 
 
-def _sample_sheet(model: Denoiser, rows: list[Row], config: EvaluateConfig, num_classes: int) -> bytes:
-    """A line of samples per row: the same noise and classes for every row and every model."""
-    classes = np.arange(config.samples, dtype=np.int32) % max(num_classes, 1)
-    indices, seed = range(config.samples), noise_seed(config, 0)
-    shown = [draw(model, row, indices, classes, seed=seed, batch_size=config.samples) for row in rows]
-    return sheet_png(torch.cat(shown), columns=config.samples)
+@dataclasses.dataclass
+class Measurement:
+    """What is left to measure of one model: `rows`, of which nothing is published yet."""
+
+    name: str
+    stage: Stage
+    rows: list[Row]
+    straight: bool
+
+    def samples(self, setup: Setup) -> list[Samples]:
+        """One item for every shard of every draw of every row, in that order."""
+        size = setup.config.shard_size
+        return [
+            Samples(self.name, row, number, shard, range(start, min(start + size, setup.count)))
+            for row in self.rows
+            for number in range(setup.config.draws)
+            for shard, start in enumerate(range(0, setup.count, size))
+        ]
+
+    def sheets(self, setup: Setup) -> list[Sheet]:
+        """An item for every row."""
+        return [Sheet(self.name, row, setup.config.samples) for row in self.rows]
+
+    def judgements(self, setup: Setup) -> list[Judge]:
+        """An item for every draw of every row."""
+        parts: dict[tuple[Row, int], list[str]] = {}
+        for item in self.samples(setup):
+            parts.setdefault((item.row, item.draw), []).append(item.file)
+        return [Judge(self.name, row, number, tuple(files)) for (row, number), files in parts.items()]
+
+    def comparisons(self, setup: Setup) -> list[Fidelity | Lines]:
+        """What needs held-out pairs."""
+        if setup.pairs is None:
+            return []
+        lines = [Lines(self.name, setup.pairs["pairs"]["num_steps"])] if self.straight else []
+        return [*(Fidelity(self.name, row) for row in self.rows), *lines]
+
+    def publish(self, setup: Setup) -> None:
+        """Metrics and sheets; then what was only needed for them goes."""
+        folder = self.stage.folder
+        if self.rows:
+            results.publish(setup, self.name, self.rows, self.stage.plan, self.straight)
+        for name in folder.sizes():
+            if name.startswith(("part-", "draw-", "pairs-")):
+                folder.remove(name)
+        folder.clean()
+        measured = {row["sampler"]: row["nfe"] for row in folder.read_json(results.METRICS)["rows"]}
+        samples = setup.config.draws * setup.count
+        self.stage.finish(samples=samples * len(measured), evaluations=samples * sum(measured.values()))
 
 
-def _sound(folder: Folder, item: int) -> bool:
-    try:
-        Statistics.from_npz(folder.read(part_name(item)))
-    except ValueError as error:
-        print(f"{folder}/{part_name(item)}: unreadable ({error}); it will be made again", flush=True)
-        return False
-    return True
-
-
-def _distances(
-    folder: Folder, model: str, rows: list[Row], config: EvaluateConfig, count: int, real: Statistics
-) -> list[dict[str, Any]]:
-    """A row of metrics.json per sampler setting: the parts merged in index order, draw by draw."""
-    shards, made = shards_per_draw(config, count), []
-    for r, row in enumerate(rows):
-        draws = []
-        for number in range(config.draws):
-            first = (r * config.draws + number) * shards
-            parts = [Statistics.from_npz(folder.read(part_name(first + shard))) for shard in range(shards)]
-            draws.append(frechet.frechet_distance(frechet.merge(parts), real))
-        made.append(
-            {
-                "model": model,
-                "nfe": row.nfe,
-                "steps": row.steps,
-                "sampler": row.label,
-                "metric": "fd_probe",
-                "n": count,
-                "mean": float(np.mean(draws)),
-                "std": float(np.std(draws, ddof=1)) if len(draws) > 1 else 0.0,
-                "min": min(draws),
-                "draws": draws,
-            }
-        )
+def _networks(place: Folder, config: EvaluateConfig, recipe: str) -> dict[str, tuple[str, int]]:
+    """Of each measuring network: the SHA-256 of its weights, and its features."""
+    made = {}
+    for name in config.features:
+        if name in PROBES:
+            probe, digest = require_probe(place, PROBES[name], recipe)
+            made[name] = digest, probe.tap_channels[-1]
+        else:
+            network, digest = require_measuring(place, name)
+            made[name] = digest, network.dimensions
     return made
 
 
-def _straightness(place: Folder, model: Denoiser, recipe: str) -> dict[str, Any] | None:
-    """Straightness of the model along the teacher's lines, at every level of the schedule; None before there are pairs
-    and for students of single levels, which mean nothing elsewhere."""
-    if model.few_step is not None and model.few_step.trained_steps is not None:
-        return None
+def _given_reference(config: EvaluateConfig) -> tuple[Moments | None, str]:
+    """The statistics of a file, and its SHA-256."""
+    if not config.reference:
+        return None, ""
+    if "inception" not in config.features:
+        raise BeelineError("--reference gives statistics in Inception's features; add inception to --features")
+    folder, _, name = config.reference.rpartition("/")
     try:
-        plan = require(place, "pairs", recipe)
+        data = Folder(folder or ".").read(name)
+    except FileNotFoundError as error:
+        raise BeelineError(f"{config.reference} is not there; expected an .npz file with mu and sigma") from error
+    try:
+        return Moments.from_npz(data), hashlib.sha256(data).hexdigest()
+    except ValueError as error:
+        raise BeelineError(f"{config.reference}: {error}") from error
+
+
+def _pairs(place: Folder, recipe: str) -> dict[str, Any] | None:
+    """The plan of pairs/; None, with a line said, before there are any."""
+    try:
+        return require(place, "pairs", recipe)
     except BeelineError:
+        print(f"evaluation: no pairs in {place}; straightness and nearness to the teacher's images are left out", flush=True)
         return None
-    batch = ShardReader(place / "pairs", plan["pairs"], seed=0).batch(0, STRAIGHTNESS_PAIRS)
-    sigmas = edm_sigmas(plan["pairs"]["num_steps"])
-    labels = torch.from_numpy(batch["label"]) if model.label_dim else None
-    values = straightness(model, torch.from_numpy(batch["x1"]), torch.from_numpy(batch["noise"]), labels, sigmas)
-    return {"mean": float(np.mean(values)), "sigmas": sigmas.tolist(), "values": values, "pairs": STRAIGHTNESS_PAIRS}
+
+
+def _measurement(
+    setup: Setup, name: str, config: EvaluateConfig, networks: Mapping[str, str], given: str
+) -> Measurement | None:
+    """What is left of this model; None, with a line said, if everything asked for is there."""
+    model, digest = require_model(setup.workspace, name, setup.recipe)
+    check_fits(setup.workspace, setup.images, model.network_config, name)
+    rows = rows_for(model, config)
+    plan = {
+        "evaluate": to_dict(config, resources=False),
+        "count": setup.count,
+        "model_sha256": digest,
+        "networks_sha256": networks,
+        "reference_sha256": given,
+        "images": fingerprint(setup.images),
+    }
+    stage = Stage(setup.workspace, f"evaluation/{name}", plan)
+    measured = results.measured(stage.folder)
+    left = [row for row in rows if row.label not in measured]
+    if not stage.begin(more=bool(left)):
+        return None
+    # Students of single levels mean nothing at other levels.
+    straight = model.few_step is None or model.few_step.trained_steps is None
+    return Measurement(name, stage, left, straight)
+
+
+def _prepare_and_sample(setup: Setup, work: Sequence[Measurement], networks: Mapping[str, str]) -> None:
+    """The first pass: what real images look like, held-out pairs, all samples."""
+    place, images = setup.workspace, setup.images
+    references = {}
+    for name, digest in networks.items():
+        plan = {"images": fingerprint(images), "network_sha256": digest, "kept": KEPT}
+        stage = Stage(place, reference_folder(name), plan)
+        if not stage.is_complete() and stage.begin():
+            references[name] = stage, [RealImages(name, group) for group in range(len(groups(images["images"])))]
+    held_out = Stage(place, HELD_OUT, {"pairs": fingerprint(setup.pairs)})
+    pairs = [HeldOut(0)] if setup.pairs is not None and not held_out.is_complete() and held_out.begin() else []
+    jobs: list[Any] = [*pairs, *(job for _, parts in references.values() for job in parts)]
+    for measurement in work:
+        jobs += _left(measurement.stage.folder, [*measurement.samples(setup), *measurement.sheets(setup)])
+    _run(setup, "evaluation", jobs)
+    if pairs:
+        held_out.finish(pairs=PAIRS)
+    for stage, parts in references.values():
+        merge_reference(stage.folder, [part.file for part in parts])
+        for part in parts:
+            stage.folder.remove(part.file)
+        stage.folder.clean()
+        stage.finish(images=images["images"]["count"])
+    for name in networks:
+        reference(setup, name)  # a reference of another network is refused before samples are judged
+
+
+def _judge(setup: Setup, work: Sequence[Measurement]) -> None:
+    """The second pass: figures from what was seen."""
+    jobs = [
+        job
+        for measurement in work
+        for job in _left(measurement.stage.folder, [*measurement.judgements(setup), *measurement.comparisons(setup)])
+    ]
+    _run(setup, "evaluation, figures", jobs)
+
+
+def _left(folder: Folder, jobs: Sequence[Any]) -> list[Any]:
+    """The items whose file is not there, or damaged."""
+    there = folder.sizes()
+    return [job for job in jobs if job.file not in there or not sound(folder, job.file)]
+
+
+def _run(setup: Setup, what: str, jobs: list[Any]) -> None:
+    progress = Progress(what, sum(job.evaluations + 1 for job in jobs), "network evaluations")
+    arguments = {"setup": setup, "jobs": jobs}
+    for done in run_pool(Bench, arguments, range(len(jobs)), setup.config):
+        progress.add(done["evaluations"] + 1)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import functools
+import gc
 import inspect
 import logging
 import os
@@ -71,6 +72,9 @@ def run_command(stage: Callable[..., Any]) -> NoReturn:
         _fail(str(error))
     except KeyboardInterrupt:
         _fail("interrupted; run the same command again to continue", status=130)
+    finally:
+        gc.collect()  # a reference to one of Ray's objects that is dropped after Ray's shutdown ends the process with status 1
+        ray.shutdown()
     sys.exit(0)
 
 

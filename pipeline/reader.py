@@ -18,9 +18,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from beeline.arrays import spread
 from beeline.errors import BeelineError
 from beeline.noise import crc32, stream, x0
-from pipeline.shards import Columns, columns, decode, shard_count, shard_metadata, shard_name, shard_rows
+from pipeline.shards import READERS, Columns, columns, decode, shard_count, shard_metadata, shard_name, shard_rows
 from pipeline.storage import Folder
 
 WINDOW = 64  # row groups of some 6 MB; this window and the next are in memory
@@ -182,14 +183,33 @@ def _gather(window: _Window, take: np.ndarray) -> Columns:
     return made
 
 
-def real_images(folder: Folder, config: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """All of images/ in order: uint8 (n, C, H, W) and labels (n,). For data sets that fit in memory."""
-    parts = []
-    for k in range(shard_count(int(config["count"]), int(config["shard_size"]))):
+def real_labels(folder: Folder, config: dict[str, Any]) -> np.ndarray:
+    """The labels of images/ in order, int32 (n,); of the shards nothing else is read."""
+
+    def of(k: int) -> np.ndarray:
         try:
-            parts.append(decode(folder.read(shard_name(k)))[0])
+            with folder.open(shard_name(k)) as file:
+                return pq.read_table(file, columns=["label"], page_checksum_verification=True)["label"].to_numpy()
         except (pa.ArrowException, OSError, ValueError) as error:
             raise damaged(folder, k, error) from error
+
+    with ThreadPoolExecutor(READERS) as readers:
+        return np.concatenate(list(readers.map(of, range(shard_count(int(config["count"]), int(config["shard_size"]))))))
+
+
+def decoded(folder: Folder, k: int) -> Columns:
+    """Shard k whole. Raises BeelineError if it is damaged."""
+    try:
+        return decode(folder.read(shard_name(k)))[0]
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise damaged(folder, k, error) from error
+
+
+def some_images(folder: Folder, config: dict[str, Any], most: int) -> tuple[np.ndarray, np.ndarray]:
+    """uint8 images (n, C, H, W) and labels (n,) of images/ in order: all of them, or those of `most` evenly spread shards."""
+    shards, size = shard_count(int(config["count"]), int(config["shard_size"])), int(config["shard_size"])
+    wanted = spread(min(shards, max(1, most // size)), shards)
+    parts = [decoded(folder, int(k)) for k in wanted]
     return np.concatenate([part.images for part in parts]), np.concatenate([part.labels for part in parts])
 
 

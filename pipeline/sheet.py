@@ -8,17 +8,15 @@ import numpy as np
 import torch
 from PIL import Image
 
+from beeline.measuring import quantised
+
 GAP = 4  # pixels between images
 
 
-def to_uint8(images: torch.Tensor) -> np.ndarray:
-    """Images (n, C, H, W) in [-1, 1] as uint8: EDM's (127.5 x + 128), clipped."""
-    return (images * 127.5 + 128).clamp(0, 255).to(torch.uint8).numpy()
-
-
-def sheet_png(images: torch.Tensor, columns: int, min_side: int = 40) -> bytes:
-    """A PNG of the images (n, C, H, W), 1 or 3 channels, in rows of `columns`; small ones are enlarged bicubically."""
-    pixels = to_uint8(images)
+def sheet_png(images: torch.Tensor | np.ndarray, columns: int, min_side: int = 40) -> bytes:
+    """A PNG of the images (n, C, H, W), uint8 or in [-1, 1], 1 or 3 channels, in rows of `columns`; small ones are enlarged
+    bicubically."""
+    pixels = images if isinstance(images, np.ndarray) else quantised(images).cpu().numpy()
     _, channels, height, width = pixels.shape
     scale = max(1, -(-min_side // height))
     size = (width * scale + GAP, height * scale + GAP)

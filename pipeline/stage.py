@@ -18,7 +18,8 @@ from beeline.config import NetworkConfig
 from beeline.denoiser import Denoiser
 from beeline.errors import BeelineError
 from beeline.features import FeatureNetwork, Probe
-from beeline.weights import load_backbone
+from beeline.measuring import DinoV2, Inception
+from beeline.weights import load_backbone, load_measuring
 from pipeline.storage import Folder
 
 PLAN, SUCCESS = "plan.json", "_SUCCESS"
@@ -55,8 +56,9 @@ class Stage:
         self.plan: dict[str, Any] = json.loads(json.dumps(plan))  # as it will be read back
         self._started = time.monotonic()
 
-    def begin(self) -> bool:
-        """Take the folder for this plan. True if work is left; False, with a line said, if the stage is complete.
+    def begin(self, *, more: bool = False) -> bool:
+        """Take the folder for this plan. True if work is left; False, with a line said, if the stage is complete and there
+        is no `more` to add to it.
 
         Raises BeelineError if the folder holds another plan's work, or cannot be written.
         """
@@ -74,7 +76,7 @@ class Stage:
                 f"{self.folder} was made with other settings: {changes}. Nothing was changed. Use the settings that are "
                 "there, choose another --workspace, or remove that folder to make it anew"
             )
-        if self.is_complete():
+        if not more and self.is_complete():
             print(f"{self.name}: already complete in {self.folder}", flush=True)
             return False
         return True
@@ -146,16 +148,26 @@ def require_features(workspace: Folder, name: str, recipe: str) -> tuple[Feature
     """The feature network "probe" (that of the losses) or a pretrained backbone, and the SHA-256 of its weights."""
     if name == "probe":
         return require_probe(workspace, "losses", recipe)
+    files, where = _weights(workspace, name)
+    return load_backbone(files, where), checkpoint.digest(files)
+
+
+def require_measuring(workspace: Folder, name: str) -> tuple[Inception | DinoV2, str]:
+    """The pretrained network to measure in, and the SHA-256 of its weights."""
+    files, where = _weights(workspace, name)
+    return load_measuring(files, where), checkpoint.digest(files)
+
+
+def _weights(workspace: Folder, name: str) -> tuple[dict[str, bytes], str]:
     folder = workspace / "weights" / name
     try:
-        files = {file: folder.read(file) for file in (WEIGHTS, CONFIG)}
+        return {file: folder.read(file) for file in (WEIGHTS, CONFIG)}, str(folder)
     except FileNotFoundError as error:
         place = f"{workspace}/weights" if folder.is_local else f"FOLDER, and copy FOLDER to {workspace}/weights"
         raise BeelineError(
             f"{folder} holds no weights; fetch them once, on a machine with internet, with: "
             f"python -m beeline.weights fetch {name} --out {place}"
         ) from error
-    return load_backbone(files, str(folder)), checkpoint.digest(files)
 
 
 def _load(workspace: Folder, name: str, recipe: str) -> tuple[Denoiser | Probe, str]:

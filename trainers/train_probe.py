@@ -14,9 +14,11 @@ from beeline.config import ProbeConfig, ProbeNetworkConfig, to_dict
 from beeline.errors import BeelineError
 from beeline.features import Probe, train_probe
 from pipeline.command import ensure_ray, run_command
-from pipeline.reader import real_images, to_float
+from pipeline.reader import some_images, to_float
 from pipeline.stage import Stage, fingerprint, publish_model, require
 from pipeline.storage import Folder
+
+MOST_IMAGES = 100_000  # a probe needs no more, and they are in memory
 
 
 def train_probes(workspace: str, recipe: tyro.conf.Suppress[str], probe: ProbeConfig) -> None:
@@ -52,7 +54,7 @@ def _train(workspace: Folder, network: ProbeNetworkConfig, config: ProbeConfig, 
     torch.set_num_threads(1)
     device = torch.device("cuda" if config.gpus else "cpu")
     torch.manual_seed(network.seed)
-    pixels, labels = real_images(workspace / "images", images["images"])
+    pixels, labels = some_images(workspace / "images", images["images"], MOST_IMAGES)
     probe = Probe(network, channels=pixels.shape[1], num_classes=images["images"]["num_classes"])
     probe.to(device)
     accuracy = train_probe(

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 
 from beeline.denoiser import Denoiser
-from beeline.features import Probe
 from beeline.frechet import Statistics, frechet_distance
+from beeline.measuring import Eye, MeasuringProbe, quantised
 from beeline.noise import stream_seed
-from evaluation.measure import Row, draw, features
-from pipeline.reader import ShardReader, to_float
+from evaluation.rows import Row, draw
+from pipeline.reader import ShardReader
 from pipeline.sheet import sheet_png
 from pipeline.stage import require_probe
 from pipeline.storage import Folder
@@ -38,12 +38,12 @@ class Validation:
         count = min(count, images["images"]["count"])
         rows = ShardReader(workspace / "images", images["images"], seed=0).batch(0, count)
         self.labels: np.ndarray = rows["label"]
-        self.seed, self.device = stream_seed(seed, "validation"), device
-        self.probe: Probe | None = None
+        self.seed = stream_seed(seed, "validation")
+        self._eye: Eye | None = None
         if not (workspace / "probe" / "losses").sizes():
             return
-        self.probe = require_probe(workspace, "losses", recipe)[0].to(device)
-        self.real = Statistics.of(features(self.probe, torch.from_numpy(to_float(rows["image"])).to(device)))
+        self._eye = Eye(MeasuringProbe(require_probe(workspace, "losses", recipe)[0]), device)
+        self._real = self._statistics(torch.from_numpy(rows["image"]))
 
     def judge(self, model: Denoiser, steps: tuple[int, ...] | None = None) -> tuple[dict[str, float], bytes]:
         """The figure `fd_probe_losses`, where there is a probe, and a PNG of the first samples.
@@ -53,9 +53,13 @@ class Validation:
         assert model.few_step is not None
         steps = steps or model.few_step.trained_steps or (0,)
         row = Row(len(steps), steps, None, model.few_step.num_steps)
-        count = len(self.labels) if self.probe is not None else min(SHOWN, len(self.labels))
+        count = len(self.labels) if self._eye is not None else min(SHOWN, len(self.labels))
         images = draw(model, row, range(count), self.labels[:count], seed=self.seed, batch_size=BATCH)
         sheet = sheet_png(images[:SHOWN], columns=COLUMNS)
-        if self.probe is None:
+        if self._eye is None:
             return {}, sheet
-        return {METRIC: frechet_distance(Statistics.of(features(self.probe, images.to(self.device))), self.real)}, sheet
+        return {METRIC: frechet_distance(self._statistics(quantised(images)), self._real)}, sheet
+
+    def _statistics(self, images: torch.Tensor) -> Statistics:
+        assert self._eye is not None
+        return Statistics.of(self._eye.look(images).features)

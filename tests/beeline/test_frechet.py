@@ -11,7 +11,8 @@ import scipy.linalg
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from beeline.frechet import Statistics, frechet_distance, merge
+from beeline.arrays import pack
+from beeline.frechet import Moments, Statistics, frechet_distance, merge
 
 
 def features(seed: int, n: int, d: int) -> np.ndarray:
@@ -117,3 +118,25 @@ def test_damaged_statistics_are_a_value_error(keep: int) -> None:
     data = Statistics.of(features(0, 37, 7)).to_npz()
     with pytest.raises(ValueError, match="not the statistics of a shard"):
         Statistics.from_npz(data[:keep])
+
+
+def test_far_fewer_samples_than_features_by_singular_values() -> None:
+    """tr (S1 S2)^(1/2) is the nuclear norm of the product of the centred samples: exact where S1 and S2 are singular."""
+    x, y = features(0, 10, 60), features(1, 14, 60)
+    a, b = ((z - z.mean(0)) / np.sqrt(len(z) - 1) for z in (x, y))
+    trace = np.linalg.svd(a @ b.T, compute_uv=False).sum()
+    expected = ((x.mean(0) - y.mean(0)) ** 2).sum() + (a**2).sum() + (b**2).sum() - 2 * trace
+    assert frechet_distance(Statistics.of(x), Statistics.of(y)) == pytest.approx(expected, rel=1e-7)
+
+
+def test_edms_reference_files() -> None:
+    x, y = features(0, 200, 5), features(1, 300, 5)
+    data = pack({"mu": y.mean(axis=0), "sigma": np.cov(y, rowvar=False)})
+    given = Moments.from_npz(data)
+    assert frechet_distance(Statistics.of(x), given) == pytest.approx(frechet_distance(Statistics.of(x), Statistics.of(y)))
+    with pytest.raises(ValueError, match="mu has shape"):
+        Moments.from_npz(pack({"mu": np.zeros(3), "sigma": np.zeros((2, 2))}))
+    with pytest.raises(ValueError, match="expected mu and sigma"):
+        Moments.from_npz(pack({"mean": np.zeros(3)}))
+    with pytest.raises(ValueError, match=r"not an \.npz file"):
+        Moments.from_npz(data[:50])

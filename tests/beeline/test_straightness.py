@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from beeline.schedule import edm_sigmas
-from beeline.straightness import straightness
+from beeline.straightness import straightness, trajectories
 
 X1 = torch.rand(40, 2, 4, 4, generator=torch.Generator().manual_seed(0)) * 2 - 1
 NOISE = torch.randn(40, 2, 4, 4, generator=torch.Generator().manual_seed(1))
@@ -55,3 +55,23 @@ def test_it_asks_at_points_of_the_line() -> None:
         torch.testing.assert_close(x, X1 + sigma * NOISE)
         assert torch.equal(level, sigma.expand(40))
         assert labels is LABELS
+
+
+def test_a_flow_to_one_image_is_straight_and_even() -> None:
+    straight, uneven = trajectories(Answer(lambda x, sigma: X1), NOISE, LABELS, num_steps=6)
+    assert straight == pytest.approx([0] * 6, abs=1e-9)
+    assert uneven == pytest.approx([0] * 6, abs=1e-3)
+
+
+def test_a_gaussians_flow_is_as_curved_as_its_closed_form() -> None:
+    """Of N(0, v), D = x v / (v + sigma^2) and x_sigma = x_max sqrt((v + sigma^2) / (v + sigma_max^2)): straight in direction,
+    uneven in speed."""
+    v, sigmas = 0.25, edm_sigmas(60)
+    straight, uneven = trajectories(Answer(lambda x, sigma: x * v / (v + sigma**2)), NOISE, None, num_steps=60)
+    end = v**0.5
+    along = (v + sigmas**2).sqrt()
+    expected = (v / along - end) ** 2 / end**2  # E|D - x_0|^2 / Var(x_0), x_0 being of variance v
+    second = float(NOISE.double().square().mean() / NOISE.double().var(dim=0, correction=0).mean())
+    assert straight == pytest.approx((expected * second).tolist(), rel=0.05, abs=2e-3)
+    rest = (along - end) / sigmas
+    assert uneven == pytest.approx((rest / rest[0] - 1).abs().tolist(), rel=0.05, abs=2e-2)

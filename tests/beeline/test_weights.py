@@ -24,7 +24,8 @@ import torch
 from beeline.backbones import VGG16, TimmBackbone, build_backbone
 from beeline.checkpoint import CONFIG, WEIGHTS
 from beeline.errors import BeelineError
-from beeline.weights import SOURCES, Source, dump_backbone, fetch, load_backbone, main, obtain, read
+from beeline.measuring import build_measuring
+from beeline.weights import SOURCES, Source, dump_backbone, fetch, load_backbone, load_measuring, main, obtain, read
 
 LITE0, DEIT = "tf_efficientnet_lite0", "deit_base_distilled_patch16_224"
 
@@ -306,10 +307,27 @@ def test_what_does_not_load(lite0: TimmBackbone) -> None:
     refused("KeyError")
 
 
+@pytest.mark.parametrize(("name", "more"), [("inception", ""), ("dinov2_vits14", "mask_token")])
+def test_networks_to_measure_in(server: Server, tmp_path: Path, name: str, more: str) -> None:
+    """As published: the network's own tensors, and for DINOv2 one that only its training needed."""
+    torch.manual_seed(4)
+    network = build_measuring(name)
+    original = {key.removeprefix("network."): tensor for key, tensor in network.state_dict().items()}
+    original |= {more: torch.zeros(1, 3)} if more else {}
+    source = dataclasses.replace(server.put(f"{name}.pth", original), prefix="network.")
+    fetch([name], tmp_path / "out", tmp_path / "cache", {name: source})
+    files = {file: (tmp_path / "out" / name / file).read_bytes() for file in (WEIGHTS, CONFIG)}
+    found = load_measuring(files, name)
+    assert found.name == name
+    assert all(torch.equal(a, b) for a, b in zip(found.state_dict().values(), network.state_dict().values(), strict=True))
+    with pytest.raises(BeelineError, match=f"names backbone '{name}'; this version has: vgg16"):
+        load_backbone(files, name)
+
+
 def test_published_sources_are_spelled_as_their_files() -> None:
-    """torch.hub's convention: the name of a file ends with the beginning of its SHA-256."""
-    for source in SOURCES.values():
-        assert source.url.endswith(f"-{source.sha256[:8]}.pth")
+    """torch.hub's convention: the name of a file ends with the beginning of its SHA-256. Meta's DINOv2 does not follow it."""
+    for name, source in SOURCES.items():
+        assert source.url.endswith("_pretrain.pth" if name.startswith("dinov2") else f"-{source.sha256[:8]}.pth")
         assert source.url.startswith("https://")
         assert len(source.sha256) in (8, 64)
 
@@ -325,8 +343,7 @@ def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     assert all(name in told.stdout for name in SOURCES)
     unknown = command("fetch", "vgg19", "--out", tmp_path)
     assert unknown.returncode == 1
-    known = "vgg16, tf_efficientnet_lite0, deit_base_distilled_patch16_224"
-    assert unknown.stderr == f"error: backbone 'vgg19' is unknown; expected some of: {known}\n"
+    assert unknown.stderr == f"error: backbone 'vgg19' is unknown; expected some of: {', '.join(SOURCES)}\n"
 
     (tmp_path / "vgg16-397923af.pth").touch()
     monkeypatch.setattr(sys, "argv", ["weights", "fetch", "vgg16", "--out", "here", "--downloads", str(tmp_path)])

@@ -1,0 +1,347 @@
+"""The work items of a measurement, and the bench that each actor of the pool does them on.
+
+    first     RealImages, HeldOut      the real images' features, a shard each; a few pairs that no student has seen
+              Samples                  one shard of one draw of one row: sampled, looked at, forgotten
+              Sheet                    the images of the row that are shown
+    then      Judge                    the figures of one draw of one row, from all of its shards
+              Fidelity, Lines          how near samples are to the teacher's; how straight the flow is
+
+An item writes one file whose name and bytes depend on the plan and the item alone. No image but those of the sheet is kept:
+features, which are less, are, until the row is done.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+from beeline.arrays import pack, spread, unpack
+from beeline.config import EvaluateConfig, PairsConfig, from_dict
+from beeline.denoiser import Denoiser
+from beeline.errors import BeelineError
+from beeline.frechet import Gaussian, Statistics
+from beeline.inference import prepare
+from beeline.measures import Reference, counted, measures
+from beeline.measuring import PROBES, Eye, Looks, MeasuringProbe, quantised
+from beeline.noise import x0
+from beeline.schedule import edm_sigmas
+from beeline.straightness import straightness, trajectories
+from evaluation.rows import Row, draw, noise_seed
+from pipeline.gen_pairs import load_sampler, make_pairs, pair_labels
+from pipeline.reader import decoded, real_labels
+from pipeline.shards import shard_count
+from pipeline.stage import require_measuring, require_model, require_probe
+from pipeline.storage import Folder
+
+HELD_OUT = "evaluation/held-out"
+PAIRS = 256  # held-out pairs
+KEPT = 50_000  # real images whose features are kept one by one
+GROUPS = 64  # statistics of real images are written for at most so many groups of shards
+STATISTICS, FEATURES, HELD_OUT_PAIRS = "statistics.npz", "features.npz", "pairs.npz"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What all work items share: `images` and `pairs` are the plans of those stages, `count` the samples of a draw."""
+
+    workspace: Folder
+    recipe: str
+    config: EvaluateConfig
+    images: dict[str, Any]
+    pairs: dict[str, Any] | None
+    count: int
+    moments: Gaussian | None = None
+    """Of the real images in Inception's features, where a file gives them."""
+
+
+class Bench:
+    """The worker: does work items on its device, and keeps what they share in memory."""
+
+    def __init__(self, setup: Setup, jobs: list[Any]) -> None:
+        self.setup, self.jobs = setup, jobs
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.kind = torch.cuda.get_device_name() if self.device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
+        self.model = functools.lru_cache(maxsize=1)(self._model)  # items of a model follow each other
+        self.eye = functools.cache(self._eye)
+        self.reference = functools.cache(lambda name: reference(setup, name))
+
+    def work(self, number: int) -> dict[str, Any]:
+        """Do item `number`; the row says how many network evaluations it took."""
+        self.jobs[number].run(self)
+        return {"evaluations": self.jobs[number].evaluations}
+
+    def place(self, *folders: str) -> Folder:
+        """A folder of the workspace."""
+        return self.setup.workspace / "/".join(folders)
+
+    def look(self, images: torch.Tensor, names: tuple[str, ...] | None = None) -> dict[str, Looks]:
+        """What the measuring networks see in uint8 images (n, C, H, W)."""
+        return {name: self.eye(name).look(images) for name in names or self.setup.config.features}
+
+    @functools.cached_property
+    def labels(self) -> np.ndarray:
+        """The class of each sample, int32 (count,): those of the real images, evenly spread."""
+        there = real_labels(self.place("images"), self.setup.images["images"])
+        return there[spread(self.setup.count, len(there))]
+
+    @functools.cached_property
+    def held_out(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """x1 and noise (n, C, H, W) and labels (n,) of pairs that no student has seen, on the device."""
+        found = unpack(self.place(HELD_OUT).read(HELD_OUT_PAIRS), "pairs")
+        x1, noise, labels = (torch.from_numpy(found[key]).to(self.device) for key in ("x1", "noise", "label"))
+        return x1, noise, labels
+
+    def _eye(self, name: str) -> Eye:
+        setup = self.setup
+        if name in PROBES:
+            network = MeasuringProbe(require_probe(setup.workspace, PROBES[name], setup.recipe)[0])
+        else:
+            network = require_measuring(setup.workspace, name)[0]
+        return Eye(network, self.device)
+
+    def _model(self, name: str) -> Denoiser:
+        config = self.setup.config
+        model = require_model(self.setup.workspace, name, self.setup.recipe)[0].to(self.device)
+        size = config.batch_size if config.compiled else None
+        return prepare(model, precision=config.precision, compiled=config.compiled, batch_size=size)
+
+
+@dataclasses.dataclass(frozen=True)
+class RealImages:
+    """Group `group` of the shards of images/ as `network` sees them: statistics of all, features of those that are kept."""
+
+    network: str
+    group: int
+    evaluations: int = 0
+
+    @property
+    def file(self) -> str:
+        return f"part-{self.group:05d}.npz"
+
+    def run(self, bench: Bench) -> None:
+        """Write the group's file into evaluation/reference/<network>."""
+        config = bench.setup.images["images"]
+        kept = spread(min(KEPT, config["count"]), config["count"])
+        statistics, features, rows = None, [], []
+        for k in groups(config)[self.group]:
+            shard = decoded(bench.place("images"), k)
+            seen = bench.look(torch.tensor(shard.images), (self.network,))[self.network].features
+            made = Statistics.of(seen)
+            statistics = made if statistics is None else statistics + made
+            chosen = np.isin(shard.indices, kept)
+            features.append(seen[chosen])
+            rows.append(shard.indices[chosen])
+        assert statistics is not None
+        arrays = {"features": np.concatenate(features), "rows": np.concatenate(rows)}
+        moments = {"n": np.int64(statistics.n), "mean": statistics.mean, "m2": statistics.m2}
+        bench.place(reference_folder(self.network)).write(self.file, pack(arrays | moments))
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOut:
+    """Pairs made as those of pairs/ are, of the noise that comes after theirs; `evaluations` each."""
+
+    evaluations: int
+
+    def run(self, bench: Bench) -> None:
+        """Write them into evaluation/held-out."""
+        plan = bench.setup.pairs
+        assert plan is not None
+        config = from_dict(PairsConfig, plan["pairs"])
+        teacher = load_sampler(bench.setup.workspace, bench.setup.recipe, plan, config)
+        rows = range(config.count, config.count + PAIRS)
+        labels, noise = pair_labels(rows, teacher.label_dim), x0(config.seed, rows, teacher.image_shape)
+        arrays = {"x1": make_pairs(teacher, noise, labels, config), "noise": noise, "label": labels}
+        bench.place(HELD_OUT).write(HELD_OUT_PAIRS, pack(arrays))
+
+
+@dataclasses.dataclass(frozen=True)
+class Samples:
+    """Shard `shard` of draw `draw` of a row."""
+
+    model: str
+    row: Row
+    draw: int
+    shard: int
+    indices: range
+
+    @property
+    def file(self) -> str:
+        return f"part-{self.row.slug}-{self.draw}-{self.shard:05d}.npz"
+
+    @property
+    def evaluations(self) -> int:
+        return self.row.nfe * len(self.indices)
+
+    def run(self, bench: Bench) -> None:
+        """Sample, look, and write what was seen."""
+        config = bench.setup.config
+        labels = bench.labels[self.indices.start : self.indices.stop]
+        seed = noise_seed(config, self.draw)
+        images = draw(bench.model(self.model), self.row, self.indices, labels, seed=seed, batch_size=config.batch_size)
+        arrays = {}
+        for name, seen in bench.look(quantised(images)).items():
+            arrays[f"{name}.features"] = seen.features
+            if seen.logits is not None:
+                arrays[f"{name}.logits"] = seen.logits
+        bench.place("evaluation", self.model).write(self.file, pack(arrays))
+
+
+@dataclasses.dataclass(frozen=True)
+class Sheet:
+    """The samples of a row that are shown: the same noise and classes for every row and every model."""
+
+    model: str
+    row: Row
+    count: int
+
+    @property
+    def file(self) -> str:
+        return f"sheet-{self.row.slug}.npz"
+
+    @property
+    def evaluations(self) -> int:
+        return self.row.nfe * self.count
+
+    def run(self, bench: Bench) -> None:
+        """Sample, look through the first measuring network, and write images and features."""
+        config, model = bench.setup.config, bench.model(self.model)
+        classes = np.arange(self.count, dtype=np.int32) % max(model.label_dim, 1)
+        seed = noise_seed(config, 0)
+        images = quantised(draw(model, self.row, range(self.count), classes, seed=seed, batch_size=config.batch_size))
+        first = config.features[0]
+        seen = bench.look(images, (first,))[first].features
+        arrays = {"images": images.cpu().numpy(), "features": seen, "device": bench.kind}
+        bench.place("evaluation", self.model).write(self.file, pack(arrays))
+
+
+@dataclasses.dataclass(frozen=True)
+class Judge:
+    """All figures of one draw of a row."""
+
+    model: str
+    row: Row
+    draw: int
+    parts: tuple[str, ...]
+    evaluations: int = 0
+
+    @property
+    def file(self) -> str:
+        return f"draw-{self.row.slug}-{self.draw}.json"
+
+    def run(self, bench: Bench) -> None:
+        """Join what was seen of the draw's shards in their order, and measure."""
+        folder = bench.place("evaluation", self.model)
+        parts = [unpack(folder.read(name), "features") for name in self.parts]
+        found: dict[str, float] = {}
+        for name in bench.setup.config.features:
+            seen = Looks.join([Looks(part[f"{name}.features"], part.get(f"{name}.logits")) for part in parts])
+            found |= measures(seen, bench.reference(name), name, neighbours=bench.setup.config.neighbours)
+        folder.write_json(self.file, found)
+
+
+@dataclasses.dataclass(frozen=True)
+class Fidelity:
+    """How near samples are to the teacher's of the same noise: root mean square over pixels in [-1, 1], held-out pairs."""
+
+    model: str
+    row: Row
+
+    @property
+    def file(self) -> str:
+        return f"pairs-{self.row.slug}.json"
+
+    @property
+    def evaluations(self) -> int:
+        return self.row.nfe * PAIRS
+
+    def run(self, bench: Bench) -> None:
+        """Sample the held-out noise and compare."""
+        x1, _, labels = bench.held_out
+        plan, config = bench.setup.pairs, bench.setup.config
+        assert plan is not None
+        first = plan["pairs"]["count"]
+        images = draw(
+            bench.model(self.model), self.row, range(first, first + PAIRS), labels.cpu().numpy(),
+            seed=plan["pairs"]["seed"], batch_size=config.batch_size,
+        )  # fmt: skip
+        rms = float((images - x1.clamp(-1, 1)).to(torch.float64).square().mean().sqrt())
+        bench.place("evaluation", self.model).write_json(self.file, {counted("pair_rms", PAIRS): rms})
+
+
+@dataclasses.dataclass(frozen=True)
+class Lines:
+    """How straight a model's flow is along the teacher's lines and along its own trajectories, of held-out pairs."""
+
+    model: str
+    num_steps: int
+    file: ClassVar[str] = "lines.json"
+
+    @property
+    def evaluations(self) -> int:
+        return 3 * self.num_steps * PAIRS
+
+    def run(self, bench: Bench) -> None:
+        """Measure at every level of EDM's schedule."""
+        x1, noise, labels = bench.held_out
+        model, sigmas = bench.model(self.model), edm_sigmas(self.num_steps)
+        given = labels if model.label_dim else None
+        values = straightness(model, x1, noise, given, sigmas)
+        own, speed = trajectories(model, noise, given, num_steps=self.num_steps)
+        found = {"sigmas": sigmas.tolist(), "values": values, "own": own, "speed": speed, "pairs": PAIRS}
+        means = {"mean": float(np.mean(values)), "own_mean": float(np.mean(own)), "speed_mean": float(np.mean(speed))}
+        bench.place("evaluation", self.model).write_json(self.file, means | found)
+
+
+def groups(config: dict[str, Any]) -> list[range]:
+    """The shards of images/ (`config` of its plan) in at most GROUPS groups."""
+    shards = shard_count(int(config["count"]), int(config["shard_size"]))
+    size = -(-shards // GROUPS)
+    return [range(k, min(k + size, shards)) for k in range(0, shards, size)]
+
+
+def reference_folder(network: str) -> str:
+    """Where the real images' features in `network` are."""
+    return f"evaluation/reference/{network}"
+
+
+def reference(setup: Setup, network: str) -> Reference:
+    """The real images as `network` sees them, from files that RealImages and `merge_reference` have made."""
+    folder = setup.workspace / reference_folder(network)
+    kept = unpack(folder.read(FEATURES), "features")
+    moments = setup.moments if network == "inception" and setup.moments else Statistics.from_npz(folder.read(STATISTICS))
+    if moments.mean.shape[0] != kept["features"].shape[1]:
+        raise BeelineError(
+            f"{setup.config.reference} has {moments.mean.shape[0]} features, {network} {kept['features'].shape[1]}; "
+            "expected statistics of the same network"
+        )
+    return Reference(moments, kept["features"], kept["rows"])
+
+
+def merge_reference(folder: Folder, files: list[str]) -> None:
+    """The groups' files, in their order, into one of statistics and one of features."""
+    statistics, features, rows = None, [], []
+    for name in files:
+        part = unpack(folder.read(name), "features")
+        made = Statistics(int(part["n"]), part["mean"], part["m2"])
+        statistics = made if statistics is None else statistics + made
+        features.append(part["features"])
+        rows.append(part["rows"])
+    assert statistics is not None
+    folder.write(STATISTICS, statistics.to_npz())
+    folder.write(FEATURES, pack({"features": np.concatenate(features), "rows": np.concatenate(rows)}))
+
+
+def sound(folder: Folder, name: str) -> bool:
+    """Whether a file that is there can be read; if not, a line says that it will be made again."""
+    try:
+        json.loads(folder.read(name)) if name.endswith(".json") else unpack(folder.read(name), "features")
+    except ValueError as error:
+        print(f"{folder}/{name}: unreadable ({error}); it will be made again", flush=True)
+        return False
+    return True

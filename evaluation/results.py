@@ -1,0 +1,117 @@
+"""What a measurement publishes: metrics.json, a sheet of samples, and samples beside the real images nearest to them."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from beeline.arrays import unpack
+from beeline.measures import nearest
+from beeline.measuring import RESIZES
+from evaluation.jobs import Fidelity, Judge, Lines, Setup, Sheet, reference
+from evaluation.rows import Row, noise_seed
+from pipeline.reader import decoded
+from pipeline.sheet import sheet_png
+from pipeline.storage import Folder
+
+METRICS, SAMPLES, NEAREST = "metrics.json", "samples.png", "nearest.png"
+LIBRARIES = ("torch", "torchvision", "torch-fidelity", "timm", "numpy", "scipy", "ray", "beeline")
+SHOWN_NEAREST = 20
+
+
+def measured(folder: Folder) -> list[str]:
+    """The labels of the rows that are published there, in their order."""
+    found = folder.read_json(METRICS) or {"rows": []}
+    return list(dict.fromkeys(row["sampler"] for row in found["rows"]))
+
+
+def publish(setup: Setup, model: str, rows: Sequence[Row], plan: Mapping[str, Any], straight: bool) -> None:
+    """Write the sheets, then metrics.json, of the rows that are there and `rows`, the new ones, and print the new."""
+    folder = setup.workspace / "evaluation" / model
+    there = folder.read_json(METRICS) or {"rows": [], "order": []}
+    order = [*there["order"], *({"label": row.label, "sheet": Sheet(model, row, 0).file} for row in rows)]
+    sheets = [unpack(folder.read(entry["sheet"]), "samples") for entry in order]
+    _draw_sheets(setup, folder, sheets)
+    new = [line for row in rows for line in _figures(setup, folder, model, row)]
+    config = setup.config
+    folder.write_json(
+        METRICS,
+        {
+            "rows": [*there["rows"], *new],
+            "order": order,
+            "straightness": folder.read_json(Lines.file) if straight and setup.pairs is not None else None,
+            "provenance": {
+                **plan,
+                "noise_seeds": [noise_seed(config, number) for number in range(config.draws)],
+                "resize": {name: RESIZES[name] for name in config.features},
+                "quantised": "uint8: (127.5 x + 128), clipped",
+                "devices": sorted({str(sheet["device"]) for sheet in sheets}),
+                "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
+            },
+        },
+    )
+    for row in rows:
+        print(_said(model, row, [line for line in new if line["sampler"] == row.label]), flush=True)
+
+
+def _said(model: str, row: Row, lines: Sequence[Mapping[str, Any]]) -> str:
+    """A row of the table in a line of text: the first figure with its spread."""
+    first, *others = lines
+    spread = f" +- {first['std']:.3f}" if len(first["draws"]) > 1 else ""
+    rest = "".join(f", {line['metric']} {line['mean']:.3f}" for line in others)
+    return f"{model}, {row.label}: NFE {row.nfe}, {first['metric']} {first['mean']:.3f}{spread}{rest}"
+
+
+def _figures(setup: Setup, folder: Folder, model: str, row: Row) -> list[dict[str, Any]]:
+    """A row of metrics.json for each figure of a row of the table."""
+    judged = [folder.read_json(Judge(model, row, number, ()).file) for number in range(setup.config.draws)]
+    figures = {metric: [draw[metric] for draw in judged] for metric in judged[0]}
+    if setup.pairs is not None:
+        figures |= {metric: [value] for metric, value in folder.read_json(Fidelity(model, row).file).items()}
+    return [
+        {
+            "model": model,
+            "nfe": row.nfe,
+            "steps": row.steps,
+            "sampler": row.label,
+            "metric": metric,
+            "n": _count(metric),
+            "mean": float(np.mean(draws)),
+            "std": float(np.std(draws, ddof=1)) if len(draws) > 1 else 0.0,
+            "min": min(draws),
+            "draws": draws,
+        }
+        for metric, draws in figures.items()
+    ]
+
+
+def _count(metric: str) -> int:
+    """The number of samples that a metric's name ends in."""
+    text = metric.rsplit("_", 1)[1]
+    return int(text[:-1]) * 1000 if text.endswith("k") else int(text)
+
+
+def _draw_sheets(setup: Setup, folder: Folder, sheets: Sequence[Mapping[str, np.ndarray]]) -> None:
+    """samples.png: a line of samples for each row. nearest.png: for each row, a line of samples and below it the real images
+    nearest to them in the features of the first measuring network."""
+    folder.write(SAMPLES, sheet_png(np.concatenate([sheet["images"] for sheet in sheets]), columns=setup.config.samples))
+    real = reference(setup, setup.config.features[0])
+    shown = min(SHOWN_NEAREST, setup.config.samples)
+    rows = [real.rows[nearest(sheet["features"][:shown], real.features)] for sheet in sheets]
+    pictures = _real_images(setup, sorted({int(i) for found in rows for i in found}))
+    lines: list[np.ndarray] = []
+    for sheet, found in zip(sheets, rows, strict=True):
+        lines += [sheet["images"][:shown], np.stack([pictures[int(i)] for i in found])]
+    folder.write(NEAREST, sheet_png(np.concatenate(lines), columns=shown))
+
+
+def _real_images(setup: Setup, indices: Sequence[int]) -> dict[int, np.ndarray]:
+    """Images (C, H, W), uint8, of images/ by index; each shard is read once."""
+    size, found = int(setup.images["images"]["shard_size"]), {}
+    for k in sorted({i // size for i in indices}):
+        shard = decoded(setup.workspace / "images", k)
+        found |= {int(i): shard.images[j] for j, i in enumerate(shard.indices) if int(i) in indices}
+    return found
