@@ -299,39 +299,76 @@ class LmmConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SweepConfig:
-    """A sweep over SOT step schedules and learning rates, every trial from one shared student."""
+    """A sweep over SOT step schedules, learning rates and weights, every trial from one shared student. Each trial is one
+    process; as many run side by side as the cluster has room for."""
 
     name: str = "sot"
     init: str = "students/lmm/reconstruction"
+    trials: int = resource(8)
+    """More may be added to a finished sweep: the first ones stay as they are."""
     schedules: tuple[str, ...] = ("0", "0,1")
-    """Step schedules, each as "0,8": a trial trains on and is measured at them."""
-    learning_rates: tuple[float, ...] = (1e-4, 1e-3)
+    """Step schedules, each as "0,8", in turn: a trial trains on and is measured at them."""
+    learning_rates: tuple[float, float] = (1e-4, 1e-3)
+    """Bounds of the generator's, drawn log-uniformly."""
+    critic_learning_rates: tuple[float, float] = (5e-4, 5e-3)
+    """Bounds of the discriminator's, drawn log-uniformly."""
+    adversarial_weights: tuple[float, ...] = (0.0,)
+    """Of which one is drawn; 0 leaves the discriminator out."""
+    ema_half_lives: tuple[float, ...] = (693.0,)
+    """In iterations; of which one is drawn."""
     iterations: int = 1000
     rungs: int = 2
-    """Measurements of a trial, evenly spaced; ASHA stops the worse trials at each but the last."""
-    max_concurrent: int = resource(2)
+    """Measurements of a trial, at equal steps; ASHA stops the worse half at the first, the second, the fourth and so on."""
+    features: Literal["probe_losses", "probe", "inception", "dinov2_vitl14", "dinov2_vits14"] = "probe_losses"
+    """Where finished trials are judged by the evaluation pool. Best not where students are reported: what is chosen by a
+    measure looks better in it than it is."""
+    promote: str = resource("")
+    """Publish the best trial of `promote_nfe` evaluations as students/<this name>."""
+    promote_nfe: int = resource(1)
+    max_concurrent: int = resource(0)
+    """Trials side by side; 0 for as many as the cluster has room for."""
+    max_failures: int = resource(3)
+    """Restarts of a trial, from its last checkpoint, before it counts as failed."""
     threads: int = resource(1)
     gpus: float = resource(0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(PoolConfig):
-    """Distances of models to the real images, in the features of the measuring probe."""
+    """Figures of models against the real images. Rows (`nfe`, `steps`, `solver`, `rule`) may differ from call to call: what is
+    measured already stays, and is not measured again."""
 
+    features: tuple[Literal["probe", "inception", "dinov2_vitl14", "dinov2_vits14", "probe_losses"], ...] = ("probe",)
+    """Networks to measure in: the measuring probe, pretrained ones, whose weights it takes to fetch first (python -m
+    beeline.weights fetch), or the losses' probe, in which students that were trained in it look better than they are."""
     draws: int = 3
-    """Independent noise seeds; the report gives mean, standard deviation and minimum over them."""
+    """Independent noise seeds; results are mean, standard deviation and minimum over them."""
     count: int = 0
     """Samples per draw; 0 takes one for each real image, with its label."""
     shard_size: int = 1024
     """Samples per work item."""
     batch_size: int = 256
     seed: int = 1000
-    nfe: tuple[int, ...] = (35, 9, 3, 1)
-    """Teacher: evaluations per image. Odd counts from 15 on are Heun, fewer are Euler (few-step Heun explodes)."""
-    steps: tuple[str, ...] = ("0",)
-    """Students: step schedules, each as "0,8"."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Of the models that are measured; measuring networks always run in fp32."""
+    compiled: bool = False
+    """Compile the models: pays on large networks and many samples."""
+    neighbours: int = 10_000
+    """Samples, and real images, that precision, recall and their kin look at: their cost grows with its square."""
     samples: int = 40
     """Images of the sample sheet."""
+    reference: str = resource("")
+    """Statistics of the real images in Inception's features as EDM publishes them (an .npz file with mu and sigma; local path
+    or s3://...), instead of those of images/. Its SHA-256 is part of the result."""
+    nfe: tuple[int, ...] = resource((35, 9, 3, 1))
+    """Teacher: evaluations per image."""
+    solver: Literal["auto", "heun", "euler", "calibrated"] = resource("auto")
+    """Teacher: "auto" is Heun for odd counts from 15 on, Euler below (few-step Heun explodes). "calibrated" takes the levels
+    found by beeline.calibrate, whatever `nfe` says."""
+    steps: tuple[str, ...] = resource(("0",))
+    """Students: step schedules, each as "0,8"."""
+    rule: Literal["trained", "same_noise", "line", "fresh_noise"] = resource("trained")
+    """Students: the sampling rule, if not the one they were trained for."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

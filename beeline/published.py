@@ -127,8 +127,12 @@ def published(
             **other_objectives(replace(lmm, adversarial=none)),
         },
         few_steps=("0", "0,1", "0,1,2", "0,3,5", "0,1,3,5"),
-        sweep=SweepConfig(schedules=("0", "0,1"), learning_rates=(lr / 4, lr), iterations=5000, gpus=1, max_concurrent=8),
+        sweep=SweepConfig(
+            trials=32, schedules=("0", "0,1", "0,1,2", "0,3,5"), learning_rates=(lr / 10, lr),
+            adversarial_weights=(0.5, 1.0), ema_half_lives=(693.0, 2000.0), iterations=5000, rungs=4, gpus=1,
+        ),
         evaluate=EvaluateConfig(
-            count=50_000, shard_size=2500, batch_size=500, seed=1000 + seed, nfe=nfe, steps=("0",), **ONE_GPU_EACH
+            features=("inception", "dinov2_vitl14", "probe"),
+            count=50_000, shard_size=2500, batch_size=500, seed=1000 + seed, nfe=nfe, steps=("0",), **ONE_GPU_EACH,
         ),
     )  # fmt: skip

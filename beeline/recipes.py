@@ -100,7 +100,7 @@ def digits(seed: int = 0) -> Recipe:
             **other_objectives(replace(lmm, adversarial=no_phase, workers=one_core)),
         },
         few_steps=("0", "0,8", "0,6,12"),
-        sweep=SweepConfig(schedules=("0", "0,8"), learning_rates=(1e-4, 1e-3), iterations=40),
+        sweep=SweepConfig(trials=4, schedules=("0", "0,8"), ema_half_lives=(50.0,), iterations=40, max_concurrent=2),
         evaluate=EvaluateConfig(shard_size=599, batch_size=300, seed=1000 + seed, **both_cores),
     )
 
@@ -187,8 +187,8 @@ def cifar10_small(seed: int = 0) -> Recipe:
             "sot": replace(lmm, name="sot", init="students/lmm/reconstruction", reconstruction=none, adversarial=sot),
             **other_objectives(replace(lmm, adversarial=none)),
         },
-        sweep=replace(recipe.sweep, learning_rates=(1e-4, 5e-4), iterations=500, max_concurrent=1),
-        evaluate=replace(recipe.evaluate, count=10_000, **one_actor),
+        sweep=replace(recipe.sweep, trials=4, learning_rates=(1e-4, 5e-4), adversarial_weights=(0.0, 0.3), iterations=500),
+        evaluate=replace(recipe.evaluate, features=("probe",), count=10_000, **one_actor),
     )
 
 

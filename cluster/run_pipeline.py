@@ -43,7 +43,7 @@ def run_pipeline(workspace: str, recipe: Annotated[Recipe, tyro.conf.arg(name=""
     main = recipe.students["lmm"]
     train_lmm(workspace, name, main)
     train_together(workspace, name, [student for student in recipe.students.values() if student != main])
-    sweep_lmm(workspace, name, recipe.sweep, main)
+    sweep_lmm(workspace, name, recipe.sweep, main, recipe.evaluate)
     models = {"teacher": (), **{f"students/{student}": recipe.evaluate.steps for student in recipe.students}}
     if main.reconstruction.iterations:
         models[f"students/lmm/{RECONSTRUCTION}"] = recipe.few_steps

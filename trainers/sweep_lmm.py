@@ -1,15 +1,18 @@
-"""A sweep of SOT step schedules and learning rates into sweeps/<name>/, with Ray Tune.
+"""A sweep of SOT step schedules, learning rates, the adversarial weight and the average into sweeps/<name>/, with Ray Tune.
 
     python trainers/sweep_lmm.py digits
+    python trainers/sweep_lmm.py digits --sweep.trials 32                       # adds to what is there
+    python trainers/sweep_lmm.py digits --sweep.promote tuned                   # the best one into students/tuned
 
-Every trial starts from one shared student, trains through the same task and loop as train_lmm.py, and is measured at its
-own steps. ASHA, on the training step, stops the worse ones. Trials are judged in the features of the losses' probe, so
-that what is chosen here is not chosen by the measure that is reported.
+Every trial starts from one shared student and trains through the same task and loop as train_lmm.py. ASHA, on the training
+step, stops the worse ones by a quick distance; the finished ones are judged by the evaluation pool. Both look through the
+losses' probe by default, so that what is chosen here is not chosen by the measure that is reported.
 """
 
 from __future__ import annotations
 
 import io
+import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -20,165 +23,199 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import pandas as pd
-import torch
 import tyro
 from ray import tune
-from ray.tune.schedulers import ASHAScheduler
 
-from beeline.config import LmmConfig, SweepConfig, to_dict
+from beeline.checkpoint import CONFIG, WEIGHTS
+from beeline.config import EvaluateConfig, LmmConfig, SweepConfig, to_dict
 from beeline.errors import BeelineError
 from beeline.schedule import check_steps
-from evaluation.measure import parse_steps
+from evaluation.evaluate import measure
+from evaluation.results import METRICS
+from evaluation.rows import parse_steps
 from pipeline.command import ensure_ray, run_command
-from pipeline.stage import Stage, fingerprint, require, require_features, require_model, require_probe
+from pipeline.stage import PLAN, Stage, fingerprint, publish_model, require, require_features, require_model, require_probe
 from pipeline.storage import Folder
-from trainers import loop
-from trainers.student import StudentTask, all_needs
-from trainers.validation import METRIC, Validation
+from trainers.student import all_needs
+from trainers.trials import RUNGS, PerSchedule, config_of, folder_name, run_trial, settings
+from trainers.validation import METRIC
 
 TRIALS, PARETO = "trials.parquet", "pareto.png"
 
 
-def sweep_lmm(workspace: str, recipe: tyro.conf.Suppress[str], sweep: SweepConfig, lmm: LmmConfig) -> None:
-    """Train one short trial per schedule and learning rate, and tabulate their distances.
+def sweep_lmm(
+    workspace: str, recipe: tyro.conf.Suppress[str], sweep: SweepConfig, lmm: LmmConfig, evaluate: EvaluateConfig
+) -> None:
+    """Train `sweep.trials` short trials, judge the finished ones, and tabulate all.
 
     Args:
         workspace: Local folder or s3://bucket/prefix.
     """
     place = Folder(workspace)
+    _check(sweep, lmm)
     pairs, images = require(place, "pairs", recipe), require(place, "images", recipe)
-    probe_digest = require_probe(place, "losses", recipe)[1]
-    digest = require_model(place, sweep.init, recipe)[1]
+    tried = {number: settings(number, sweep, lmm.seed) for number in range(sweep.trials)}
+    configs = {number: config_of(found, sweep, lmm) for number, found in tried.items()}
+    names = dict.fromkeys(name for config in configs.values() for name in all_needs(config).features)
+    plan = {
+        "sweep": to_dict(sweep, resources=False),
+        "lmm": to_dict(config_of(tried[0], sweep, lmm), resources=False),
+        "pairs": fingerprint(pairs),
+        "images": fingerprint(images),
+        "init_sha256": require_model(place, sweep.init, recipe)[1],
+        "probe_sha256": require_probe(place, "losses", recipe)[1],
+        "features_sha256": {name: require_features(place, name, recipe)[1] for name in names},
+    }
+    stage = Stage(place, f"sweeps/{sweep.name}", plan)
+    folder, there = stage.folder, stage.folder.sizes()
+    left = [number for number in tried if _row_name(number) not in there]
+    if stage.begin(more=bool(left)):
+        print(f"sweep: {len(tried) - len(left)} of {len(tried)} trials are there", flush=True)
+        _train(place, recipe, sweep, folder, tried, {number: configs[number] for number in left}, pairs, images)
+        rows = [folder.read_json(_row_name(number)) for number in tried]
+        rows = _judge(place, recipe, sweep, evaluate, rows)
+        buffer = io.BytesIO()
+        pd.DataFrame(rows).to_parquet(buffer, index=False)
+        folder.write(TRIALS, buffer.getvalue())
+        folder.write(PARETO, _pareto_plot(rows))
+        stage.finish(trials=len(rows), finished=len(judged(rows)))
+    if sweep.promote:
+        _promote(place, sweep, pd.read_parquet(io.BytesIO(folder.read(TRIALS))).to_dict("records"))
+
+
+def _check(sweep: SweepConfig, lmm: LmmConfig) -> None:
     for text in sweep.schedules:
         try:
             check_steps(parse_steps(text), lmm.num_steps)
         except ValueError as error:
             raise BeelineError(str(error)) from error
-    base = replace(
-        lmm,
-        init=sweep.init,
-        reconstruction=replace(lmm.reconstruction, iterations=0),
-        adversarial=replace(lmm.adversarial, iterations=sweep.iterations, adversarial_weight=0.0),
-        validate_every=0,
-    )
-    features = {name: require_features(place, name, recipe)[1] for name in all_needs(base).features}
-    plan = {
-        "sweep": to_dict(sweep, resources=False),
-        "lmm": to_dict(base, resources=False),
-        "pairs": fingerprint(pairs),
-        "images": fingerprint(images),
-        "init_sha256": digest,
-        "probe_sha256": probe_digest,
-        "features_sha256": features,
-    }
-    stage = Stage(place, f"sweeps/{sweep.name}", plan)
-    if not stage.begin():
-        return
-    ensure_ray()
-    grid = [(steps, rate) for steps in sweep.schedules for rate in sweep.learning_rates]
-    folder = stage.folder
-    there = folder.sizes()
-    left = [k for k in range(len(grid)) if _row_name(k) not in there]
-    print(f"sweep: {len(grid) - len(left)} of {len(grid)} trials are there", flush=True)
-    # ASHA compares like with like: one scheduler per step schedule, or the easier schedule would stop the harder.
-    for steps in sweep.schedules:
-        members = [k for k in left if grid[k][0] == steps]
-        if not members:
-            continue
-        trainable = tune.with_resources(
-            tune.with_parameters(
-                _trial, grid=grid, workspace=place, recipe=recipe, base=base, sweep=sweep, pairs=pairs, images=images,
-                folder=folder,
-            ),
-            {"CPU": sweep.threads, "GPU": sweep.gpus},
-        )  # fmt: skip
-        scheduler = ASHAScheduler(
-            time_attr="step", metric=METRIC, mode="min", max_t=sweep.iterations,
-            grace_period=max(1, sweep.iterations // sweep.rungs), reduction_factor=2,
-        )  # fmt: skip
-        tuner = tune.Tuner(
-            trainable,
-            param_space={"trial": tune.grid_search(members)},
-            tune_config=tune.TuneConfig(scheduler=scheduler, max_concurrent_trials=sweep.max_concurrent),
-            run_config=tune.RunConfig(name=f"tune-{steps.replace(',', '-')}", verbose=0, **_storage(folder)),
-        )
-        errors = [result.error for result in tuner.fit() if result.error]
-        if errors:
-            raise errors[0]
-        for k in members:
-            row = folder.read_json(_progress_name(k))
-            folder.write_json(_row_name(k), row)
-            print(
-                f"sweep: steps {row['steps']}, lr {row['lr']:.0e}: {METRIC} {row[METRIC]:.3f} at step {row['step']}", flush=True
-            )
-    table = pd.DataFrame([folder.read_json(_row_name(k)) for k in range(len(grid))])
-    buffer = io.BytesIO()
-    table.to_parquet(buffer, index=False)
-    folder.write(TRIALS, buffer.getvalue())
-    folder.write(PARETO, _pareto(table))
-    stage.finish(trials=len(grid))
+    for name in ("learning_rates", "critic_learning_rates"):
+        low, high = getattr(sweep, name)
+        if not 0 < low <= high:
+            raise BeelineError(f"sweep.{name} are {low:g} and {high:g}; expected the lower and the upper bound, above 0")
+    if sweep.trials < 1 or sweep.rungs < 1 or sweep.iterations < 1:
+        raise BeelineError(f"trials {sweep.trials}, rungs {sweep.rungs}, iterations {sweep.iterations}: all from 1")
 
 
-def _storage(folder: Folder) -> dict[str, Any]:
-    """The arguments that make a RunConfig of Tune keep its files in `folder`."""
-    filesystem, path = folder.arrow()
-    return {"storage_path": path, "storage_filesystem": filesystem}
-
-
-def _row_name(k: int) -> str:
-    return f"trial-{k:04d}.json"
-
-
-def _progress_name(k: int) -> str:
-    return f"progress-{k:04d}.json"
-
-
-def _trial(
-    config: Mapping[str, Any],
-    *,
-    grid: list[tuple[str, float]],
-    workspace: Folder,
+def _train(
+    place: Folder,
     recipe: str,
-    base: LmmConfig,
     sweep: SweepConfig,
+    folder: Folder,
+    tried: Mapping[int, Mapping[str, Any]],
+    configs: Mapping[int, LmmConfig],
     pairs: dict[str, Any],
     images: dict[str, Any],
-    folder: Folder,
 ) -> None:
-    """One trial: the loop of train_lmm.py with its own steps and learning rate, reporting a distance at each rung."""
-    torch.set_num_threads(sweep.threads)
-    k = int(config["trial"])
-    schedule, rate = grid[k]
-    steps = parse_steps(schedule)
-    optimizer = replace(base.adversarial.optimizer, lr=rate)
-    lmm = replace(base, adversarial=replace(base.adversarial, steps=steps, optimizer=optimizer))
-    device = torch.device("cuda" if sweep.gpus else "cpu")
-    validation = Validation(workspace, recipe, images, count=lmm.validate_count, seed=lmm.seed, device=device)
-    session = loop.Session(device=device, folder=folder)
-    task = StudentTask(session=session, workspace=workspace, recipe=recipe, config=lmm, pairs=pairs, images=images)
-    for step in range(1, task.iterations + 1):
-        task.step(step - 1)
-        if step % max(1, sweep.iterations // sweep.rungs) == 0:
-            distance = validation.judge(task.average(), steps)[0][METRIC]
-            found = {"steps": schedule, "nfe": len(steps), "lr": rate, "step": step, METRIC: distance}
-            folder.write_json(_progress_name(k), found)
-            tune.report(found)
+    """Run the trials of `configs`; each that ends, or is stopped, leaves a row."""
+    if not configs:
+        return
+    ensure_ray()
+    rungs = {number: folder.read_json(f"{folder_name(number)}/{RUNGS}") or [] for number in tried}
+    trainable = tune.with_parameters(
+        run_trial, workspace=place, recipe=recipe, folder=folder, configs=configs, sweep=sweep, pairs=pairs, images=images
+    )
+    # Tune's own files are of no use afterwards: what a sweep goes on from is in the workspace.
+    with tempfile.TemporaryDirectory(prefix="beeline-sweep-") as scratch:
+        tuner = tune.Tuner(
+            tune.with_resources(trainable, {"CPU": sweep.threads, "GPU": sweep.gpus}),
+            param_space={"trial": tune.grid_search(list(configs))},
+            tune_config=tune.TuneConfig(
+                scheduler=PerSchedule(sweep, tried, rungs), max_concurrent_trials=sweep.max_concurrent or None
+            ),
+            run_config=tune.RunConfig(
+                name=sweep.name,
+                storage_path=scratch,
+                callbacks=[_Rows(folder, sweep, tried)],
+                failure_config=tune.FailureConfig(max_failures=sweep.max_failures),
+                verbose=0,
+            ),
+        )
+        errors = [result.error for result in tuner.fit() if result.error]
+    if errors:
+        raise errors[0]
 
 
-def _pareto(table: pd.DataFrame) -> bytes:
-    """NFE against distance, one point per trial, the best of each NFE joined."""
+class _Rows(tune.Callback):
+    """Writes the row of each trial that has ended: it will not be run again."""
+
+    def __init__(self, folder: Folder, sweep: SweepConfig, tried: Mapping[int, Mapping[str, Any]]) -> None:
+        self.folder, self.sweep, self.tried = folder, sweep, tried
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        number = trial.config["trial"]
+        last = self.folder.read_json(f"{folder_name(number)}/{RUNGS}")[-1]
+        row = {**self.tried[number], **last, "stopped": last["step"] < self.sweep.iterations}
+        self.folder.write_json(_row_name(number), row)
+        how = f"stopped at step {last['step']}" if row["stopped"] else "finished"
+        print(f"sweep: trial {number}, steps {row['steps']}, lr {row['lr']:g}: {how}, {METRIC} {row[METRIC]:.3f}", flush=True)
+
+
+def _judge(
+    place: Folder, recipe: str, sweep: SweepConfig, evaluate: EvaluateConfig, rows: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """The rows, and to those of finished trials what the evaluation pool finds: `distance` (mean over draws) and its `std`, of
+    `metric`."""
+    names = {row["trial"]: f"sweeps/{sweep.name}/{folder_name(row['trial'])}" for row in rows if not row["stopped"]}
+    steps = {names[row["trial"]]: (row["steps"],) for row in rows if row["trial"] in names}
+    measure(str(place), recipe, replace(evaluate, features=(sweep.features,), rule="trained"), steps)
+    made = []
+    for row in rows:
+        figures: dict[str, Any] = {"metric": None, "distance": None, "std": None}
+        if row["trial"] in names:
+            first = (place / "evaluation" / names[row["trial"]]).read_json(METRICS)["rows"][0]
+            figures = {"metric": first["metric"], "distance": first["mean"], "std": first["std"]}
+        made.append(row | figures)
+    return made
+
+
+def pareto(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The judged trials that no other beats with as few evaluations, by NFE."""
+    front: list[dict[str, Any]] = []
+    for row in sorted(judged(rows), key=lambda row: (row["nfe"], row["distance"])):
+        if not front or row["distance"] < front[-1]["distance"]:
+            front.append(row)
+    return front
+
+
+def judged(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of trials that were not stopped."""
+    return [row for row in rows if not row["stopped"]]
+
+
+def _promote(place: Folder, sweep: SweepConfig, rows: list[dict[str, Any]]) -> None:
+    """The best trial of `sweep.promote_nfe` evaluations as a student."""
+    able = [row for row in judged(rows) if row["nfe"] == sweep.promote_nfe]
+    if not able:
+        counts = ", ".join(map(str, sorted({row["nfe"] for row in judged(rows)})))
+        raise BeelineError(f"no finished trial has {sweep.promote_nfe} evaluations; there are some of {counts}")
+    best, swept = min(able, key=lambda row: row["distance"]), place / "sweeps" / sweep.name
+    source = swept / folder_name(best["trial"])
+    files = {name: source.read(name) for name in (WEIGHTS, CONFIG)}
+    origin = {"sweep": sweep.name, **{key: best[key] for key in ("trial", "metric", "distance")}}
+    stage = Stage(place, f"students/{sweep.promote}", {"promoted": origin, "sweep": swept.read_json(PLAN)})
+    if stage.begin():
+        publish_model(stage.folder, files)
+        stage.folder.write("train.jsonl", source.read("train.jsonl"))
+        stage.finish(**origin)
+        print(f"sweep: trial {origin['trial']} is students/{sweep.promote}", flush=True)
+
+
+def _row_name(number: int) -> str:
+    return f"trial-{number:04d}.json"
+
+
+def _pareto_plot(rows: list[dict[str, Any]]) -> bytes:
+    """NFE against distance, a point for each judged trial, coloured by learning rate; the Pareto front joined."""
     figure, axes = plt.subplots(figsize=(5, 3.2), layout="constrained")
-    rates = sorted(set(table["lr"]))
-    for rate in rates:
-        part = table[table["lr"] == rate]
-        axes.scatter(part["nfe"], part[METRIC], label=f"lr {rate:.0e}", s=40)
-    counts = sorted(set(table["nfe"]))
-    best = [table.loc[table["nfe"] == nfe, METRIC].min() for nfe in counts]
-    axes.plot(counts, best, color="0.4", linewidth=1, zorder=0)
-    axes.set_xticks(counts)
+    shown, front = judged(rows), pareto(rows)
+    nfe, distance = [row["nfe"] for row in shown], [row["distance"] for row in shown]
+    points = axes.scatter(nfe, distance, c=[row["lr"] for row in shown], norm="log", s=40)
+    figure.colorbar(points, label="learning rate")
+    axes.plot([row["nfe"] for row in front], [row["distance"] for row in front], color="0.4", linewidth=1, zorder=0)
+    axes.set_xticks(sorted(set(nfe)))
     axes.set_xlabel("network evaluations per image")
-    axes.set_ylabel("Fréchet distance, losses' probe")
-    axes.legend(frameon=False)
+    axes.set_ylabel(shown[0]["metric"] if shown else "distance")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150)
     plt.close(figure)

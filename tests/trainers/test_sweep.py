@@ -1,0 +1,171 @@
+"""A sweep: trials differ as they say, kills lose none that has ended, early stops leave nothing, the best is promoted."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from harness import ROOT, TINY_LMM, Head, Run, wait_for
+from hypothesis import given
+from hypothesis import strategies as st
+from ray.tune.schedulers import TrialScheduler
+
+import beeline
+from beeline.config import SweepConfig
+from trainers.sweep_lmm import pareto
+from trainers.trials import PerSchedule, rung_of, settings
+from trainers.validation import METRIC
+
+SMALL = [
+    "--sweep.trials", "8", "--sweep.iterations", "16", "--sweep.rungs", "3", "--sweep.learning-rates", "1e-6", "3e-3",
+    "--sweep.adversarial-weights", "0", "0.3", "--sweep.ema-half-lives", "2", "5", "--sweep.schedules", "0", "0,3",
+    "--sweep.init", "students/lmm", "--evaluate.count", "100", "--evaluate.draws", "2",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def workspace(run: Run, trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    copy = Path(shutil.copytree(trained, tmp_path_factory.mktemp("sweep") / "ws"))
+    student = (*TINY_LMM, "--lmm.reconstruction.iterations", "10", "--lmm.adversarial.iterations", "0")
+    run("trainers/train_lmm.py", "digits", "--workspace", copy, *student, "--lmm.workers.count", "1")
+    return copy
+
+
+def test_a_killed_sweep_goes_on_and_leaves_nothing_behind(run: Run, head: Head, workspace: Path) -> None:
+    command = ["trainers/sweep_lmm.py", "digits", "--workspace", str(workspace), *TINY_LMM, *SMALL]
+    folder = workspace / "sweeps/sot"
+    driver = subprocess.Popen(
+        [sys.executable, *command], cwd=ROOT, env=head.environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    wait_for(lambda: len(list(folder.glob("trial-*.json"))) >= 2, 240, "two trials to end")
+    driver.kill()
+    driver.wait()
+    wait_for(lambda: not head.workers("run_trial") and not head.workers("ImplicitFunc"), 60, "the trials' actors to end")
+    ended = {path: path.read_bytes() for path in folder.glob("trial-*.json")}
+    models = {path: path.stat().st_mtime_ns for path in folder.glob("trials/*/model.safetensors")}
+    done = run(*command)
+    assert f"sweep: {len(ended)} of 8 trials are there" in done.stdout
+    assert {path: path.read_bytes() for path in ended} == ended
+    assert {path: path.stat().st_mtime_ns for path in models} == models
+    table = pd.read_parquet(folder / "trials.parquet")
+    assert sorted(table["trial"]) == list(range(8))
+    assert table["stopped"].any()
+    assert not table["stopped"].all()
+    assert set(table["steps"]) == {"0", "0,3"}
+    judged = table[~table["stopped"]]
+    assert (judged["metric"] == "fd_probe_losses_100").all()
+    assert judged["distance"].nunique() == len(judged)
+    assert table.loc[table["stopped"], "distance"].isna().all()
+    assert (folder / "pareto.png").read_bytes().startswith(b"\x89PNG")
+    assert left_over(head) == ([], [])
+
+
+def left_over(head: Head) -> tuple[list[Any], list[Any]]:
+    """Placement groups and actors that are still there, by the State API. Ray Data's services, one each for the cluster, are
+    not the sweep's."""
+    program = (
+        "import json; from ray.util.state import list_actors, list_placement_groups; "
+        "groups = [g.placement_group_id for g in list_placement_groups() if g.state != 'REMOVED']; "
+        "actors = [a.class_name for a in list_actors() if a.state != 'DEAD']; print(json.dumps([groups, actors]))"
+    )
+    environment = head.environment() | {"RAY_ADDRESS": head.dashboard}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    groups, actors = json.loads(done.stdout.splitlines()[-1])
+    return groups, [name for name in actors if not name.startswith("_") and name != "ActorLocationTracker"]
+
+
+def test_what_is_tried_reaches_the_workers(workspace: Path) -> None:
+    """By what each student says of its own training, and by its weights."""
+    folder, weights = workspace / "sweeps/sot", []
+    table = pd.read_parquet(folder / "trials.parquet")
+    for row in table[~table["stopped"]].to_dict("records"):
+        model = beeline.load(folder / f"trials/{row['trial']:04d}")
+        trained = json.loads((folder / f"trials/{row['trial']:04d}/config.json").read_text())["about"]["trained"]
+        assert trained["adversarial"]["optimizer"]["lr"] == row["lr"]
+        assert trained["discriminator"]["optimizer"]["lr"] == row["critic_lr"]
+        assert trained["adversarial"]["adversarial_weight"] == row["adversarial_weight"]
+        assert trained["ema_half_lives"] == [row["ema_half_life"]]
+        assert model.few_step is not None
+        assert model.few_step.trained_steps == tuple(map(int, row["steps"].split(",")))
+        weights.append(torch.cat([p.flatten() for p in model.parameters()]))
+        log = [json.loads(line) for line in (folder / f"trials/{row['trial']:04d}/train.jsonl").read_text().splitlines()]
+        assert ("critic" in str(log[-1].keys())) == (row["adversarial_weight"] > 0)
+        assert log[-1]["step"] == 16
+    assert all(not torch.equal(a, b) for i, a in enumerate(weights) for b in weights[:i])
+
+
+def test_the_best_is_promoted_and_more_trials_are_added(run: Run, workspace: Path) -> None:
+    command = ("trainers/sweep_lmm.py", "digits", "--workspace", workspace, *TINY_LMM, *SMALL)
+    before = pd.read_parquet(workspace / "sweeps/sot/trials.parquet")
+    assert "already complete" in run(*command).stdout
+    done = run(*command, "--sweep.trials", "9", "--sweep.promote", "tuned", "--sweep.promote-nfe", "2")
+    assert "sweep: 8 of 9 trials are there" in done.stdout
+    table = pd.read_parquet(workspace / "sweeps/sot/trials.parquet")
+    pd.testing.assert_frame_equal(table[:8], before)
+    best = table[(table["nfe"] == 2) & ~table["stopped"]].sort_values("distance").iloc[0]
+    promoted = (workspace / "students/tuned/model.safetensors").read_bytes()
+    assert promoted == (workspace / f"sweeps/sot/trials/{best['trial']:04d}/model.safetensors").read_bytes()
+    assert json.loads((workspace / "students/tuned/plan.json").read_text())["promoted"]["trial"] == best["trial"]
+    none = run(*command, "--sweep.promote", "other", "--sweep.promote-nfe", "7", ok=False)
+    assert "no finished trial has 7 evaluations; there are some of 1, 2" in none.stderr
+    wrong = run(*command, "--sweep.learning-rates", "1e-3", "1e-4", ok=False)
+    assert "sweep.learning_rates are 0.001 and 0.0001; expected the lower and the upper bound" in wrong.stderr
+
+
+@given(st.integers(0, 99), st.integers(0, 9))
+def test_settings_depend_on_the_trial_alone_and_stay_within_bounds(number: int, seed: int) -> None:
+    sweep = SweepConfig(schedules=("0", "0,1", "0,3,5"), adversarial_weights=(0.5, 1.0), ema_half_lives=(10.0, 20.0))
+    found = settings(number, sweep, seed)
+    assert found == settings(number, SweepConfig(**{**sweep.__dict__, "trials": 50}), seed)
+    assert found["steps"] == sweep.schedules[number % 3]
+    assert found["nfe"] == (1, 2, 3)[number % 3]
+    assert 1e-4 <= found["lr"] <= 1e-3
+    assert 5e-4 <= found["critic_lr"] <= 5e-3
+    assert found["adversarial_weight"] in (0.5, 1.0)
+    assert found["ema_half_life"] in (10.0, 20.0)
+
+
+def test_learning_rates_are_spread_over_the_logarithm() -> None:
+    sweep = SweepConfig(learning_rates=(1e-6, 1e-2))
+    logs = [math.log10(settings(number, sweep, 0)["lr"]) for number in range(400)]
+    assert all(abs(sum(low <= x < low + 1 for x in logs) - 100) < 35 for low in (-6, -5, -4, -3))
+
+
+def scheduler(rungs: dict[int, list[dict[str, Any]]]) -> PerSchedule:
+    sweep = SweepConfig(iterations=8, rungs=3, schedules=("0", "0,1"))
+    assert rung_of(sweep) == 2
+    return PerSchedule(sweep, {number: settings(number, sweep, 0) for number in range(20)}, rungs)
+
+
+def decide(asha: PerSchedule, number: int, distance: float) -> str:
+    """What ASHA says of trial `number` at its first rung."""
+    controller: Any = None
+    trial: Any = SimpleNamespace(trial_id=f"trial-{number}", config={"trial": number})
+    asha.on_trial_add(controller, trial)
+    return asha.on_trial_result(controller, trial, {"step": 2, METRIC: distance})
+
+
+def test_asha_compares_trials_of_one_schedule_and_remembers_earlier_runs() -> None:
+    fresh = scheduler({})
+    assert decide(fresh, 0, 1.0) == TrialScheduler.CONTINUE
+    assert decide(fresh, 2, 2.0) == TrialScheduler.STOP  # worse than trial 0
+    assert decide(fresh, 1, 9.0) == TrialScheduler.CONTINUE  # the first of the other schedule
+    again = scheduler({0: [{"step": 2, METRIC: 1.0}]})
+    assert decide(again, 2, 2.0) == TrialScheduler.STOP  # as if the run had not been interrupted
+    assert decide(again, 4, 0.5) == TrialScheduler.CONTINUE
+
+
+def test_the_front_is_what_no_other_beats_with_as_few_evaluations() -> None:
+    found = [(1, 0.5), (1, 0.4), (2, 0.6), (2, 0.3), (3, 0.3), (4, 0.1)]
+    rows = [{"nfe": nfe, "distance": distance, "stopped": False} for nfe, distance in found]
+    rows.append({"nfe": 1, "distance": None, "stopped": True})
+    assert [(row["nfe"], row["distance"]) for row in pareto(rows)] == [(1, 0.4), (2, 0.3), (4, 0.1)]

@@ -1,0 +1,172 @@
+"""The trials of a sweep: what each one changes, how it trains, and ASHA over all of them.
+
+A trial is a student in <sweep>/trials/<number>/, with a log, checkpoints and rungs.json, its measurements so far. Whatever is
+killed, the same command goes on: a trial from its checkpoint, ASHA from the rungs of all trials, this run's and those before.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from ray import tune
+from ray.tune.schedulers import ASHAScheduler, TrialScheduler
+
+from beeline.config import LmmConfig, SweepConfig
+from beeline.noise import stream
+from evaluation.rows import parse_steps
+from pipeline.storage import Folder
+from trainers import checkpoints, loop
+from trainers.student import StudentTask
+from trainers.validation import METRIC
+
+RUNGS = "rungs.json"
+REDUCTION = 2  # ASHA keeps the better half at each rung
+
+
+def folder_name(number: int) -> str:
+    """Of a trial, within the sweep's folder."""
+    return f"trials/{number:04d}"
+
+
+def settings(number: int, sweep: SweepConfig, seed: int) -> dict[str, Any]:
+    """What trial `number` tries: step schedules in turn, so that each gets as many trials, the rest at random, learning rates
+    log-uniform within their bounds. A function of (seed, number) alone: more trials leave the first ones as they were."""
+    draw = stream(seed, "trial", number)
+    schedule = sweep.schedules[number % len(sweep.schedules)]
+    return {
+        "trial": number,
+        "steps": schedule,
+        "nfe": len(parse_steps(schedule)),
+        "lr": _log_uniform(draw.random(), sweep.learning_rates),
+        "critic_lr": _log_uniform(draw.random(), sweep.critic_learning_rates),
+        "adversarial_weight": float(draw.choice(sweep.adversarial_weights)),
+        "ema_half_life": float(draw.choice(sweep.ema_half_lives)),
+    }
+
+
+def _log_uniform(u: float, bounds: tuple[float, float]) -> float:
+    low, high = (math.log(bound) for bound in bounds)
+    return float(f"{math.exp(low + u * (high - low)):.3g}")
+
+
+def config_of(found: Mapping[str, Any], sweep: SweepConfig, lmm: LmmConfig) -> LmmConfig:
+    """The student of a trial with these settings: one phase, from the sweep's shared student."""
+    critic = lmm.discriminator
+    return replace(
+        lmm,
+        name=f"trial-{found['trial']:04d}",
+        init=sweep.init,
+        reconstruction=replace(lmm.reconstruction, iterations=0),
+        adversarial=replace(
+            lmm.adversarial,
+            iterations=sweep.iterations,
+            steps=parse_steps(found["steps"]),
+            optimizer=replace(lmm.adversarial.optimizer, lr=found["lr"]),
+            adversarial_weight=found["adversarial_weight"],
+        ),
+        discriminator=replace(critic, optimizer=replace(critic.optimizer, lr=found["critic_lr"])),
+        ema_half_lives=(found["ema_half_life"],),
+        validate_every=rung_of(sweep),
+        checkpoint_every=rung_of(sweep),
+        log_every=rung_of(sweep),
+        trackers=(),
+    )
+
+
+def rung_of(sweep: SweepConfig) -> int:
+    """Iterations between measurements: ASHA's first rung, the others are its doublings."""
+    return max(1, sweep.iterations // REDUCTION ** (sweep.rungs - 1))
+
+
+class Trial(StudentTask):
+    """A student that reports each validation to Tune."""
+
+    def validate(self, step: int) -> dict[str, float]:
+        """As StudentTask, but keeps no best student: a trial's is its last."""
+        assert self.validation is not None
+        figures, sheet = self.validation.judge(self.average())
+        self.folder.write("samples.png", sheet)
+        rungs = [rung for rung in self.folder.read_json(RUNGS) or [] if rung["step"] < step]
+        self.folder.write_json(RUNGS, [*rungs, {"step": step, METRIC: figures[METRIC]}])
+        if step < self.iterations:  # the last one needs no decision: ASHA would stop the trial before it is published
+            tune.report({"step": step, METRIC: figures[METRIC]})
+        return figures
+
+
+def run_trial(
+    config: Mapping[str, Any],
+    *,
+    workspace: Folder,
+    recipe: str,
+    folder: Folder,
+    configs: Mapping[int, LmmConfig],
+    sweep: SweepConfig,
+    pairs: dict[str, Any],
+    images: dict[str, Any],
+) -> None:
+    """Tune's trainable: the loop of train_lmm.py in this process, from the trial's newest checkpoint."""
+    torch.set_num_threads(sweep.threads)
+    number = int(config["trial"])
+    lmm, place = configs[number], folder / folder_name(number)
+    there = checkpoints.steps(place)
+    session = loop.Session(
+        device=torch.device("cuda" if sweep.gpus else "cpu"),
+        folder=place,
+        restored=checkpoints.load(place, there[-1]) if there else None,
+    )
+    task = Trial(session=session, workspace=workspace, recipe=recipe, config=lmm, pairs=pairs, images=images)
+    every = lmm.checkpoint_every
+    loop.run(task, session, loop.Cadence(log_every=every, checkpoint_every=every, validate_every=every, keep=1))
+
+
+class PerSchedule(TrialScheduler):
+    """ASHA, on the training step, that compares like with like: one for each step schedule, or the easier schedule would stop
+    the harder. What earlier runs have measured counts: `rungs` are those of each trial."""
+
+    def __init__(
+        self, sweep: SweepConfig, tried: Mapping[int, Mapping[str, Any]], rungs: Mapping[int, list[dict[str, Any]]]
+    ) -> None:
+        super().__init__()
+        self.tried = tried
+        self._of = {
+            steps: ASHAScheduler(
+                time_attr="step", metric=METRIC, mode="min", max_t=sweep.iterations, grace_period=rung_of(sweep),
+                reduction_factor=REDUCTION,
+            )
+            for steps in sweep.schedules
+        }  # fmt: skip
+        controller: Any = None
+        for number, found in rungs.items():
+            earlier: Any = SimpleNamespace(trial_id=f"earlier-{number}", config={"trial": number})
+            self.on_trial_add(controller, earlier)
+            for rung in found:
+                self.on_trial_result(controller, earlier, rung)
+
+    def _asha(self, trial: Any) -> ASHAScheduler:
+        return self._of[self.tried[trial.config["trial"]]["steps"]]
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        self._asha(trial).on_trial_add(tune_controller, trial)
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        return self._asha(trial).on_trial_result(tune_controller, trial, result)
+
+    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
+        self._asha(trial).on_trial_complete(tune_controller, trial, result)
+
+    def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
+        self._asha(trial).on_trial_error(tune_controller, trial)
+
+    def on_trial_remove(self, tune_controller: Any, trial: Any) -> None:
+        self._asha(trial).on_trial_remove(tune_controller, trial)
+
+    def choose_trial_to_run(self, tune_controller: Any, **kwargs: Any) -> Any:
+        return next(iter(self._of.values())).choose_trial_to_run(tune_controller, **kwargs)
+
+    def debug_string(self) -> str:
+        return "; ".join(f"steps {steps}: {asha.debug_string()}" for steps, asha in self._of.items())
