@@ -1,46 +1,40 @@
-"""One self-contained report.html of a workspace: samples, distances, ablation, losses, straightness, sweep, cost.
+"""One self-contained report.html of a workspace, which opens anywhere without a network.
 
-python evaluation/report.py digits
+    python evaluation/report.py digits
+
+What is there is shown, what is not is left out: a teacher and one student are enough. The page is report.html.j2; figures come
+from models.py, charts from figures.py, samples from strips.py, sweeps from sweeps.py, time from cost.py, the paper's numbers
+from paper.py.
 """
 
 from __future__ import annotations
 
-import base64
-import io
 import json
-from collections.abc import Callable, Iterable
+import math
+import re
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import jinja2
-import matplotlib
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
-import pandas as pd
 import tyro
-from matplotlib.axes import Axes
-from PIL import Image
+from markupsafe import Markup, escape
 
 from beeline.errors import BeelineError
-from evaluation.evaluate import METRICS, SAMPLES
+from beeline.measures import rises
+from evaluation import cost, models, paper, strips
+from evaluation.explain import explain
+from evaluation.figures import GLYPHS, Chart, Series, chart, colour
+from evaluation.models import DIVERSITY, TEACHER, Figure, Model
+from evaluation.results import NEAREST, SAMPLES
+from evaluation.sweeps import sweeps
 from pipeline.command import run_command
-from pipeline.sheet import GAP
-from pipeline.stage import SUCCESS, require
+from pipeline.stage import PLAN, require
 from pipeline.storage import Folder
 
 REPORT = "report.html"
-RECONSTRUCTION = "students/lmm/reconstruction"
-ABLATION = {
-    "students/kd": "end points alone (knowledge distillation, L2)",
-    "students/rf": "rectified flow",
-    "students/l2": "lines, pixel distance (L2)",
-    RECONSTRUCTION: "+ perceptual distance",
-    "students/sot": "+ SOT (second phase at the steps sampled)",
-    "students/lmm": "+ adversarial term",
-}
+FRECHET = ("fid_", "fd_")
 
 
 def report(workspace: str, recipe: tyro.conf.Suppress[str]) -> None:
@@ -51,215 +45,199 @@ def report(workspace: str, recipe: tyro.conf.Suppress[str]) -> None:
     """
     place = Folder(workspace)
     require(place, "evaluation/teacher", recipe)
-    students = [name for name in ABLATION if (place / "evaluation" / name).read_json(SUCCESS)]
-    if not students:
+    found = models.measured_models(place)
+    if len(found) == 1:
         raise BeelineError(
             f"no student is measured in {place}; do that with: python evaluation/evaluate.py {recipe} "
             f"--workspace {place} --model students/lmm"
         )
-    models = ["teacher", *students]
-    metrics = {name: (place / "evaluation" / name).read_json(METRICS) for name in models}
-    rows = [row for name in models for row in metrics[name]["rows"]]
-    teacher_best = min((row for row in metrics["teacher"]["rows"]), key=lambda row: row["mean"])
-    sweep = _sweep(place)
-    template = jinja2.Template(
-        (Path(__file__).parent / "report.html.j2").read_text(), autoescape=True, undefined=jinja2.StrictUndefined
-    )
-    page = template.render(
+    main, metrics = models.main_metric(found), models.all_metrics(found)
+    pairs, (trainings, losses) = cost.pairs_cost(place), cost.trainings(place, found)
+    best, teacher = _best(found[1:], main), _best(found[:1], main)
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters["breaking"] = _breaking
+    page = environment.get_template("report.html.j2").render(
         recipe=recipe,
         workspace=str(place) if not place.is_local else Path(place.uri).name,
         date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        headline=_headline(metrics, teacher_best),
-        strips=[strip for name in models for strip in _strips(place, name, metrics[name]["rows"])],
-        metric_note=(
-            f"fd_probe: Fréchet distance over {rows[0]['n']:,} samples with the class labels of the real images, in the "
-            "features of a probe that no loss has used. It is not FID. Lower is better; the figure is the mean over "
-            f"{len(rows[0]['draws'])} independent noise seeds."
-        ),
-        table=[_table_row(row, teacher_best) for row in sorted(rows, key=lambda row: row["mean"])],
-        draws=len(rows[0]["draws"]),
-        ablation=_ablation(place, metrics),
-        plots={
-            "distance": _plot(lambda axes: _plot_distance(axes, metrics)),
-            "losses": _plot(lambda axes: _plot_losses(axes, place, models)),
-            "straightness": _plot(lambda axes: _plot_straightness(axes, metrics)),
-            "sweep": _data_uri((place / "sweeps" / sweep[0]).read("pareto.png")) if sweep else "",
-        },
-        straightness=", ".join(
-            f"{_short(name)} {metrics[name]['straightness']['mean']:.3f}" for name in models if metrics[name]["straightness"]
-        ),
-        sweep=sweep[1] if sweep else [],
-        stages=_stages(place, models),
-        cost_note=_cost(place, teacher_best),
-        provenance=json.dumps({name: metrics[name]["provenance"] for name in models}, indent=1),
+        models=found,
+        metrics=metrics,
+        main=main,
+        best=best,
+        teacher=teacher,
+        draws=max(len(row.draws) for model in found for row in model.figures),
+        rises=rises,
+        explain=explain,
+        colour=colour,
+        glyphs=list(GLYPHS.values()),
+        number=models.number,
+        headline=_headline(found, main, best, teacher, pairs),
+        data=_data(place),
+        warnings=models.disagreements(found),
+        **_pictures(place, found),
+        curves=_curves(found, main),
+        ablation=_ablation(found, main, metrics),
+        tables=paper.tables(recipe, found, main),
+        straightness=_straightness(found),
+        diversity=[metric for metric in metrics if metric.split("_")[0] in DIVERSITY],
+        sweeps=sweeps(place),
+        trainings=trainings,
+        losses=losses,
+        stages=cost.stages(place, found),
+        cost=pairs.sentences(best.nfe if best else 1) if pairs else [],
+        plans=_plans(place, found),
     )
     place.write(REPORT, page.encode())
-    print(f"report: {place}/{REPORT}", flush=True)
+    print(f"report: {place}/{REPORT} ({len(page) / 1e6:.1f} MB)", flush=True)
 
 
-def _short(name: str) -> str:
-    return {RECONSTRUCTION: "lmm, all levels"}.get(name, name.removeprefix("students/"))
+def _breaking(name: str) -> Markup:
+    """A name that may break into lines after its underscores and slashes, if it is long."""
+    return Markup(re.sub("([_/])", r"\1<wbr>", str(escape(name)))) if len(name) > 14 else escape(name)
 
 
-def _headline(metrics: dict[str, Any], teacher: dict[str, Any]) -> list[tuple[str, str]]:
-    best = min((row for m in metrics.values() for row in m["rows"] if row["steps"]), key=lambda row: (row["nfe"], row["mean"]))
-    found = [
-        (f"{best['mean'] / teacher['mean']:.2f}×", f"the teacher's distance, with {best['nfe']} evaluation"),
-        (f"{teacher['nfe'] / best['nfe']:.0f}×", "fewer evaluations per image"),
-    ]
-    for row in metrics["teacher"]["rows"]:
-        if row is not teacher:
-            ratio = row["mean"] / best["mean"]
-            found.append((f"{ratio:.1f}×", f"better than the teacher in {row['nfe']} evaluation{'s' * (row['nfe'] > 1)}"))
-    return found
+def _best(found: Sequence[Model], metric: str) -> Figure | None:
+    """The best figure at the fewest evaluations of students; of the teacher, the best."""
+    rows = [row for model in found for row in model.of(metric) if math.isfinite(row.mean)]
+    sign = -1 if rises(metric) else 1
+    fewest = min((row.nfe for row in rows if row.steps is not None), default=None)
+    return min((row for row in rows if fewest in (None, row.nfe)), key=lambda row: sign * row.mean, default=None)
 
 
-def _table_row(row: dict[str, Any], teacher: dict[str, Any]) -> dict[str, Any]:
+def _headline(
+    found: Sequence[Model], main: str, best: Figure | None, teacher: Figure | None, pairs: cost.PairsCost | None
+) -> list[tuple[str, str, str]]:
+    """What a reader should take away, as (figure, its spread or "", what it is)."""
+    made: list[tuple[str, str, str]] = []
+    titles = {model.name: "the teacher" if model.name == TEACHER else model.title for model in found}
+    for row in (best, teacher):
+        if row:
+            spread = row.spread if len(row.draws) > 1 else ""
+            made.append((models.number(row.mean), spread, f"{main} of {titles[row.model]} with {_evaluations(row.nfe)}"))
+    if best and teacher:
+        made.append((f"{teacher.nfe / best.nfe:.0f}×", "", "fewer network evaluations for each image"))
+        least = next(iter(found[0].of(main)))
+        if main.startswith(FRECHET) and least.nfe < teacher.nfe and least.mean > best.mean > 0:
+            text = f"nearer to the real images than the teacher with {_evaluations(least.nfe)}"
+            made.append((f"{least.mean / best.mean:.1f}×", "", text))
+    paid_back = pairs.paid_back(best.nfe) if best and pairs else None
+    return [*made, (f"{paid_back:,}", "", "images until the pairs are paid back, in evaluations")] if paid_back else made
+
+
+def _evaluations(nfe: int) -> str:
+    return f"{nfe} evaluation{'s' * (nfe != 1)}"
+
+
+def _data(place: Folder) -> str:
+    """The real images, in words."""
+    images = ((place / "images").read_json(PLAN) or {}).get("images")
+    if not images:
+        return ""
+    side, kind = images["resolution"], {1: "grey", 3: "colour"}.get(images["channels"], f"{images['channels']} channels")
+    classes = f"{images['num_classes']:,} classes" if images.get("num_classes") else "no classes"
+    return f"{images['count']:,} real images, {side}×{side}, {kind}, {classes}"
+
+
+def _pictures(place: Folder, found: Sequence[Model]) -> dict[str, Any]:
+    """The strips of every model: of the same noise, and beside the nearest real images; and whether they are lossless."""
+    sheets = {
+        (model.name, name): _read(place / "evaluation" / model.name, name) for model in found for name in (SAMPLES, NEAREST)
+    }
+    lossless = sum(len(png) for png in sheets.values() if png) <= strips.BUDGET
+
+    def cut(name: str, lines: int) -> list[tuple[Model, list[Any]]]:
+        made = []
+        for model in found:
+            png = sheets[model.name, name]
+            if png:
+                sheet = strips.Sheet(png, len(model.samplings), lines, f"{place}/evaluation/{model.name}/{name}")
+                made.append((model, list(zip(model.samplings, sheet.pictures(lossless=lossless), strict=True))))
+        return made
+
+    return {"samples": cut(SAMPLES, 1), "nearest": cut(NEAREST, 2), "lossless": lossless}
+
+
+def _read(folder: Folder, name: str) -> bytes | None:
+    try:
+        return folder.read(name)
+    except FileNotFoundError:
+        return None
+
+
+def _curves(found: Sequence[Model], main: str) -> Chart | None:
+    """The main metric by evaluations, with the spread over noise seeds."""
+    rows = {}
+    for model in found:
+        plain = {way.label for way in model.samplings if way.steps is None or way.plain}
+        rows[model.name] = [row for row in model.of(main) if row.sampler in plain]
+    counts = sorted({row.nfe for those in rows.values() for row in those})
+    there = {nfe: [name for name, those in rows.items() if nfe in [row.nfe for row in those]] for nfe in counts}
+
+    def beside(row: Figure) -> float:
+        """Models of as many evaluations stand side by side."""
+        return row.nfe * 1.045 ** (there[row.nfe].index(row.model) - (len(there[row.nfe]) - 1) / 2)
+
+    series = [
+        Series(
+            name=model.title, number=model.number, x=[beside(row) for row in rows[model.name]],
+            y=[row.mean for row in rows[model.name]], error=[row.std for row in rows[model.name]],
+        )
+        for model in found
+    ]  # fmt: skip
+    log = "xy" if main.startswith(FRECHET) else "x"
+    alt = f"{main} by network evaluations for each image"
+    return chart(series, x="network evaluations per image", y=main, alt=alt, log=log, ticks=counts)
+
+
+def _ablation(found: Sequence[Model], main: str, metrics: Sequence[str]) -> dict[str, Any]:
+    """Every student at one evaluation, in the main metric and in nearness to the teacher's images."""
+    pair = next((metric for metric in metrics if metric.startswith("pair_rms")), None)
+    rows = []
+    for model in found[1:]:
+        for way in model.samplings:
+            figure = model.figure(way.label, main)
+            if way.nfe == 1 and way.plain and figure:
+                rows.append({"model": model, "figure": figure, "pair": model.figure(way.label, pair) if pair else None})
     return {
-        "model": _short(row["model"]),
-        "sampler": row["sampler"] if row["steps"] is None else f"steps {row['sampler']}",
-        "nfe": row["nfe"],
-        "mean": f"{row['mean']:.3f}",
-        "std": f"{row['std']:.3f}",
-        "min": f"{row['min']:.3f}",
-        "ratio": f"{row['mean'] / teacher['mean']:.2f}×",
-        "ours": row["steps"] is not None,
+        "rows": rows,
+        "pair": pair,
+        "most": max((row["figure"].mean for row in rows if math.isfinite(row["figure"].mean)), default=0),
     }
 
 
-def _strips(place: Folder, name: str, rows: list[dict[str, Any]]) -> Iterable[dict[str, str]]:
-    """One strip of samples per row of the model: samples.png cut at its rows."""
-    sheet = Image.open(io.BytesIO((place / "evaluation" / name).read(SAMPLES)))
-    height = (sheet.height + GAP) // len(rows)
-    for r, row in enumerate(rows):
-        buffer = io.BytesIO()
-        sheet.crop((0, r * height, sheet.width * 2 // 5, (r + 1) * height - GAP)).save(buffer, "PNG", optimize=True)
-        evaluations = f"{row['nfe']} evaluation{'s' * (row['nfe'] > 1)}"
-        how = row["sampler"] if row["steps"] is None else f"steps {row['sampler']}"
-        yield {
-            "name": f"{_short(name)}, {evaluations}",
-            "note": f"{how}, fd_probe {row['mean']:.2f}",
-            "src": _data_uri(buffer.getvalue()),
-        }
+def _straightness(found: Sequence[Model]) -> dict[str, Any]:
+    """A table of the means, and three charts over the noise levels."""
+    those = [(model, model.straightness) for model in found if model.straightness is not None]
+    kinds = {
+        "values": ("relative residual", "y", "Straightness along the teacher's lines"),
+        "own": ("relative residual", "y", "Straightness along own trajectories"),
+        "speed": ("unevenness of speed", "", "Unevenness of speed along own trajectories"),
+    }
+    charts = []
+    for key, (label, log, title) in kinds.items():
+        series = [Series(name=m.title, number=m.number, x=s["sigmas"], y=s[key]) for m, s in those]
+        made = chart(
+            series, x="noise level σ", y=label, alt=f"{title}, by noise level", log="x" + log, least=1e-4 if log else 0
+        )
+        if made:
+            charts.append((title, made))
+    return {"rows": those, "charts": charts, "left_out": [model.title for model in found if model.straightness is None]}
 
 
-def _ablation(place: Folder, metrics: dict[str, Any]) -> list[dict[str, Any]]:
-    made = []
-    for name, text in ABLATION.items():
-        row = next((row for row in metrics.get(name, {"rows": []})["rows"] if row["nfe"] == 1), None)
-        if row:
-            log = _log(place / (name if name != RECONSTRUCTION else "students/lmm"))
-            steps = [entry["step"] for entry in log if name != RECONSTRUCTION or entry["phase"] == 0]
-            total = max(steps, default=0) + (max(_phase_one_steps(place), default=0) if name == "students/sot" else 0)
-            made.append({"name": text, "iterations": total, "mean": f"{row['mean']:.3f}", "std": f"{row['std']:.3f}"})
-    return made
-
-
-def _phase_one_steps(place: Folder) -> list[int]:
-    return [entry["step"] for entry in _log(place / "students/lmm") if entry["phase"] == 0]
-
-
-def _log(folder: Folder) -> list[dict[str, Any]]:
-    try:
-        return [json.loads(line) for line in folder.read("train.jsonl").splitlines()]
-    except FileNotFoundError:
-        return []
-
-
-def _sweep(place: Folder) -> tuple[str, list[dict[str, str]]] | None:
-    folder = place / "sweeps" / "sot"
-    if folder.read_json(SUCCESS) is None:
-        return None
-    table = pd.read_parquet(io.BytesIO(folder.read("trials.parquet")))
-    metric = next(column for column in table.columns if column.startswith("fd_"))
-    rows = [
-        {"steps": row["steps"], "lr": f"{row['lr']:.0e}", "step": row["step"], "distance": f"{row[metric]:.3f}"}
-        for row in table.sort_values(metric).to_dict("records")
+def _plans(place: Folder, found: Sequence[Model]) -> list[tuple[str, str]]:
+    """Everything that says how something was made, as (what, JSON)."""
+    students = [f"students/{name}" for name in (place / "students").folders()]
+    swept = [f"sweeps/{name}" for name in (place / "sweeps").folders()]
+    plans: list[tuple[str, Mapping[str, Any] | None]] = [
+        (name, (place / name).read_json(PLAN)) for name in ("images", "probe", TEACHER, "pairs", *students, *swept)
     ]
-    return "sot", rows
-
-
-def _stages(place: Folder, models: list[str]) -> list[dict[str, str]]:
-    students = sorted({name.removesuffix("/reconstruction") for name in models if name != "teacher"})
-    names = ["images", "probe", "teacher", "pairs", *students, "sweeps/sot", *(f"evaluation/{m}" for m in models)]
-    found = []
-    for name in names:
-        done = (place / name).read_json(SUCCESS)
-        if done:
-            facts = {key: value for key, value in done.items() if key not in ("seconds", "files")}
-            text = ", ".join(f"{key.replace('_', ' ')} {_figure(value)}" for key, value in facts.items())
-            found.append({"name": name, "seconds": f"{done['seconds']:.0f}", "facts": text})
-    total = sum(int(row["seconds"]) for row in found)
-    return [*found, {"name": "together", "seconds": str(total), "facts": "stages that ran side by side count twice"}]
-
-
-def _figure(value: Any) -> str:
-    if isinstance(value, dict):
-        return "/".join(f"{v:.3f}" for v in value.values())
-    return f"{value:,}"
-
-
-def _cost(place: Folder, teacher: dict[str, Any]) -> str:
-    done = (place / "pairs").read_json(SUCCESS)
-    if not done:
-        return ""
-    saved = teacher["nfe"] - 1
-    return (
-        f"The pairs cost {done['evaluations']:,} evaluations of the teacher. A one-step student saves {saved} evaluations per "
-        f"image, so they are paid back after {done['evaluations'] / saved:,.0f} images (training not counted)."
-    )
-
-
-def _data_uri(png: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(png).decode()
-
-
-def _plot(draw: Callable[[Axes], None]) -> str:
-    figure, axes = plt.subplots(figsize=(5.6, 3.4), layout="constrained")
-    axes.spines[["top", "right"]].set_visible(False)
-    draw(axes)
-    axes.legend(frameon=False, fontsize=8)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=140)
-    plt.close(figure)
-    return _data_uri(buffer.getvalue())
-
-
-def _plot_distance(axes: Axes, metrics: dict[str, Any]) -> None:
-    for name, found in metrics.items():
-        rows = sorted(found["rows"], key=lambda row: row["nfe"])
-        axes.errorbar(
-            [row["nfe"] for row in rows], [row["mean"] for row in rows], [row["std"] for row in rows],
-            marker="o", markersize=4, capsize=3, label=_short(name),
-        )  # fmt: skip
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    counts = sorted({row["nfe"] for found in metrics.values() for row in found["rows"]})
-    axes.set_xticks(counts, labels=[str(count) for count in counts])
-    axes.minorticks_off()
-    axes.set_xlabel("network evaluations per image")
-    axes.set_ylabel("fd_probe")
-
-
-def _plot_losses(axes: Axes, place: Folder, models: list[str]) -> None:
-    for name in models:
-        key = "loss" if name == "teacher" else "lines"  # other objectives' losses are of other kinds
-        log = [] if name == RECONSTRUCTION else [row for row in _log(place / name) if key in row]
-        if log:
-            axes.plot([row["step"] for row in log], [row[key] for row in log], label=_short(name), linewidth=1.2)
-    axes.set_yscale("log")
-    axes.set_xlabel("iteration")
-    axes.set_ylabel("EDM loss (teacher), line loss (students)")
-
-
-def _plot_straightness(axes: Axes, metrics: dict[str, Any]) -> None:
-    for name, found in metrics.items():
-        if found["straightness"]:
-            axes.plot(found["straightness"]["sigmas"], found["straightness"]["values"], label=_short(name), marker=".")
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.set_xlabel("noise level sigma")
-    axes.set_ylabel("relative residual")
+    imported = ((place / TEACHER).read_json("config.json") or {}).get("about", {}).get("imported")
+    plans.append(("teacher, imported", imported))
+    plans += [(f"evaluation/{model.name}", model.provenance) for model in found]
+    return [(name, json.dumps(plan, indent=1)) for name, plan in plans if plan]
 
 
 if __name__ == "__main__":

@@ -1,0 +1,276 @@
+"""What a workspace has measured: its models, what each of them is, and the metric by which they are compared."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from beeline.checkpoint import CONFIG
+from beeline.errors import BeelineError
+from evaluation.results import METRICS
+from pipeline.stage import SUCCESS
+from pipeline.storage import Folder
+
+TEACHER = "teacher"
+PREFERRED = ("fid_", "fd_dinov2", "fd_probe", "fd_")  # what models are compared by, where there is a choice
+DIVERSITY = ("precision", "recall", "density", "coverage", "authenticity")
+DISTANCES = {
+    "l2": "pixel distance (L2)",
+    "huber": "pixel distance (Huber)",
+    "probe": "perceptual distance (probe)",
+    "lpips": "perceptual distance (LPIPS, VGG16)",
+}
+OBJECTIVES = {
+    "Distillation": "end points alone: knowledge distillation, L2",
+    "RectifiedFlow": "rectified flow on the same pairs",
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Figure:
+    """A row of metrics.json: `metric` over `n` samples of `model`, drawn by `sampler`, for each noise seed (`draws`)."""
+
+    model: str
+    nfe: int
+    steps: tuple[int, ...] | None
+    sampler: str
+    metric: str
+    n: int
+    mean: float
+    std: float
+    min: float
+    draws: tuple[float, ...]
+
+    @property
+    def spread(self) -> str:
+        """The standard deviation over the draws; a dash for a single one, which has none."""
+        return number(self.std, like=self._size) if len(self.draws) > 1 else "—"
+
+    @property
+    def text(self) -> str:
+        """As "0.315 ± 0.051"."""
+        mean = number(self.mean, like=self._size)
+        return f"{mean} ± {self.spread}" if len(self.draws) > 1 else mean
+
+    @property
+    def _size(self) -> float:
+        return 1.0 if self.metric.split("_")[0] in DIVERSITY else self.mean
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """A way in which a model was sampled; `plain` unless it is by another rule than the student's own."""
+
+    label: str
+    nfe: int
+    steps: tuple[int, ...] | None
+
+    @property
+    def plain(self) -> bool:
+        return self.steps is not None and self.label == ",".join(map(str, self.steps))
+
+    @property
+    def text(self) -> str:
+        """As "steps 0,8" or "heun 18"."""
+        return self.label if self.steps is None else f"steps {self.label}"
+
+    @property
+    def evaluations(self) -> str:
+        """As "1 evaluation"."""
+        return f"{self.nfe} evaluation{'s' * (self.nfe != 1)}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Ingredients:
+    """What a student of lines was trained with in its last phase, from the settings in its config.json."""
+
+    distance: str
+    adversarial: bool
+    networks: tuple[str, ...]
+    steps: tuple[int, ...] | None
+
+    @property
+    def text(self) -> str:
+        """As "lines, perceptual distance (probe), adversarial term, SOT at steps 0"."""
+        parts = ["lines", DISTANCES.get(self.distance, self.distance)]
+        parts += ["adversarial term"] * self.adversarial
+        parts += [] if self.steps is None else [f"SOT at steps {','.join(map(str, self.steps))}"]
+        return ", ".join(parts)
+
+    @property
+    def rank(self) -> tuple[bool, bool, bool]:
+        """Each ingredient comes after those without it."""
+        return self.distance not in ("l2", "huber"), self.adversarial, self.steps is not None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Model:
+    """A measured model. `trained` are the settings of a student, None where its config.json has none; `iterations` include
+    those of the student it started from."""
+
+    name: str
+    figures: tuple[Figure, ...]
+    samplings: tuple[Sampling, ...]
+    straightness: Mapping[str, Any] | None
+    provenance: Mapping[str, Any]
+    trained: Mapping[str, Any] | None = None
+    iterations: tuple[int, ...] = ()
+    number: int = 0
+
+    @property
+    def title(self) -> str:
+        """As tables name it: "lmm · reconstruction"."""
+        return self.name.removeprefix("students/").replace("/", " · ")
+
+    @property
+    def ingredients(self) -> Ingredients | None:
+        """None for a teacher, for other objectives than lines, and for students that say nothing about themselves."""
+        if self.trained is None or not str(self.trained.get("objective", "")).endswith(":LinesMatching"):
+            return None
+        first, second = self.trained.get("reconstruction", {}), self.trained.get("adversarial", {})
+        phase = first if self.name.endswith("/reconstruction") or not second.get("iterations") else second
+        steps = phase.get("steps")
+        networks = self.trained.get("discriminator", {}).get("networks", ())
+        adversarial = bool(phase.get("adversarial_weight"))
+        return Ingredients(str(phase.get("distance")), adversarial, tuple(networks), None if steps is None else tuple(steps))
+
+    @property
+    def about(self) -> str:
+        """What it is, in words; "" where nothing is known."""
+        part = self.name.split("/")[2] if self.name.count("/") == 2 else ""
+        if part == "best":
+            return "the best of its validations"
+        if part.startswith("ema-"):
+            return f"average of the weights, half-life {part[4:]} iterations"
+        if self.ingredients:
+            return self.ingredients.text
+        objective = str((self.trained or {}).get("objective", "")).rpartition(":")[2]
+        return OBJECTIVES.get(objective, objective)
+
+    def figure(self, label: str, metric: str) -> Figure | None:
+        """The figure of one sampling in one metric."""
+        return next((found for found in self.figures if (found.sampler, found.metric) == (label, metric)), None)
+
+    def of(self, metric: str) -> list[Figure]:
+        """The figures in one metric, by evaluations."""
+        return sorted((found for found in self.figures if found.metric == metric), key=lambda found: found.nfe)
+
+
+def measured_models(place: Folder) -> list[Model]:
+    """The teacher, then the students, each ingredient after those without it. Raises BeelineError for damaged metrics."""
+    students = place / "evaluation" / "students"
+    names = [f"students/{name}" for name in students.folders()]
+    names += [f"{name}/{part}" for name in names for part in (place / "evaluation" / name).folders()]
+    found = [_model(place, name) for name in (TEACHER, *names) if (place / "evaluation" / name).read_json(SUCCESS)]
+    found.sort(key=lambda model: (model.name != TEACHER, _order(model)))
+    return [dataclasses.replace(model, number=k) for k, model in enumerate(found)]
+
+
+def _order(model: Model) -> tuple[Any, ...]:
+    return (model.name.count("/") == 2 and not model.name.endswith("/reconstruction"), model.ingredients is not None,
+            model.ingredients.rank if model.ingredients else (), model.name)  # fmt: skip
+
+
+def _model(place: Folder, name: str) -> Model:
+    folder = place / "evaluation" / name
+    found = folder.read_json(METRICS)
+    try:
+        figures = tuple(_figure(row) for row in found["rows"])
+        ways = {row.sampler: Sampling(row.sampler, row.nfe, row.steps) for row in figures}
+        samplings = tuple(ways[entry["label"]] for entry in found["order"])
+        if len(samplings) != len(ways):
+            raise ValueError(f"order names {len(samplings)} samplings, rows {len(ways)}")
+        straightness, provenance = found["straightness"], found["provenance"]
+        if straightness is not None:
+            curves = {len(straightness[key]) for key in ("sigmas", "values", "own", "speed")}
+            if len(curves) != 1:
+                raise ValueError(f"straightness has curves of {sorted(curves)} values")
+    except (KeyError, TypeError, ValueError) as error:
+        problem = f"lacks {error}" if isinstance(error, KeyError) else f"is not as expected ({error})"
+        raise BeelineError(
+            f"{folder}/{METRICS} {problem}. Remove {folder} and measure again with: "
+            f"python evaluation/evaluate.py RECIPE --workspace {place} --model {name}"
+        ) from error
+    trained = _trained(place, name)
+    return Model(
+        name=name, figures=figures, samplings=samplings, straightness=straightness, provenance=provenance,
+        trained=trained, iterations=_iterations(place, name, trained),
+    )  # fmt: skip
+
+
+def _figure(row: Mapping[str, Any]) -> Figure:
+    made = Figure(
+        model=str(row["model"]), nfe=int(row["nfe"]), steps=None if row["steps"] is None else tuple(map(int, row["steps"])),
+        sampler=str(row["sampler"]), metric=str(row["metric"]), n=int(row["n"]), mean=float(row["mean"]),
+        std=float(row["std"]), min=float(row["min"]), draws=tuple(map(float, row["draws"])),
+    )  # fmt: skip
+    if made.nfe < 1:
+        raise ValueError(f"a row has nfe {made.nfe}")
+    return made
+
+
+def _trained(place: Folder, name: str) -> Mapping[str, Any] | None:
+    config = (place / name).read_json(CONFIG) or {}
+    return config.get("about", {}).get("trained") if name != TEACHER else None
+
+
+def _iterations(place: Folder, name: str, trained: Mapping[str, Any] | None) -> tuple[int, ...]:
+    """Of each phase, from the teacher's weights on."""
+    if trained is None:
+        return ()
+    init, own = str(trained.get("init", TEACHER)), ["reconstruction"]
+    own += [] if name.endswith("/reconstruction") else ["adversarial"]
+    before = _iterations(place, init, _trained(place, init)) if init not in (TEACHER, name) else ()
+    return *before, *(count for phase in own if (count := int(trained.get(phase, {}).get("iterations", 0))))
+
+
+def main_metric(models: Sequence[Model]) -> str:
+    """The metric that overview and curves show: one that teacher and students share if there is one, FID before a Fréchet
+    distance in DINOv2's features before one in a probe's, that of most models, of most samples."""
+    owners: dict[str, list[str]] = {}
+    counts = {row.metric: row.n for model in models for row in model.figures}
+    for model in models:
+        for metric in {row.metric for row in model.figures}:
+            owners.setdefault(metric, []).append(model.name)
+
+    def worth(metric: str) -> tuple[Any, ...]:
+        shared = TEACHER in owners[metric] and len(owners[metric]) > 1
+        rank = next((k for k, prefix in enumerate(PREFERRED) if metric.startswith(prefix)), len(PREFERRED))
+        return rank == len(PREFERRED), not shared, rank, -len(owners[metric]), -counts[metric], metric
+
+    if not owners:
+        raise BeelineError("no model has figures; measure with: python evaluation/evaluate.py RECIPE --model teacher ...")
+    return min(owners, key=worth)
+
+
+def all_metrics(models: Sequence[Model]) -> list[str]:
+    """Every metric, in the order in which they are met."""
+    return list(dict.fromkeys(row.metric for model in models for row in model.figures))
+
+
+def family(metric: str) -> str:
+    """The metric's name without its number of samples: fd_probe, recall_probe."""
+    return metric.rpartition("_")[0]
+
+
+def disagreements(models: Sequence[Model]) -> list[str]:
+    """What models were not measured alike in, so that their figures do not compare: "students/x: reference_sha256"."""
+    alike = ("count", "images", "reference_sha256", "networks_sha256", "noise_seeds", "resize", "quantised")
+    first = models[0].provenance
+    return [
+        f"{model.name}: {', '.join(differing)}"
+        for model in models[1:]
+        if (differing := [key for key in alike if model.provenance.get(key) != first.get(key)])
+    ]
+
+
+def number(value: float, like: float | None = None) -> str:
+    """A figure with three decimals, or three digits where it is small; as many decimals as `like` has."""
+    size = abs(value if like is None else like)
+    if not math.isfinite(value):
+        return "not finite"
+    if size >= 1e6:
+        return f"{value:,.0f}"
+    return f"{value:.3f}" if size >= 0.1 or size == 0 else f"{value:.4f}" if size >= 0.001 else f"{value:.2g}"

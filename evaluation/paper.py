@@ -1,0 +1,211 @@
+"""The paper's figures, and tables in its layout (Tables 7 to 9) with ours beside them.
+
+A figure of one kind never stands in the column of another: beside the paper's FID only fid_50k, in a column only students
+with the ingredients of that column, in a row only those that were trained and sampled as it says.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+from evaluation.models import TEACHER, Figure, Model
+
+Steps = tuple[int, ...]
+BACKBONES = {"tf_efficientnet_lite0", "deit_base_distilled_patch16_224"}
+L2, VGG, ADL, SOT, OTHER = "L2", "VGG", "VGG + ADL", "VGG + ADL + SOT", "LMM, variant not known"
+OWN = {L2: "L2", VGG: "perceptual", ADL: "perceptual + ADL", SOT: "perceptual + ADL + SOT"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Published:
+    """Means over independent draws of 50,000 samples, in the metric that we call `metric`; `teacher` is (NFE, figure)."""
+
+    what: str
+    metric: str
+    rows: Mapping[Steps, Mapping[str, float]]
+    teacher: tuple[int, float] | None = None
+
+
+PAPER: dict[str, tuple[Published, ...]] = {
+    "cifar10": (
+        Published(
+            what="FID on CIFAR-10, class-conditional",
+            metric="fid_50k",
+            teacher=(35, 1.79),
+            rows={
+                (0,): {L2: 5.125, VGG: 3.124, ADL: 1.672, SOT: 1.575},
+                (0, 1): {L2: 4.289, VGG: 2.796, ADL: 1.394, SOT: 1.389},
+                (0, 1, 2): {L2: 4.019, VGG: 2.761, ADL: 1.386},
+                (0, 3, 5): {L2: 3.337, VGG: 2.601, ADL: 1.381},
+                (0, 1, 3, 5): {L2: 3.315, VGG: 2.625, ADL: 1.383},
+            },
+        ),
+    ),
+    "imagenet64": (
+        Published(
+            what="FID on ImageNet 64x64, class-conditional",
+            metric="fid_50k",
+            teacher=(79, 2.23),
+            rows={(0,): {VGG: 6.968, ADL: 1.731, SOT: 1.473}, (0, 1): {VGG: 5.472, ADL: 1.318, SOT: 1.167}},
+        ),
+    ),
+    "afhqv2": (
+        Published(
+            what="FID on AFHQv2 64x64, unconditional",
+            metric="fid_50k",
+            rows={(0,): {VGG: 5.458, ADL: 2.687, SOT: 2.767}, (0, 1): {VGG: 4.254, ADL: 1.545, SOT: 1.776}},
+        ),
+    ),
+    "cifar10_uncond": (
+        Published(
+            what="FID on CIFAR-10, unconditional", metric="fid_50k", rows={(0,): {OTHER: 1.90}, (0, 1): {OTHER: 1.55}}
+        ),
+        Published(
+            what="Inception Score on CIFAR-10, unconditional", metric="is_50k",
+            rows={(0,): {OTHER: 10.16}, (0, 1): {OTHER: 10.20}},
+        ),
+    ),
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """The paper's figure and ours, "—" where there is none; `model` is whose ours is."""
+
+    paper: str
+    ours: str
+    model: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Table:
+    """`columns` are variants; `rows` are (steps, NFE, a cell for each column). `beside` says whether the paper's figures are
+    in it; `note` why they are not, or what is missing of ours."""
+
+    what: str
+    metric: str
+    beside: bool
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, int, tuple[Cell, ...]], ...]
+    teacher: str
+    note: str
+
+
+def tables(recipe: str, models: Sequence[Model], main: str) -> list[Table]:
+    """The paper's tables for its recipes, with ours where it is of the same kind; and ours in the same layout, where the
+    metric that we have is another."""
+    made = [_beside(published, models) for published in PAPER.get(recipe, ())]
+    if any(table.metric == main for table in made):
+        return made
+    why = (
+        f"The paper's figures are not in this table: they are FID over 50,000 samples (fid_50k), and {main} is another measure"
+        if recipe in PAPER
+        else f"The paper's figures are not beside these: it has none for {recipe}, and {main} on other data says nothing "
+        "about its FID"
+    )
+    own = _own(models, main, why + ".")
+    return [*made, own] if own.rows else made
+
+
+def variant(model: Model, *, papers: bool) -> str | None:
+    """The column of a student, None where it has none; with `papers`, only for the paper's own networks (VGG16 in LPIPS, and
+    both backbones of the discriminator)."""
+    found = model.ingredients
+    if found is None or model.name.rpartition("/")[2] == "best" or "/ema-" in model.name:
+        return None
+    if found.distance == "l2":
+        return L2 if not found.adversarial and found.steps is None else None
+    if found.distance not in ("lpips", "probe") or (papers and found.distance != "lpips"):
+        return None
+    if not found.adversarial:
+        return VGG if found.steps is None else None
+    if papers and set(found.networks) != BACKBONES:
+        return None
+    return ADL if found.steps is None else SOT
+
+
+def ours(models: Sequence[Model], column: str, steps: Steps, metric: str, *, papers: bool) -> Figure | None:
+    """The figure of our student of a column at `steps`, sampled by its own rule; of several the first by name. A student of
+    single levels counts only in the row of the very steps it was trained at."""
+    for model in sorted(models, key=lambda model: model.name):
+        if variant(model, papers=papers) != column:
+            continue
+        if column == SOT and model.ingredients is not None and model.ingredients.steps != steps:
+            continue
+        ways = [way.label for way in model.samplings if way.plain and way.steps == steps]
+        found = [figure for label in ways if (figure := model.figure(label, metric)) is not None]
+        if found:
+            return found[0]
+    return None
+
+
+def _beside(published: Published, models: Sequence[Model]) -> Table:
+    own = [column for column in (L2, VGG, ADL, SOT) if _any(models, column, published.metric, papers=True)]
+    papers = [column for column in (L2, VGG, ADL, SOT, OTHER) if any(column in row for row in published.rows.values())]
+    columns = tuple(column for column in (L2, VGG, ADL, SOT, OTHER) if column in {*own, *papers})
+    schedules = dict.fromkeys([*published.rows, *_schedules(models, own, published.metric, papers=True)])
+    rows = tuple(
+        (_label(steps), len(steps), tuple(_cell(published, models, column, steps) for column in columns)) for steps in schedules
+    )
+    parts = [f"paper {published.teacher[1]:.2f} at NFE {published.teacher[0]}"] if published.teacher else []
+    parts += [f"ours {figure.text} at NFE {figure.nfe}" for figure in _teacher(models, published.metric)]
+    notes = []
+    if not own:
+        notes.append(
+            f"No student with the paper's ingredients is measured in {published.metric} here, so ours is empty: measure with "
+            "evaluation/evaluate.py --features inception --count 50000."
+        )
+    if OTHER in columns:
+        notes.append(
+            "Which of its variants these figures of the paper are of is not known to us: nothing of ours is beside them."
+        )
+    return Table(
+        what=published.what, metric=published.metric, beside=True, columns=columns, rows=rows, teacher="; ".join(parts),
+        note=" ".join(notes),
+    )  # fmt: skip
+
+
+def _cell(published: Published, models: Sequence[Model], column: str, steps: Steps) -> Cell:
+    paper = published.rows.get(steps, {}).get(column)
+    figure = ours(models, column, steps, published.metric, papers=True)
+    digits = 3 if published.metric.startswith("fid") and column != OTHER else 2
+    return Cell("—" if paper is None else f"{paper:.{digits}f}", figure.text if figure else "—", figure.model if figure else "")
+
+
+def _own(models: Sequence[Model], metric: str, note: str) -> Table:
+    columns = tuple(OWN)
+    rows = []
+    for steps in _schedules(models, columns, metric, papers=False):
+        found = [ours(models, column, steps, metric, papers=False) for column in columns]
+        rows.append((_label(steps), len(steps), tuple(Cell("—", f.text if f else "—", f.model if f else "") for f in found)))
+    teacher = "; ".join(f"{figure.text} at NFE {figure.nfe}" for figure in _teacher(models, metric))
+    return Table(
+        what=f"Ours in {metric}", metric=metric, beside=False, columns=tuple(OWN[column] for column in columns),
+        rows=tuple(rows), teacher=teacher, note=note,
+    )  # fmt: skip
+
+
+def _schedules(models: Sequence[Model], columns: Sequence[str], metric: str, *, papers: bool) -> list[Steps]:
+    """The step schedules at which any student of these columns is measured, by NFE."""
+    found = {
+        way.steps
+        for model in models
+        if variant(model, papers=papers) in columns
+        for way in model.samplings
+        if way.plain and way.steps is not None and model.figure(way.label, metric)
+    }
+    return sorted(found, key=lambda steps: (len(steps), steps))
+
+
+def _any(models: Sequence[Model], column: str, metric: str, *, papers: bool) -> bool:
+    return bool(_schedules(models, [column], metric, papers=papers))
+
+
+def _teacher(models: Sequence[Model], metric: str) -> list[Figure]:
+    """The teacher's figure at its most evaluations, in a list; [] where it has none."""
+    return [figure for model in models if model.name == TEACHER for figure in model.of(metric)[-1:]]
+
+
+def _label(steps: Steps) -> str:
+    return f"({', '.join(map(str, steps))})"

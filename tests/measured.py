@@ -1,0 +1,113 @@
+"""Workspaces as the commands leave them, without the work: what tests of the report show and judge."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from beeline.config import LmmConfig, to_dict
+from evaluation.models import Figure, Model, Sampling
+from pipeline.manifest import Manifest
+from pipeline.sheet import sheet_png
+from pipeline.stage import Stage
+from pipeline.storage import Folder
+
+LEVELS = [80.0, 5.3, 0.5, 0.002]
+DIGITS = ("fd_probe_1797", "recall_probe_1797", "pair_rms_256")
+TEACHER_WAYS = (("heun 18", 35, None), ("euler 3", 3, None))
+ONE, TWO, FRESH = ("0", 1, [0]), ("0,8", 2, [0, 8]), ("0,8 fresh_noise", 2, [0, 8])
+Way = tuple[str, int, list[int] | None]
+
+
+def finished(place: Folder, name: str, plan: Mapping[str, Any], files: Mapping[str, bytes], **facts: Any) -> None:
+    """A finished stage with these files; `facts` are those of its _SUCCESS."""
+    stage = Stage(place, name, plan)
+    assert stage.begin()
+    for file, data in files.items():
+        stage.folder.write(file, data)
+    stage.finish(**facts)
+
+
+def figures(model: str, ways: Sequence[Way], metrics: Sequence[str]) -> list[dict[str, Any]]:
+    """Rows of metrics.json with means that are nowhere else."""
+    made = []
+    for k, (label, nfe, steps) in enumerate(ways):
+        for j, metric in enumerate(metrics):
+            draws = [1 + k + j / 10 + len(model) / 100 + d / 1000 for d in (0.1, 0.2, 0.9)]
+            made.append(
+                {
+                    "model": model, "nfe": nfe, "steps": steps, "sampler": label, "metric": metric, "n": 100,
+                    "mean": float(np.mean(draws)), "std": float(np.std(draws, ddof=1)), "min": min(draws), "draws": draws,
+                }
+            )  # fmt: skip
+    return made
+
+
+def measure(place: Folder, model: str, ways: Sequence[Way], metrics: Sequence[str] = DIGITS, **provenance: Any) -> None:
+    """evaluation/<model> as evaluate.py leaves it."""
+    curve = [0.5, 0.1, 0.02, 0.0]
+    straight = {"sigmas": LEVELS, "values": curve, "own": curve, "speed": curve[::-1], "pairs": 256}
+    means = {"mean": 0.155, "own_mean": 0.155, "speed_mean": 0.155}
+    found = {
+        "rows": figures(model, ways, metrics),
+        "order": [{"label": label, "sheet": f"sheet-{k}.npz"} for k, (label, _, _) in enumerate(ways)],
+        "straightness": means | straight if len(ways) > 1 else None,
+        "provenance": {"model_sha256": "ab" * 32, "devices": ["AVX2"], "noise_seeds": [1, 2, 3], **provenance},
+    }
+    pixels = np.random.default_rng(len(model)).integers(0, 255, (40 * len(ways), 1, 8, 8), np.uint8)
+    files = {
+        "metrics.json": json.dumps(found).encode(),
+        "samples.png": sheet_png(pixels, columns=40),
+        "nearest.png": sheet_png(pixels, columns=20),
+    }
+    finished(place, f"evaluation/{model}", {"model": model}, files, samples=300, evaluations=300)
+
+
+def trained(place: Folder, name: str, config: LmmConfig) -> None:
+    """students/<name> as train_lmm.py leaves it, without weights."""
+    about = {"trained": to_dict(config, resources=False)}
+    log = [
+        {"step": step, "phase": 0.0, "lines": 1 / step, "skipped": 0, "data_wait": 0.01, "seconds": step} for step in (5, 10)
+    ]
+    files = {
+        "config.json": json.dumps({"format": 1, "kind": "denoiser", "about": about}).encode(),
+        "train.jsonl": "\n".join(map(json.dumps, log)).encode(),
+    }
+    finished(place, f"students/{name}", {"lmm": to_dict(config, resources=False)}, files, images_seen=1280)
+    (place / f"students/{name}/reconstruction").write("config.json", files["config.json"])
+
+
+def with_pairs(place: Folder, **facts: Any) -> None:
+    """pairs/ as gen_pairs.py leaves it, without shards."""
+    manifest = Manifest(place / "pairs", {0: 10})
+    manifest.add({"shard": 0, "pairs": 2500, "bytes": 10, "sampling_seconds": 34.5})
+    manifest.publish()
+    finished(place, "pairs", {"evaluations": 35}, {}, pairs=2500, shards=1, evaluations=87_500, **facts)
+
+
+def with_sweep(place: Folder) -> None:
+    """sweeps/sot as sweep_lmm.py leaves it, without trials."""
+    first = {"trial": 0, "steps": "0", "nfe": 1, "lr": 1e-4, "ema_half_life": 50.0, "step": 40, "fd_probe_losses": 0.09}
+    first |= {"stopped": False, "metric": "fd_probe_losses_1797", "distance": 0.082, "std": 0.003}
+    stopped = {"trial": 1, "lr": 1e-3, "step": 20, "stopped": True, "metric": None, "distance": None, "std": None}
+    trials = [first, first | stopped, first | {"trial": 2, "steps": "0,8", "nfe": 2, "distance": 0.071}]
+    buffer = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(trials), buffer)
+    finished(place, "sweeps/sot", {"sweep": {"init": "students/lmm"}}, {"trials.parquet": buffer.getvalue()}, trials=2)
+
+
+def made(name: str, ways: Sequence[Way], metrics: Sequence[str], config: LmmConfig | None = None) -> Model:
+    """A model with those figures, trained with `config`."""
+    rows = tuple(
+        Figure(**{**row, "steps": tuple(row["steps"]) if row["steps"] else None, "draws": tuple(row["draws"])})
+        for row in figures(name, ways, metrics)
+    )
+    samplings = tuple(Sampling(label, nfe, tuple(steps) if steps else None) for label, nfe, steps in ways)
+    settings = to_dict(config, resources=False) if config else None
+    return Model(name=name, figures=rows, samplings=samplings, straightness=None, provenance={}, trained=settings)
