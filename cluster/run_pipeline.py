@@ -21,7 +21,7 @@ from pipeline.command import ensure_ray, run_command
 from pipeline.gen_pairs import gen_pairs
 from pipeline.ingest_images import ingest_images
 from pipeline.storage import Folder
-from trainers.student import RECONSTRUCTION
+from trainers.student import RECONSTRUCTION, running
 from trainers.sweep_lmm import sweep_lmm
 from trainers.train_lmm import train_lmm
 from trainers.train_probe import train_probes
@@ -44,7 +44,7 @@ def run_pipeline(workspace: str, recipe: Annotated[Recipe, tyro.conf.arg(name=""
     train_lmm(workspace, name, main)
     train_together(workspace, name, [student for student in recipe.students.values() if student != main])
     sweep_lmm(workspace, name, recipe.sweep, main, recipe.evaluate)
-    models = {"teacher": (), **{f"students/{student}": recipe.evaluate.steps for student in recipe.students}}
+    models = {"teacher": (), **{f"students/{key}": measured_at(recipe, student) for key, student in recipe.students.items()}}
     if main.reconstruction.iterations:
         models[f"students/lmm/{RECONSTRUCTION}"] = recipe.few_steps
     measure(workspace, name, recipe.evaluate, models)
@@ -52,11 +52,17 @@ def run_pipeline(workspace: str, recipe: Annotated[Recipe, tyro.conf.arg(name=""
     print(f"pipeline: complete in {time.monotonic() - start:.0f} s", flush=True)
 
 
+def measured_at(recipe: Recipe, student: LmmConfig) -> tuple[str, ...]:
+    """The step schedules at which a student is measured: several where lines of all levels are what it learned."""
+    lines = student.objective == LmmConfig.objective and all(phase.steps is None for phase in running(student))
+    return recipe.few_steps if lines else recipe.evaluate.steps
+
+
 def train_together(workspace: str, recipe: str, students: list[LmmConfig]) -> None:
     """Train the ablations at the same time: each starts once the cluster has room for its workers."""
     remote = ray.remote(num_cpus=0)(train_lmm)
     workspace = Folder(workspace).uri  # the tasks run in folders of their own
-    ray.get([remote.remote(workspace, recipe, student) for student in students])
+    ray.get([remote.options(name=f"students/{student.name}").remote(workspace, recipe, student) for student in students])
 
 
 if __name__ == "__main__":

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
+import functools
 import json
 import os
+import runpy
 import socket
 import subprocess
+import sys
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, TypeGuard
 
 import psutil
+import pytest
+import tyro
 
 ROOT = Path(__file__).parent.parent
 # Settings that make every stage of the recipe take seconds.
@@ -99,3 +106,41 @@ def wait_for(condition: Callable[[], bool], seconds: float, what: str) -> None:
     while not condition():
         assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
         time.sleep(0.05)
+
+
+class Parsed(Exception):
+    """A command's options were understood; nothing of it was run."""
+
+
+def parse_command(words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have ["python", "pipeline/gen_pairs.py", "digits", ...], or ["python", "-m", "beeline.weights", ...], parsed by itself in
+    this process, and by no more. Raises AssertionError if it is not a command of the project, or does not know its options."""
+    cli, parse_args = tyro.cli, argparse.ArgumentParser.parse_args
+
+    def stopped(call: Callable[..., Any], *arguments: Any, **options: Any) -> None:
+        def stop(*_: Any, **__: Any) -> None:
+            raise Parsed
+
+        stage = functools.partial(functools.wraps(call.func)(stop), **call.keywords) if _is_partial(call) else None
+        cli(stage or functools.wraps(call)(stop), *arguments, **options)
+
+    def parsed(self: argparse.ArgumentParser, *arguments: Any) -> None:
+        parse_args(self, *arguments)
+        raise Parsed
+
+    monkeypatch.setattr(tyro, "cli", stopped)
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parsed)
+    module = words[1] == "-m"
+    name, arguments = (words[2], words[3:]) if module else (words[1], words[2:])
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
+    try:
+        runpy.run_module(name, run_name="__main__") if module else runpy.run_path(str(ROOT / name), run_name="__main__")
+    except Parsed:
+        return
+    except SystemExit as end:
+        raise AssertionError(f"{' '.join(words)} ended with status {end.code} before anything was run") from end
+    raise AssertionError(f"{' '.join(words)} took its options without parsing them")
+
+
+def _is_partial(call: Any) -> TypeGuard[functools.partial[Any]]:
+    return isinstance(call, functools.partial)

@@ -161,7 +161,7 @@ def test_neighbourhoods_as_their_papers_define_them(n: int, m: int, seed: int) -
 
 
 def test_too_few_neighbours_are_an_error() -> None:
-    with pytest.raises(BeelineError, match="5 samples, 16 real images; neighbourhoods need more than 5 of each"):
+    with pytest.raises(BeelineError, match="5 samples and 16 real images; neighbourhoods need more than 5 of each"):
         neighbourhoods(GRID[:5], GRID)
 
 

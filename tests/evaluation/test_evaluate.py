@@ -152,7 +152,7 @@ def test_students_are_measured_at_any_steps_they_know(run: Run, workspace: Path)
 
 
 def test_a_model_of_other_images_is_refused_before_any_work(run: Run, workspace: Path, tmp_path: Path) -> None:
-    other = tmp_path / "ws"
+    other = tmp_path / "other"
     shutil.copytree(workspace, other, ignore=shutil.ignore_patterns("teacher", "evaluation"))
     network = NetworkConfig(
         kind="ddpmpp", img_resolution=16, img_channels=3, model_channels=16, channel_mult=(1,), num_blocks=1
