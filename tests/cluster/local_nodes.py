@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,8 @@ HEAD = "127.0.0.1"
 
 
 class LocalNodes(NodeProvider):
-    """Nodes by their address. `provider_config`: "address" of the head, and a "folder" for a log and a file of the process id of
-    each node, so that a test can kill one."""
+    """Nodes by their address. `provider_config`: "address" of the head, and a "folder" for a log and a file with the process id
+    of each node, so that a test can kill one."""
 
     def __init__(self, provider_config: dict[str, Any], cluster_name: str) -> None:
         super().__init__(provider_config, cluster_name)
@@ -80,14 +81,15 @@ class LocalNodes(NodeProvider):
                 str(Path(sys.executable).parent / "ray"), "start", "--block", f"--address={self.provider_config['address']}",
                 f"--node-ip-address={node}", f"--num-cpus={int(resources['CPU'])}", "--object-store-memory=80000000",
                 "--disable-usage-stats",
-                # Nodes that start at the same time on one machine would otherwise take the same sockets.
-                f"--plasma-store-socket-name={folder}/plasma-{self._started}", f"--raylet-socket-name={folder}/raylet-{self._started}",
             ]  # fmt: skip
             environment = os.environ | {"RAY_CLOUD_INSTANCE_ID": node, "RAY_NODE_TYPE_NAME": tags[TAG_RAY_USER_NODE_TYPE]}
             environment.pop("RAY_ADDRESS", None)
             with open(folder / f"{node}.log", "wb") as log:
                 process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
             (folder / f"{node}.json").write_text(json.dumps({"pid": process.pid}))
+            # One after the other: nodes that start at the same time on one machine take each other's sockets.
+            while process.poll() is None and "Ray runtime started" not in (folder / f"{node}.log").read_text():
+                time.sleep(0.1)
             with self._lock:
                 self._processes[node] = process
                 self._tags[node] = dict(tags) | {TAG_RAY_NODE_STATUS: STATUS_UP_TO_DATE}

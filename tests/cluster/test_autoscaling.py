@@ -3,6 +3,7 @@ nodes down."""
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -19,7 +20,7 @@ import pytest
 import yaml
 from harness import ROOT, Run, files, free_port, wait_for
 
-PAIRS = ["--pairs.count", "1200", "--pairs.shard-size", "30", "--pairs.batch-size", "30"]
+PAIRS = ["--pairs.count", "2400", "--pairs.shard-size", "30", "--pairs.batch-size", "30"]
 EMPTY_LISTS = (
     *("cluster_synced_files", "rsync_exclude", "rsync_filter", "initialization_commands", "setup_commands"),
     *("head_setup_commands", "worker_setup_commands", "head_start_ray_commands", "worker_start_ray_commands"),
@@ -81,8 +82,8 @@ class Cluster:
         return found
 
     def started(self) -> int:
-        """How many nodes have ever been started."""
-        return len(list(self.folder.glob("127.*.json")))
+        """How many nodes have ever come up."""
+        return sum("Ray runtime started" in path.read_text() for path in self.folder.glob("127.*.log"))
 
     def end(self) -> None:
         """End what was started, by its process ids."""
@@ -120,10 +121,11 @@ def test_nodes_come_and_go_with_the_work(cluster: Cluster, run: Run, trained: Pa
             [sys.executable, *command, "--workspace", str(ours)], cwd=ROOT, env=environment, stdout=log, stderr=log
         )
     said = (tmp_path / "driver.log").read_text
-    wait_for(lambda: driver.poll() is not None or len(files(ours / "pairs", "part-*.parquet")) >= 6, 180, "some shards")
+    shards = functools.partial((ours / "pairs").glob, "part-*.parquet")
+    wait_for(lambda: driver.poll() is not None or cluster.started() == 2, 120, "two nodes")
+    wait_for(lambda: driver.poll() is not None or len(list(shards())) >= 6, 120, "some shards")
     assert driver.poll() is None, said()
-    assert cluster.started() == 2
-    there = {path: path.stat().st_mtime_ns for path in (ours / "pairs").glob("part-*.parquet")}
+    there = {path: path.stat().st_mtime_ns for path in shards()}
     lost = cluster.nodes()[0]
     for process in [*lost.children(recursive=True), lost]:
         process.kill()
