@@ -1,0 +1,67 @@
+"""What a run of a recipe is made of: the trials of its sweep, the rows of its evaluation, the networks and bytes it needs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from beeline.config import LmmConfig, PairsConfig, Recipe
+from beeline.measures import KID_SUBSET
+from beeline.measuring import PROBES
+from beeline.samplers import evaluations
+from cluster.workspace import Workspace
+from evaluation.jobs import KEPT
+from evaluation.rows import parse_steps, teacher_row
+from pipeline.shards import encode, group_rows, shard_count
+from trainers.student import RECONSTRUCTION, all_needs, running
+from trainers.trials import config_of, settings
+
+KID_SUBSETS = 100
+PER_GROUP = 400  # bytes of a row group beside its rows
+
+
+def needed_weights(recipe: Recipe) -> list[str]:
+    """The pretrained networks that losses, discriminators and measurements look through."""
+    names = [name for lmm in recipe.students.values() if running(lmm) for name in all_needs(lmm).features]
+    names += [name for lmm in trials(recipe).values() for name in all_needs(lmm).features]
+    names += [*recipe.evaluate.features, recipe.sweep.features]
+    return [name for name in dict.fromkeys(names) if name not in PROBES]
+
+
+def trials(recipe: Recipe) -> dict[int, LmmConfig]:
+    """The students of the sweep's trials, by number."""
+    lmm, sweep = recipe.students["lmm"], recipe.sweep
+    return {k: config_of(settings(k, sweep, lmm.seed), sweep, lmm) for k in range(sweep.trials)}
+
+
+def pair_evaluations(pairs: PairsConfig, there: Workspace) -> int:
+    """Evaluations of the teacher for each pair."""
+    return there.levels if pairs.solver == "calibrated" else evaluations("heun", pairs.num_steps)
+
+
+def store_bytes(column: str, shape: Sequence[int], dtype: str, count: int, shard_size: int, plan: Any) -> float:
+    """Bytes of a store of `count` images of `shape` (C, H, W): what rows take, and what surrounds them in a shard."""
+    empty = np.zeros((1, *shape), dtype)
+    row = empty.nbytes + 8 + 4  # index and label
+    around = len(encode(column, empty, np.zeros(1, np.int32), [0], plan, x0_generator="", x0_crc32=0)) - row
+    groups = -(-min(count, shard_size) // group_rows(empty.nbytes))
+    return count * row + shard_count(count, shard_size) * (around + (groups - 1) * PER_GROUP)
+
+
+def measured_models(recipe: Recipe) -> dict[str, list[int]]:
+    """What run_pipeline.py measures: the evaluations of each row of each model."""
+    students = {f"students/{name}": recipe.evaluate.steps for name in recipe.students}
+    if recipe.students["lmm"].reconstruction.iterations:
+        students[f"students/lmm/{RECONSTRUCTION}"] = recipe.few_steps
+    rows = {name: [len(parse_steps(text)) for text in dict.fromkeys(steps)] for name, steps in students.items()}
+    return {"teacher": [teacher_row(nfe).nfe for nfe in dict.fromkeys(recipe.evaluate.nfe)], **rows}
+
+
+def figures(network: str, dimensions: int, count: int, images: int, neighbours: int) -> float:
+    """FLOPs of what is computed of one draw in the features of a network (beeline/measures.py): covariance and its roots,
+    neighbourhoods, kernel distance."""
+    fake, true = min(neighbours, count), min(neighbours, KEPT, images)
+    total = 2.0 * dimensions * (count * dimensions + fake**2 + true**2 + fake * true) + 10 * dimensions**3
+    return total + (KID_SUBSETS * 3 * 2 * KID_SUBSET**2 * dimensions if network == "inception" else 0)

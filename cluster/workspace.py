@@ -1,0 +1,180 @@
+"""What a workspace tells a plan: what is there already, and how fast it was made."""
+
+from __future__ import annotations
+
+import functools
+import os
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+from beeline.checkpoint import CONFIG, SOLVER, WEIGHTS
+from beeline.config import PairsConfig, Recipe
+from beeline.errors import BeelineError
+from beeline.recipes import RECIPES
+from beeline.samplers import evaluations
+from cluster import counting
+from cluster.speeds import Measured, Task
+from pipeline.images import open_source
+from pipeline.manifest import read_manifest
+from pipeline.shards import shard_count, shard_name, shard_rows
+from pipeline.stage import PLAN, SUCCESS
+from pipeline.storage import Folder
+from trainers import checkpoints, loop
+from trainers.train_teacher import imported_from
+
+PUBLISHED = {"cifar10": 50_000, "cifar10_uncond": 50_000, "cifar10_small": 50_000, "afhqv2": 15_803, "imagenet64": 1_281_167}
+CALIBRATED = 12  # evaluations of a calibrated solver that is yet to be found
+
+
+class Workspace:
+    """A workspace as it is found. Nothing is written; a workspace that does not exist, or cannot be read, is empty."""
+
+    def __init__(self, uri: str, recipe: Recipe, trouble: str = "") -> None:
+        self.place, self.recipe, self.trouble = Folder(uri), recipe, trouble
+        """`trouble`: why it cannot be read; "" where it can."""
+        try:
+            _ = trouble or self.place.sizes()
+        except BeelineError as error:
+            self.trouble = str(error)
+
+    def json(self, folder: str, name: str) -> Any:
+        """The JSON file, or None."""
+        return None if self.trouble else (self.place / folder).read_json(name)
+
+    @functools.cache  # noqa: B019  (a workspace lives as long as the command)
+    def complete(self, folder: str) -> bool:
+        """Whether the stage says that it is finished."""
+        return self.json(folder, SUCCESS) is not None
+
+    @functools.cached_property
+    def teacher(self) -> bool:
+        """Whether there is a teacher, trained or imported."""
+        return not self.trouble and {WEIGHTS, CONFIG} <= (self.place / "teacher").sizes().keys()
+
+    @functools.cached_property
+    def imported(self) -> str | None:
+        """The file that the teacher was imported from."""
+        return imported_from(self.place / "teacher") if self.teacher else None
+
+    @functools.cached_property
+    def images(self) -> int:
+        """Real images: of images/, or of the source; 0 where neither says."""
+        return self._images[0]
+
+    @functools.cached_property
+    def images_from(self) -> str:
+        """How that number is known, as a note."""
+        return self._images[1]
+
+    @functools.cached_property
+    def _images(self) -> tuple[int, str]:
+        plan, config = self.json("images", PLAN), self.recipe.images
+        if plan:
+            return int(plan["images"]["count"]), ""
+        if config.source == "digits" or os.path.exists(config.source):
+            try:
+                return len(open_source(config).labels), ""
+            except BeelineError:
+                return 0, ""
+        if config.source == RECIPES[self.recipe.name](0).images.source:
+            return PUBLISHED.get(self.recipe.name, 0), " (as published; the source is not here)"
+        return 0, ""
+
+    @functools.cached_property
+    def calibrated(self) -> bool:
+        """Whether the teacher has a calibrated solver."""
+        return self.json("teacher", SOLVER) is not None
+
+    @property
+    def levels(self) -> int:
+        """Evaluations of the calibrated solver, found or assumed."""
+        return len(self.json("teacher", SOLVER)["levels"]) if self.calibrated else CALIBRATED
+
+    def weights(self, name: str) -> bool:
+        """Whether a pretrained network is there."""
+        return not self.trouble and {WEIGHTS, CONFIG} <= (self.place / "weights" / name).sizes().keys()
+
+    def pairs(self, config: PairsConfig) -> int:
+        """Pairs that are there."""
+        if self.trouble:
+            return 0
+        names = (self.place / "pairs").sizes().keys()
+        shards = range(shard_count(config.count, config.shard_size))
+        return sum(len(shard_rows(k, config.shard_size, config.count)) for k in shards if shard_name(k) in names)
+
+    def step(self, folder: str) -> int:
+        """The step of the newest checkpoint of a training that is not finished."""
+        if self.trouble or self.complete(folder):
+            return 0
+        return max(checkpoints.steps(self.place / folder), default=0)
+
+    def trials(self, folder: str) -> set[int]:
+        """Numbers of a sweep's trials that have ended."""
+        names = [] if self.trouble else (self.place / folder).sizes()
+        return {int(name[6:10]) for name in names if name.startswith("trial-")}
+
+    def measured(self) -> list[Measured]:
+        """The throughputs that its pairs and logs hold, of the recipe's settings."""
+        if self.trouble:
+            return []
+        found = [*self._of_pairs(), *self._of_log("teacher")]
+        for name in self.recipe.students:
+            found += self._of_log(name)
+        return found
+
+    def _of_pairs(self) -> list[Measured]:
+        config = self.recipe.pairs
+        rows = [row for row in read_manifest(self.place / "pairs") if row.get("sampling_seconds")]
+        seconds = sum(row["sampling_seconds"] for row in rows)
+        plan = self.json("pairs", PLAN)
+        if not seconds or not plan:
+            return []
+        made, size = plan["pairs"], counting.evaluation(self.recipe.teacher.network)
+        each = plan.get("evaluations", evaluations("heun", config.num_steps))
+        pairs = sum(row["pairs"] for row in rows)
+        units = config.gpus or config.threads
+        task = Task(kind="sampling", size=size, precision=made["precision"], compiled=made["compiled"])
+        source = (
+            f"{self.place}/pairs/manifest.parquet, {pairs / seconds:,.2f} pairs per actor-second over {len(rows)} shards, "
+            f"taking actors to have had what the settings say: {_each(config.gpus, config.threads)}"
+        )
+        rate = pairs * each * size / seconds / units
+        return [Measured(task=task, rate=lambda: rate, source=source, ours=True, on_gpu=config.gpus > 0)]
+
+    def _of_log(self, name: str) -> list[Measured]:
+        """Of a training, for each of its phases: the median of images/s, the first line, of a cold start, left out."""
+        recipe, teaching = self.recipe, name == "teacher"
+        config = recipe.teacher if teaching else recipe.students[name]
+        folder = "teacher" if teaching else f"students/{recipe.students[name].name}"
+        rows, workers = loop.read_log(self.place / folder), config.workers
+        size, made = counting.evaluation(recipe.teacher.network), []
+        for number in (0, 1):
+            rates = [row["images_per_s"] for row in rows if row.get("phase", 0) == number and row.get("images_per_s")]
+            rates = rates[1:] or rates
+            if not rates:
+                continue
+            images, units = statistics.median(rates), workers.count * (workers.gpus or workers.threads)
+            if teaching:
+                kind, count = "teacher", functools.partial(counting.of_teacher, recipe.teacher)
+            else:
+                lmm = recipe.students[name]
+                phase = (lmm.reconstruction, lmm.adversarial)[number]
+                found = counting.of_phase(recipe.teacher.network, recipe.probe.losses, lmm, phase)
+                kind, count = "adversarial" if found.critic_bytes else "reconstruction", found.count
+            compiled = getattr(config, "compiled", False)
+            task = Task(kind=kind, size=size, precision=config.precision, compiled=compiled)
+            source = (
+                f"{self.place}/{folder}/{loop.LOG}, {images:,.1f} images/s, taking the training to have had the "
+                f"settings' {workers.count} workers of {_each(workers.gpus, workers.threads)}"
+            )
+
+            def rate(images: float = images, units: float = units, count: Callable[[], float] = count) -> float:
+                return images * count() / units
+
+            made.append(Measured(task=task, rate=rate, source=source, ours=True, on_gpu=workers.gpus > 0))
+        return made
+
+
+def _each(gpus: float, threads: int) -> str:
+    return f"{gpus:g} GPU of the kind asked for" if gpus else f"{threads} thread{'s' * (threads != 1)}"

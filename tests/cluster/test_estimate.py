@@ -1,0 +1,386 @@
+"""An estimate follows the recipe, says where every speed is from, and --check finds what is not ready."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import forget
+from harness import ROOT, Head, free_port, wait_for
+from ray.core.generated.autoscaler_pb2 import ClusterConfig  # pyright: ignore[reportAttributeAccessIssue]
+from torch.utils.flop_counter import FlopCounterMode
+
+from beeline.checkpoint import build, dump
+from beeline.config import PairsConfig, Recipe
+from beeline.errors import BeelineError
+from beeline.learner import Learner
+from beeline.objectives import Batch, Setting
+from beeline.objectives.lmm import LinesMatching
+from beeline.recipes import cifar10, digits
+from cluster import counting, nodes, readiness, speeds
+from cluster.contents import store_bytes
+from cluster.estimate import Machines, Plan, estimate, plan
+from cluster.nodes import Node, Surroundings
+from cluster.readiness import Line, access, check_all
+from cluster.stages import stages
+from cluster.workspace import Workspace
+from pipeline.gen_pairs import plan_of
+from pipeline.manifest import SCHEMA
+from pipeline.shards import encode, shard_count, shard_rows
+from pipeline.stage import Stage
+from pipeline.storage import Folder
+
+H200 = Machines(gpu="h200", gpus=8, cores=64)
+TWO_CORES = Machines(gpu="cpu", gpus=0, cores=2)
+
+
+@pytest.fixture(scope="module")
+def on_gpus() -> Recipe:
+    """The digits, small enough to count, every stage asking for GPUs as the large recipes do."""
+    recipe = digits()
+    lmm = replace(recipe.students["lmm"], precision="bf16", workers=replace(recipe.teacher.workers, count=4, gpus=1))
+    return replace(
+        recipe,
+        probe=replace(recipe.probe, gpus=0.5),
+        teacher=replace(recipe.teacher, workers=replace(recipe.teacher.workers, count=8, gpus=1)),
+        pairs=replace(recipe.pairs, precision="bf16", gpus=1, max_actors=64, count=100_000, shard_size=1000),
+        students={"lmm": lmm, "l2": replace(recipe.students["l2"], workers=lmm.workers)},
+        sweep=replace(recipe.sweep, gpus=1),
+        evaluate=replace(recipe.evaluate, gpus=1),
+    )
+
+
+def planned(recipe: Recipe, workspace: Path, machines: Machines = H200, **settings: Any) -> Plan:
+    there = Workspace(str(workspace), recipe)
+    return plan(stages(recipe, there, "train"), machines, measured=there.measured(), **settings)
+
+
+def row(made: Plan, stage: str) -> Any:
+    return next(row for row in made.rows if row.stage == stage)
+
+
+def test_the_cifar10_network_is_counted_exactly() -> None:
+    network = cifar10().teacher.network
+    assert counting.evaluation(network) == pytest.approx(42.4e9, rel=0.02)
+    assert counting.weight_bytes(network) / 4 == pytest.approx(55.735e6, rel=1e-3)
+    assert counting.of_teacher(cifar10().teacher) == pytest.approx(3 * counting.evaluation(network), rel=0.02)
+
+
+def test_a_step_without_data_counts_as_a_real_one() -> None:
+    recipe = digits()
+    lmm, network = recipe.students["lmm"], recipe.teacher.network
+    torch.manual_seed(0)
+    student = Learner(build(network), lmm.adversarial.optimizer)
+    probe = counting._probe(recipe.probe.losses, 1).eval().requires_grad_(False)
+    setting = Setting(config=lmm, phase=lmm.adversarial, image_shape=(1, 8, 8), num_classes=10, features={"probe": probe})
+    objective = LinesMatching(setting)
+    assert objective.critic is not None
+    critic = Learner(objective.critic, lmm.discriminator.optimizer)
+    x, labels = torch.rand(4, 1, 8, 8), torch.eye(10)[:4]
+    batch = Batch(noise=x, x1=x, labels=labels, real=x, real_labels=labels)
+    with FlopCounterMode(display=False) as counter:
+        objective.backward(student, critic, batch, torch.Generator())
+    found = counting.of_phase(network, recipe.probe.losses, lmm, lmm.adversarial)
+    assert found.flops == counter.get_total_flops() / 4
+    assert found.trained_steps == (0,)
+    state = sum(tensor.numel() * 4 for tensor in objective.critic.state_dict().values())
+    assert state < found.critic_bytes < 3 * state + 1
+
+
+@pytest.mark.parametrize("factor", [2, 5])
+def test_work_grows_with_the_recipe(factor: int, on_gpus: Recipe, tmp_path: Path) -> None:
+    l2, pairs = on_gpus.students["l2"], on_gpus.pairs
+    phase = replace(l2.reconstruction, iterations=factor * l2.reconstruction.iterations)
+    larger = replace(
+        on_gpus,
+        pairs=replace(pairs, count=factor * pairs.count),
+        students=on_gpus.students | {"l2": replace(l2, reconstruction=phase)},
+        evaluate=replace(on_gpus.evaluate, draws=factor * on_gpus.evaluate.draws),
+    )
+    before, after = planned(on_gpus, tmp_path), planned(larger, tmp_path)
+    for name in ("gpu_hours", "stored_bytes", "amount"):
+        assert getattr(row(after, "pairs"), name) == pytest.approx(factor * getattr(row(before, "pairs"), name))
+    assert row(after, "students/l2").flops == pytest.approx(factor * row(before, "students/l2").flops)
+    assert row(after, "evaluation").passing_bytes == pytest.approx(factor * row(before, "evaluation").passing_bytes)
+    assert row(after, "teacher") == row(before, "teacher")
+
+
+def test_gpus_share_the_pairs_and_students_wait_for_theirs(on_gpus: Recipe, tmp_path: Path) -> None:
+    one, eight = (planned(on_gpus, tmp_path, replace(H200, gpus=n)) for n in (1, 8))
+    start = speeds.starting()[0] / 3600
+    walls = [row(made, "pairs").wall_hours - start for made in (one, eight)]
+    assert walls[0] / walls[1] == pytest.approx(100 / 13, rel=1e-6)  # 100 shards are 13 rounds of 8
+    assert row(one, "pairs").gpu_hours == row(eight, "pairs").gpu_hours
+    assert any("teacher asks for 8 GPUs at once, of 1" in note for note in one.notes)
+    assert not any("at once" in note for note in eight.notes)
+
+
+@pytest.mark.parametrize(("dtype", "shape", "count"), [("float16", (3, 32, 32), 700), ("float32", (1, 8, 8), 1300)])
+def test_storage_is_that_of_a_real_store(dtype: Any, shape: tuple[int, int, int], count: int) -> None:
+    config = PairsConfig(count=count, shard_size=300, dtype=dtype)
+    network = replace(digits().teacher.network, img_channels=shape[0], img_resolution=shape[1])
+    made_of = plan_of(config, build(network), "0" * 64, None)
+    real = 0
+    for k in range(shard_count(count, 300)):
+        rows = shard_rows(k, 300, count)
+        images = np.random.default_rng(k).random((len(rows), *shape)).astype(dtype)
+        real += len(encode("x1", images, np.zeros(len(rows), np.int32), rows, made_of, x0_generator="philox", x0_crc32=1))
+    settings = {"pairs": dataclasses.asdict(config), "sigmas": made_of["sigmas"], "teacher_sha256": "0" * 64}
+    assert store_bytes("x1", shape, dtype, count, 300, settings) == pytest.approx(real, rel=0.03)
+
+
+def test_every_speed_names_its_source(on_gpus: Recipe, tmp_path: Path) -> None:
+    made = planned(on_gpus, tmp_path)
+    assert all(found.sources for found in made.rows if found.flops)
+    said = row(made, "pairs").sources["sampling"]
+    assert said.startswith(
+        "297 TFLOP/s per GPU in bf16, assumed, not measured: 30 % of the data sheet's 989 TFLOP/s dense bf16"
+    )
+    assert "NVIDIA H200 SXM" in said
+    on_cpu = planned(digits(), tmp_path, TWO_CORES)
+    said = row(on_cpu, "pairs").sources["sampling"]
+    assert "measured: benchmarks/results/sampling-cpu-digits.json" in said
+    assert row(planned(on_gpus, tmp_path, utilisation=0.1), "pairs").gpu_hours == pytest.approx(
+        3 * row(made, "pairs").gpu_hours
+    )
+
+
+def test_a_benchmark_of_the_gpu_is_taken_before_its_data_sheet(
+    on_gpus: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for path in speeds.RESULTS.glob("*.json"):
+        (tmp_path / path.name).write_text(path.read_text())
+    result = json.loads((speeds.RESULTS / "sampling-cpu-digits.json").read_text())
+    result["machine"] |= {"gpu": "NVIDIA H200"}
+    result["policies"]["bf16"]["evaluations_per_s"] = 1e6
+    (tmp_path / "sampling-gpu-digits.json").write_text(json.dumps(result))
+    monkeypatch.setattr(speeds, "RESULTS", tmp_path)
+    found = row(planned(on_gpus, tmp_path / "ws"), "pairs")
+    assert found.sources["sampling"].endswith("measured: benchmarks/results/sampling-gpu-digits.json, on one NVIDIA H200")
+    assert found.gpu_hours == pytest.approx(100_000 * 35 / 1e6 / 3600)
+    h100 = row(planned(on_gpus, tmp_path / "ws", replace(H200, gpu="h100")), "pairs")
+    assert "assumed" in h100.sources["sampling"]
+
+
+def test_the_workspace_is_believed_first_and_not_made_twice(on_gpus: Recipe, tmp_path: Path) -> None:
+    pairs, place = on_gpus.pairs, Folder(str(tmp_path))
+    there = Stage(place, "pairs", {"pairs": dataclasses.asdict(pairs), "evaluations": 35})
+    there.begin()
+    rows: list[dict[str, Any]] = [{"shard": k, "pairs": 1000, "sampling_seconds": 20.0} for k in range(40)]
+    sink = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), sink)
+    there.folder.write("manifest.parquet", sink.getvalue())
+    for k in range(40):
+        there.folder.write(f"part-{k:05d}.parquet", b"")
+    log = [{"step": 50, "images_per_s": 1.0}, *({"step": 50 * k, "images_per_s": 1000.0} for k in (2, 3))]
+    (place / "teacher").write("train.jsonl", "\n".join(map(json.dumps, log)).encode())
+    made = planned(on_gpus, tmp_path)
+    found = row(made, "pairs")
+    assert found.amount == 60_000
+    assert found.gpu_hours == pytest.approx(60_000 / 50 / 3600)
+    assert f"{tmp_path}/pairs/manifest.parquet, 50.00 pairs per actor-second over 40 shards" in found.sources["sampling"]
+    teacher = row(made, "teacher")
+    assert f"{tmp_path}/teacher/train.jsonl, 1,000.0 images/s" in teacher.sources["teacher"]
+    assert teacher.gpu_hours == pytest.approx(8 * 700 * 128 / 1000 / 3600)
+    there.finish()
+    assert row(planned(on_gpus, tmp_path), "pairs").work == "complete"
+
+
+def test_the_digits_take_what_they_take(tmp_path: Path) -> None:
+    """The README's demo: eight and a half minutes on two cores."""
+    assert 4.25 < planned(digits(), tmp_path, TWO_CORES).wall_hours * 60 < 17
+
+
+def test_money_is_counted_only_with_a_price(on_gpus: Recipe, tmp_path: Path) -> None:
+    free, paid = planned(on_gpus, tmp_path), planned(on_gpus, tmp_path, price=2.5)
+    assert free.held_money is None
+    assert all(found.money is None for found in free.rows)
+    assert paid.total("money") == pytest.approx(2.5 * paid.total("gpu_hours"))
+    assert paid.held_money == pytest.approx(2.5 * 8 * paid.wall_hours)
+
+
+def test_the_command_follows_overrides(tmp_path: Path) -> None:
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    done = subprocess.run(
+        [
+            sys.executable, "cluster/estimate.py", "digits", "--workspace", str(tmp_path / "ws"), "--gpu", "cpu", "--gpus", "0",
+            "--cores", "2", "--json", "--pairs.count", "20000", "--teacher", "import",
+        ],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = {stage["stage"]: stage for stage in json.loads(done.stdout)["stages"]}
+    assert found["pairs"]["work"] == "20,000 pairs of 35 evaluations"
+    assert found["teacher"]["work"] == "imported"
+    assert "money" not in found["pairs"]
+    assert not (tmp_path / "ws").exists()
+
+
+def test_the_table_has_every_stage_and_its_sources(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    estimate(str(tmp_path), digits(), gpu="cpu", cores=2)
+    page = capsys.readouterr().out
+    for stage in ("images", "probe", "teacher", "pairs", "students/lmm", "students/rf", "sweeps/sot", "evaluation", "report"):
+        assert f"\n{stage} " in page
+    assert "measured: benchmarks/results/sampling-cpu-digits.json" in page
+    assert "money" not in page
+
+
+def test_an_unknown_gpu_lists_the_known_ones(tmp_path: Path) -> None:
+    with pytest.raises(BeelineError, match="'h2000', of which no speed is known; expected one of: h200, h100, a100, l40s"):
+        estimate(str(tmp_path), digits(), gpu="h2000")
+    with pytest.raises(BeelineError, match="for machines without GPUs give --gpu cpu"):
+        estimate(str(tmp_path), digits(), gpu="h200", gpus=0)
+
+
+def checked(recipe: Recipe, workspace: str, teacher: str = "train") -> dict[str, Line]:
+    place = Folder(workspace)
+    lines = check_all(recipe, Workspace(workspace, recipe, access(place)), teacher)
+    return {line.what: line for line in lines}
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a cluster."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_good_workspace_is_ready_and_left_as_it_was(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = checked(digits(), str(tmp_path / "a/b"))
+    assert {"workspace", "settings", "weights", "teacher", "images", "disk", "machine", "room"} <= found.keys()
+    assert not [line for line in found.values() if line.fix]
+    assert not list(tmp_path.iterdir())
+    estimate(str(tmp_path), digits(), check=True)
+    assert "ok      workspace" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("alone")
+def test_what_is_missing_is_named_with_its_fix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = digits()
+    recipe = replace(
+        recipe,
+        images=replace(recipe.images, source="photos.zip"),
+        evaluate=replace(recipe.evaluate, features=("probe", "dinov2_vits14", "inception")),
+        pairs=replace(recipe.pairs, gpus=2, min_actors=3),
+    )
+    for name in ("model.safetensors", "config.json"):
+        Folder(str(tmp_path)).write(f"weights/inception/{name}", b"{}")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(readiness.shutil, "disk_usage", lambda path: _Usage(10))
+    found = checked(recipe, str(tmp_path), "import")
+    assert found["weights"].fix.endswith(f"python -m beeline.weights fetch dinov2_vits14 --out {tmp_path}/weights")
+    assert "python -m beeline.edm_import FILE.pkl" in found["teacher"].fix
+    assert "photos.zip is not there" in found["images"].found
+    assert found["disk"].fix
+    assert "3 x 2 GPU and 0.5 CPU are asked for at once" in found["pairs"].found
+    assert "has room for 2" in found["pairs"].found
+    with pytest.raises(BeelineError, match="checks failed: weights, teacher, images, disk, pairs"):
+        readiness.report(list(found.values()))
+
+
+@dataclasses.dataclass
+class _Usage:
+    free: int
+
+
+@pytest.mark.usefixtures("alone")
+def test_other_settings_and_another_teacher_are_found_before_they_are_refused(tmp_path: Path) -> None:
+    recipe, place = digits(), Folder(str(tmp_path))
+    Stage(place, "pairs", {"pairs": dataclasses.asdict(replace(recipe.pairs, count=77))}).begin()
+    for name, data in dump(build(replace(recipe.teacher.network, img_channels=3)), {}).items():
+        (place / "teacher").write(name, data)
+    found = checked(recipe, str(tmp_path))
+    assert "pairs: pairs.count: 77 there, 2500 asked for" in found["settings"].found
+    assert found["settings"].fix
+    assert "img_channels: 3 there, 1 asked for" in found["teacher"].found
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_workspace_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    found = checked(digits(), str(tmp_path / "file/ws"))
+    assert "Give --workspace a folder that may be written" in found["workspace"].fix
+    assert "weights" not in found  # what cannot be read is not judged
+
+
+@pytest.mark.s3
+@pytest.mark.usefixtures("alone")
+def test_buckets_and_credentials(bucket: Folder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    recipe = digits()
+    found = checked(recipe, str(bucket))
+    assert not [line for line in found.values() if line.fix]
+    assert bucket.sizes() == {}
+
+    assert "There is no such bucket" in checked(recipe, "s3://no-such-bucket/x")["workspace"].fix
+    with monkeypatch.context() as changed:
+        changed.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+        forget()
+        assert "credentials" in checked(recipe, str(bucket))["workspace"].fix
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            changed.delenv(name)
+        changed.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+        changed.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+        forget()
+        assert "There are no credentials: set AWS_ACCESS_KEY_ID" in checked(recipe, str(bucket))["workspace"].fix
+    with monkeypatch.context() as changed:
+        changed.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
+        changed.setattr(readiness, "PATIENCE", 3.0)
+        forget()
+        line = checked(recipe, str(bucket))["workspace"]
+        assert "Nobody answers: check AWS_ENDPOINT_URL" in line.fix
+
+
+def test_a_running_cluster_is_asked(head: Head, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setenv("RAY_ADDRESS", head.address)
+    recipe = digits()
+    wait_for(lambda: "no node" not in checked(recipe, str(tmp_path))["cluster"].found, 60, "the head's own node")
+    found = checked(recipe, str(tmp_path))
+    assert not [line for line in found.values() if line.fix]
+    assert "4 CPUs and 0 GPUs" in found["cluster"].found
+    assert found["versions"].found.endswith("here and there")
+    many = replace(recipe.teacher, workers=replace(recipe.teacher.workers, count=5))
+    found = checked(replace(recipe, pairs=replace(recipe.pairs, gpus=0.5), teacher=many), str(tmp_path))
+    assert "2 x 0.5 GPU" in found["pairs"].found
+    assert "5 x 1 CPU are asked for at once; 1 node with 4 CPUs and 0 GPUs has room for 4" in found["teacher"].found
+    assert "--teacher.workers.count" in found["teacher"].fix
+    assert "room" not in found
+
+    config, client = ClusterConfig(), nodes._raylet.GcsClient(address=head.address)
+    config.node_group_configs.add(name="gpus", max_count=2).resources.update({"CPU": 8, "GPU": 4})
+    key, space = (
+        getattr(nodes._raylet, f"GCS_AUTOSCALER_{name}").encode() for name in ("CLUSTER_CONFIG_KEY", "STATE_NAMESPACE")
+    )
+    client.internal_kv_put(key, config.SerializeToString(), True, namespace=space)
+    try:
+        assert nodes.look_at_cluster(head.address).promised == [Node(8, 4, 2)]
+    finally:
+        client.internal_kv_del(key, False, namespace=space)
+
+    monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{free_port()}")
+    assert "does not answer" in checked(recipe, str(tmp_path))["cluster"].found
+
+
+def test_what_an_autoscaler_may_bring_counts() -> None:
+    config = ClusterConfig()
+    for name, resources, most in (("head", {"CPU": 2}, 0), ("spot", {"CPU": 8, "GPU": 1}, 3), ("any", {"CPU": 4}, -1)):
+        group = config.node_group_configs.add(name=name, max_count=most)
+        group.resources.update(resources)
+    around = Surroundings(nodes=[Node(2, 0)], promised=nodes._promised(config))
+    assert "may make it 3 of 1 GPUs, 8 CPUs, any number of 0 GPUs, 4 CPUs" in str(around)
+    need = nodes.Need(stage="teacher", option="", least=3, most=3, gpus=1, cpus=1)
+    assert not readiness._room(need, around).fix
+    assert readiness._room(replace(need, least=4), around).fix
+    assert not readiness._room(replace(need, gpus=0.25, least=12), around).fix
