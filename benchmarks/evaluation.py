@@ -156,7 +156,7 @@ def scaling(network: Inception, count: int, actors: int, gpus: float) -> dict[st
                 workspace=place, recipe="", config=evaluate, images={"images": config}, pairs=None, count=count
             )  # fmt: skip
             jobs = [RealImages("inception", group) for group in range(len(groups(config)))]
-            rows = run_pool(Bench, {"setup": setup, "jobs": jobs}, range(len(jobs)), evaluate)
+            rows = run_pool(Bench, {"setup": setup, "jobs": jobs}, range(len(jobs)), evaluate, name="evaluation")
             at = [time.perf_counter() for _ in rows]
             rates[pool] = SCALING_SHARD * (len(at) - pool) / (at[-1] - at[pool - 1])
         return {"images": count, "images_per_second": rates, "speedup": rates[actors] / rates[1], "actors": actors}

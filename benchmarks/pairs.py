@@ -87,7 +87,7 @@ def through_ray(config: PairsConfig, actors: int, seconds: float | None, shards:
         pool = PoolConfig(min_actors=actors, max_actors=actors, cpus=0.01, threads=1)
         start = time.perf_counter()
         items = range(shard_count(config.count, config.shard_size))
-        for row in run_pool(Worker, arguments, items, pool, overlap=True):
+        for row in run_pool(Worker, arguments, items, pool, name="pairs", overlap=True):
             rows.append(row | {"at": time.perf_counter() - start})
             if len(rows) == shards:
                 break

@@ -44,6 +44,7 @@ from evaluation.jobs import (
     sound,
 )
 from evaluation.rows import Row, rows_for
+from pipeline import metrics
 from pipeline.command import Progress, run_command
 from pipeline.pool import run_pool
 from pipeline.stage import Stage, check_fits, fingerprint, require, require_measuring, require_model, require_probe
@@ -141,7 +142,10 @@ class Measurement:
             if name.startswith(("part-", "draw-", "pairs-")):
                 folder.remove(name)
         folder.clean()
-        measured = {row["sampler"]: row["nfe"] for row in folder.read_json(results.METRICS)["rows"]}
+        published = folder.read_json(results.METRICS)["rows"]
+        for row in published:
+            metrics.gauge("evaluation_figure", row["mean"], model=self.name, sampler=row["sampler"], metric=row["metric"])
+        measured = {row["sampler"]: row["nfe"] for row in published}
         samples = setup.config.draws * setup.count
         self.stage.finish(samples=samples * len(measured), evaluations=samples * sum(measured.values()))
 
@@ -256,7 +260,7 @@ def _left(folder: Folder, jobs: Sequence[Any]) -> list[Any]:
 def _run(setup: Setup, what: str, jobs: list[Any]) -> None:
     progress = Progress(what, sum(job.evaluations + 1 for job in jobs), "network evaluations")
     arguments = {"setup": setup, "jobs": jobs}
-    for done in run_pool(Bench, arguments, range(len(jobs)), setup.config):
+    for done in run_pool(Bench, arguments, range(len(jobs)), setup.config, name=what):
         progress.add(done["evaluations"] + 1)
 
 

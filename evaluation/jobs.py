@@ -71,9 +71,10 @@ class Bench:
         self.reference = functools.cache(lambda name: reference(setup, name))
 
     def work(self, number: int) -> dict[str, Any]:
-        """Do item `number`; the row says how many network evaluations it took."""
-        self.jobs[number].run(self)
-        return {"evaluations": self.jobs[number].evaluations}
+        """Do item `number`; the row says how many network evaluations it took, and how many samples it measured."""
+        job = self.jobs[number]
+        job.run(self)
+        return {"evaluations": job.evaluations, "samples": len(job.indices) if isinstance(job, Samples) else 0}
 
     def place(self, *folders: str) -> Folder:
         """A folder of the workspace."""

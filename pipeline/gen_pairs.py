@@ -104,6 +104,7 @@ class PairShards:
             "published": round(time.time() * 1000),
             "writing_seconds": time.monotonic() - start,
             "retries": storage.retries() - repeated,
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         }
 
     def _sample(self, rows: range) -> tuple[tuple[np.ndarray, np.ndarray, np.ndarray], dict[str, float]]:
@@ -168,7 +169,7 @@ def gen_pairs(workspace: str, recipe: tyro.conf.Suppress[str], pairs: PairsConfi
     load = functools.partial(load_sampler, place, recipe, stage.plan, pairs)
     arguments = {"folder": stage.folder, "plan": stage.plan, "config": pairs, "load": load}
     try:
-        for row in run_pool(PairShards, arguments, found.todo, pairs, overlap=True):
+        for row in run_pool(PairShards, arguments, found.todo, pairs, name="pairs", overlap=True):
             manifest.add(row)
             progress.add(row["pairs"], _spent(manifest, pairs))
     finally:
@@ -189,6 +190,7 @@ def gen_pairs(workspace: str, recipe: tyro.conf.Suppress[str], pairs: PairsConfi
         shards=len(manifest.rows),
         evaluations=stage.plan["evaluations"] * pairs.count,
         busy_seconds=round(sampling, 1),
+        device_seconds=manifest.seconds_by_device(),
     )
 
 

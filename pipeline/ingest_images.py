@@ -72,7 +72,7 @@ def ingest_images(workspace: str, recipe: tyro.conf.Suppress[str], images: Image
     progress = Progress("images", sum(len(shard_rows(k, images.shard_size, len(labels))) for k in left), "images")
     arguments = {"workspace": place, "plan": stage.plan, "config": images}
     corrupt: list[str] = []
-    for row in run_pool(ImageShards, arguments, left, images):
+    for row in run_pool(ImageShards, arguments, left, images, name="images"):
         progress.add(row["images"])
         corrupt += json.loads(row["corrupt"])
     stage.folder.clean()

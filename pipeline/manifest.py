@@ -31,6 +31,7 @@ SCHEMA = pa.schema(
         pa.field("waiting_seconds", pa.float64()),
         pa.field("retries", pa.int64()),
         pa.field("node", pa.string()),
+        pa.field("device", pa.string(), metadata={"of": "the sampler: a GPU's name, or CPU"}),
     ]
 )
 
@@ -59,6 +60,12 @@ class Manifest:
         pq.write_table(table, sink, compression="zstd")
         self.folder.write(MANIFEST, sink.getvalue())
         self._published = time.monotonic()
+
+    def seconds_by_device(self) -> dict[str, float]:
+        """Seconds of sampling on each kind of device, of the shards whose device is known."""
+        devices = sorted({row["device"] for row in self.rows.values() if row.get("device")})
+        of = {device: [row for row in self.rows.values() if row.get("device") == device] for device in devices}
+        return {device: round(sum(row["sampling_seconds"] or 0 for row in rows), 1) for device, rows in of.items()}
 
     def total(self, name: str) -> float:
         """The sum of a column over the shards whose making is known."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,13 +18,20 @@ GROW_ABOVE = 0.5  # tasks in flight, of those that all actors could run at once;
 
 
 def run_pool(
-    worker: type, arguments: Mapping[str, Any], items: Sequence[int], pool: PoolConfig, *, overlap: bool = False
+    worker: type,
+    arguments: Mapping[str, Any],
+    items: Sequence[int],
+    pool: PoolConfig,
+    *,
+    name: str,
+    overlap: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """Call `worker(**arguments).work(item)` for each item on an actor pool; yield the rows (dicts) as they come.
 
     One item is one task: a dead actor's items are retried on another. Workers write their own results, under names and
     with bytes that depend on the item alone, so a retry can do no harm. With `overlap` a worker is called from two
-    threads at once and sees to it itself what may run side by side. Rows say which node they come from.
+    threads at once and sees to it itself what may run side by side. Rows say which node they come from. Ray's dashboard and
+    the metrics show the pool under `name`.
     """
     if not items:
         return
@@ -34,9 +43,10 @@ def run_pool(
     # The pool grows while there is work for more actors, by doubling; it shrinks when all work is handed out.
     context.autoscaling_config.actor_pool_util_upscaling_threshold = GROW_ABOVE
     context.autoscaling_config.actor_pool_util_downscaling_threshold = 0.0
+    shell = type(name, (_Shell,), {})  # Ray Data names its actors and tasks after the class
     rows = ray.data.from_items([{"item": int(k)} for k in items], override_num_blocks=len(items)).map_batches(
-        _Shell,
-        fn_constructor_kwargs={"worker": worker, "arguments": dict(arguments), "threads": pool.threads},
+        shell,
+        fn_constructor_kwargs={"name": name, "worker": worker, "arguments": dict(arguments), "pool": pool},
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(
             min_size=min(pool.min_actors, len(items)),
@@ -48,21 +58,31 @@ def run_pool(
         num_cpus=pool.cpus,
         num_gpus=pool.gpus,
     )
+    rows.set_name(name)
     yield from rows.iter_rows()
 
 
 class _Shell:
-    """The actor: one worker, told how many threads it may use, its rows counted in the cluster's metrics."""
+    """The actor: one worker, told how many threads it may use, its rows and its time counted in the cluster's metrics."""
 
-    def __init__(self, worker: type, arguments: dict[str, Any], threads: int) -> None:
+    def __init__(self, name: str, worker: type, arguments: dict[str, Any], pool: PoolConfig) -> None:
         import torch
 
-        torch.set_num_threads(threads)
+        self.name, self.price = name, pool.price
+        self._counted, self._lock = time.monotonic(), threading.Lock()
+        torch.set_num_threads(pool.threads)
         self.worker = worker(**arguments)
         self.node = ray.get_runtime_context().get_node_id()[:8]
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
         (item,) = batch["item"]
         row = self.worker.work(int(item))
-        metrics.count(type(self.worker).__name__, row)
+        seconds = self._seconds()
+        metrics.count(self.name, row | {"actor_seconds": seconds, "cost": seconds / 3600 * self.price})
         return {key: [value] for key, value in (row | {"node": self.node}).items()}
+
+    def _seconds(self) -> float:
+        """Since the last call, or the start."""
+        with self._lock:  # items may overlap
+            since, self._counted = self._counted, time.monotonic()
+            return self._counted - since

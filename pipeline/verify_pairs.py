@@ -143,7 +143,7 @@ def verify_pairs(workspace: str, recipe: tyro.conf.Suppress[str], verify: Verify
     }
     progress = Progress("verify", len(shards), "shards")
     rows: dict[int, dict[str, Any]] = {}
-    for row in run_pool(CheckShards, arguments, shards, verify):
+    for row in run_pool(CheckShards, arguments, shards, verify, name="verify"):
         rows[row["shard"]] = row
         progress.add(1)
     troubles = {shard_name(k): rows[k]["trouble"] for k in shards if rows[k]["trouble"]}

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import json
 import os
+import re
 import runpy
 import socket
 import subprocess
@@ -65,23 +66,50 @@ class Head:
 
     def environment(self) -> dict[str, str]:
         """What a command needs to join it."""
-        return {**os.environ, "RAY_ADDRESS": self.address, "RAY_AUTH_MODE": "disabled", "PYTHONUNBUFFERED": "1"}
+        return {**os.environ, "RAY_ADDRESS": self.address, "PYTHONUNBUFFERED": "1"}
+
+    def job(self, command: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """`ray job COMMAND`, with the head's token."""
+        ray = Path(sys.executable).parent / "ray"
+        environment = {key: value for key, value in self.environment().items() if key != "RAY_ADDRESS"}
+        return subprocess.run(
+            [str(ray), "job", command, "--address", self.dashboard, *arguments],
+            cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600,
+        )  # fmt: skip
+
+    def submit(self, *entrypoint: str | Path, options: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+        """`ray job submit` of a command of the project, as documented."""
+        return self.job("submit", "--working-dir", ".", *options, "--", sys.executable, *map(str, entrypoint))
 
     def workers(self, name: str) -> list[psutil.Process]:
         """The processes of this head's actors whose title has `name` in it: its raylet is their parent."""
         named = [p for p in psutil.process_iter() if name in _title(p)]
         return [p for p in named if (parent := p.parent()) and self.folder in _title(parent)]
 
-    def metrics(self) -> dict[str, float]:
-        """The sums of this head's Prometheus series, over their labels."""
-        discovery = Path(self.folder) / "prom_metrics_service_discovery.json"
-        sums: dict[str, float] = {}
+    def session(self) -> str:
+        """Ray's name for this head's session."""
+        return (Path(self.folder) / "session_latest").resolve().name
+
+    def series(self) -> list[tuple[str, dict[str, str], float]]:
+        """This head's Prometheus series: names, labels and values. Of two heads on a machine the second has no port left for
+        its dashboard's own series, and would hand out the first one's."""
+        discovery, session = Path(self.folder) / "prom_metrics_service_discovery.json", self.session()
+        found = []
         for target in json.loads(discovery.read_text())[0]["targets"] if discovery.exists() else []:
             with contextlib.suppress(OSError), urllib.request.urlopen(f"http://{target}/metrics", timeout=10) as answer:
                 for line in answer.read().decode().splitlines():
                     if line and not line.startswith("#"):
-                        name, value = line.split("{")[0].split(" ")[0], line.rsplit(" ", 1)[1]
-                        sums[name] = sums.get(name, 0.0) + float(value)
+                        series, value = line.rsplit(" ", 1)
+                        labels = dict(re.findall(r'(\w+)="((?:[^"\\]|\\.)*)"', series))
+                        if labels.get("SessionName") == session:
+                            found.append((series.split("{")[0], labels, float(value)))
+        return found
+
+    def metrics(self) -> dict[str, float]:
+        """The sums of those series, over their labels."""
+        sums: dict[str, float] = {}
+        for name, _, value in self.series():
+            sums[name] = sums.get(name, 0.0) + value
         return sums
 
 

@@ -18,10 +18,11 @@ import torch.distributed
 
 from beeline.config import WorkersConfig
 from beeline.errors import BeelineError, StorageError
+from pipeline import metrics
 from pipeline.command import ensure_ray
 from pipeline.storage import Folder
 from trainers import checkpoints, loop
-from trainers.tracking import open_trackers
+from trainers.tracking import Tracker, open_trackers
 
 
 def launch(
@@ -29,20 +30,23 @@ def launch(
     arguments: Mapping[str, Any],
     folder: Folder,
     *,
+    name: str,
     workers: WorkersConfig,
     cadence: loop.Cadence,
     tracking: Mapping[str, Any] | None = None,
 ) -> None:
     """Train `build(session=..., **arguments)` on `workers.count` ranks. Goes on from <folder>/checkpoints by itself.
 
-    `build` is called in each rank, so it must be importable and its arguments picklable. `tracking` are the arguments of
-    `open_trackers`. Ranks that are killed are restarted `workers.max_failures` times; a BeelineError in a rank is final,
-    but for a StorageError, which may pass. Machines that Ray is told will leave are left in time, and not counted.
+    `build` is called in each rank, so it must be importable and its arguments picklable. Ray's dashboard and the metrics show
+    the run under `name`. `tracking` are the arguments of `open_trackers`. Ranks that are killed are restarted
+    `workers.max_failures` times; a BeelineError in a rank is final, but for a StorageError, which may pass. Machines that Ray
+    is told will leave are left in time, and not counted.
     """
     ensure_ray()
     count = (workers.min_count, workers.count) if workers.min_count else workers.count
     config = {
         "build": build,
+        "name": name,
         "arguments": dict(arguments),
         "folder": folder,
         "threads": workers.threads,
@@ -61,7 +65,7 @@ def launch(
                     resources_per_worker={"CPU": workers.threads} | ({"GPU": workers.gpus} if workers.gpus else {}),
                 ),
                 run_config=ray.train.RunConfig(
-                    name="train",
+                    name=name.replace("/", "-"),  # it names a folder, too
                     storage_path=scratch,
                     failure_config=ray.train.FailureConfig(max_failures=workers.max_failures),
                     callbacks=[FinalErrors()],
@@ -100,7 +104,9 @@ def _rank(config: dict[str, Any]) -> bool:
         torch.cuda.set_device(device)
     rank = context.get_world_rank()
     restored = _newest(config["folder"], rank, device)
-    tracking = config["tracking"] if rank == 0 else None
+    trackers: list[Tracker] = [metrics.TrainingGauges(config["name"])] if rank == 0 else []
+    if rank == 0 and config["tracking"]:
+        trackers += open_trackers(**config["tracking"], resumed=restored is not None)
     session = loop.Session(
         rank=rank,
         world_size=context.get_world_size(),
@@ -108,7 +114,7 @@ def _rank(config: dict[str, Any]) -> bool:
         folder=config["folder"],
         restored=restored,
         leaving=lambda: ray.train.get_preemption_info() is not None,
-        trackers=open_trackers(**tracking, resumed=restored is not None) if tracking else (),
+        trackers=trackers,
     )
     task = config["build"](session=session, **config["arguments"])
     return loop.run(task, session, config["cadence"])

@@ -25,6 +25,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import tyro
 from ray import tune
+from ray.tune.trainable import wrap_function
 
 from beeline.checkpoint import CONFIG, WEIGHTS
 from beeline.config import EvaluateConfig, LmmConfig, SweepConfig, to_dict
@@ -33,9 +34,11 @@ from beeline.schedule import check_steps
 from evaluation.evaluate import measure
 from evaluation.results import METRICS
 from evaluation.rows import parse_steps
+from pipeline import metrics
 from pipeline.command import ensure_ray, run_command
 from pipeline.stage import PLAN, Stage, fingerprint, publish_model, require, require_features, require_model, require_probe
 from pipeline.storage import Folder
+from trainers import checkpoints
 from trainers.student import all_needs
 from trainers.trials import RUNGS, PerSchedule, config_of, folder_name, run_trial, settings
 from trainers.validation import METRIC
@@ -112,13 +115,17 @@ def _train(
         return
     ensure_ray()
     rungs = {number: folder.read_json(f"{folder_name(number)}/{RUNGS}") or [] for number in tried}
-    trainable = tune.with_parameters(
+    function = tune.with_parameters(
         run_trial, workspace=place, recipe=recipe, folder=folder, configs=configs, sweep=sweep, pairs=pairs, images=images
     )
+    resources, name = {"CPU": sweep.threads, "GPU": sweep.gpus}, f"Trial({sweep.name})"
+    trainable = wrap_function(tune.with_resources(function, resources), name=name)
+    trainable.__name__ = trainable.__qualname__ = name  # for Ray's dashboard: by itself it is an "ImplicitFunc"
+    ended = [folder.read_json(_row_name(number)) for number in tried if number not in configs]
     # Tune's own files are of no use afterwards: what a sweep goes on from is in the workspace.
     with tempfile.TemporaryDirectory(prefix="beeline-sweep-") as scratch:
         tuner = tune.Tuner(
-            tune.with_resources(trainable, {"CPU": sweep.threads, "GPU": sweep.gpus}),
+            trainable,
             param_space={"trial": tune.grid_search(list(configs))},
             tune_config=tune.TuneConfig(
                 scheduler=PerSchedule(sweep, tried, rungs), max_concurrent_trials=sweep.max_concurrent or None
@@ -126,7 +133,7 @@ def _train(
             run_config=tune.RunConfig(
                 name=sweep.name,
                 storage_path=scratch,
-                callbacks=[_Rows(folder, sweep, tried)],
+                callbacks=[_Rows(folder, sweep, tried, ended)],
                 failure_config=tune.FailureConfig(max_failures=sweep.max_failures),
                 verbose=0,
             ),
@@ -137,16 +144,29 @@ def _train(
 
 
 class _Rows(tune.Callback):
-    """Writes the row of each trial that has ended: it will not be run again."""
+    """Writes the row of each trial that has ended: it will not be run again. `ended` are those of earlier runs."""
 
-    def __init__(self, folder: Folder, sweep: SweepConfig, tried: Mapping[int, Mapping[str, Any]]) -> None:
-        self.folder, self.sweep, self.tried = folder, sweep, tried
+    def __init__(
+        self, folder: Folder, sweep: SweepConfig, tried: Mapping[int, Mapping[str, Any]], ended: list[dict[str, Any]]
+    ) -> None:
+        self.folder, self.sweep, self.tried, self.ended = folder, sweep, tried, ended
+        self._show()
+
+    def _show(self) -> None:
+        stopped = sum(row["stopped"] for row in self.ended)
+        states = {"left": len(self.tried) - len(self.ended), "stopped": stopped, "finished": len(self.ended) - stopped}
+        for state, trials in states.items():
+            metrics.gauge("sweep_trials", trials, sweep=self.sweep.name, state=state)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         number = trial.config["trial"]
         last = self.folder.read_json(f"{folder_name(number)}/{RUNGS}")[-1]
         row = {**self.tried[number], **last, "stopped": last["step"] < self.sweep.iterations}
         self.folder.write_json(_row_name(number), row)
+        for step in checkpoints.steps(self.folder / folder_name(number)):  # several times the size of the student
+            checkpoints.remove(self.folder / folder_name(number), step)
+        self.ended.append(row)
+        self._show()
         how = f"stopped at step {last['step']}" if row["stopped"] else "finished"
         print(f"sweep: trial {number}, steps {row['steps']}, lr {row['lr']:g}: {how}, {METRIC} {row[METRIC]:.3f}", flush=True)
 

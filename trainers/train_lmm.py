@@ -61,6 +61,7 @@ def train_lmm(workspace: str, recipe: tyro.conf.Suppress[str], lmm: LmmConfig) -
         StudentTask,
         {"workspace": place, "recipe": recipe, "config": lmm, "pairs": pairs, "images": images},
         stage.folder,
+        name=stage.name,
         workers=lmm.workers,
         cadence=loop.Cadence(
             log_every=lmm.log_every, checkpoint_every=lmm.checkpoint_every, validate_every=lmm.validate_every, keep=lmm.keep

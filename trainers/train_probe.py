@@ -36,7 +36,10 @@ def train_probes(workspace: str, recipe: tyro.conf.Suppress[str], probe: ProbeCo
         return
     ensure_ray()
     remote = ray.remote(num_cpus=1, num_gpus=probe.gpus)(_train)
-    jobs = {which: remote.remote(place, getattr(probe, which), probe, images) for which in ("losses", "measure")}
+    jobs = {
+        which: remote.options(name=f"probe/{which}").remote(place, getattr(probe, which), probe, images)
+        for which in ("losses", "measure")
+    }
     accuracies = {}
     for which, job in jobs.items():
         files, accuracies[which] = ray.get(job)

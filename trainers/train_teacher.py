@@ -109,6 +109,7 @@ def train_teacher(workspace: str, recipe: tyro.conf.Suppress[str], teacher: Teac
         TeacherTask,
         {"workspace": place, "config": teacher, "images": images},
         stage.folder,
+        name=stage.name,
         workers=teacher.workers,
         cadence=loop.Cadence(log_every=teacher.log_every, checkpoint_every=teacher.checkpoint_every, keep=teacher.keep),
     )

@@ -19,6 +19,7 @@ from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from beeline.config import LmmConfig, SweepConfig
 from beeline.noise import stream
 from evaluation.rows import parse_steps
+from pipeline import metrics
 from pipeline.storage import Folder
 from trainers import checkpoints, loop
 from trainers.student import StudentTask
@@ -118,6 +119,7 @@ def run_trial(
         device=torch.device("cuda" if sweep.gpus else "cpu"),
         folder=place,
         restored=checkpoints.load(place, there[-1]) if there else None,
+        trackers=[metrics.TrainingGauges(f"sweeps/{sweep.name}/{folder_name(number)}")],
     )
     task = Trial(session=session, workspace=workspace, recipe=recipe, config=lmm, pairs=pairs, images=images)
     every = lmm.checkpoint_every

@@ -93,7 +93,7 @@ def test_a_killed_measurement_goes_on_to_the_same_last_bit(run: Run, head: Head,
     wait_for(lambda: len(list(folder.glob("part-*"))) >= 3, 120, "the first shards")
     driver.kill()
     driver.wait()
-    wait_for(lambda: not head.workers("_Shell"), 60, "the actors to end")
+    wait_for(lambda: not head.workers("MapWorker"), 60, "the actors to end")
     parts = sorted(folder.glob("part-*.npz"))
     assert parts
     assert not (folder / "metrics.json").exists()

@@ -154,7 +154,7 @@ def test_what_is_watched(head: Head, trained: Path, tmp_path: Path) -> None:
         [sys.executable, "pipeline/gen_pairs.py", "digits", "--workspace", str(workspace), *settings],
         cwd=ROOT, env=head.environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
-    series = {f"ray_beeline_{name}_total" for name in metrics.COUNTERS.keys() - {"images", "retries"}}
+    series = {f"ray_beeline_{name}_total" for name in metrics.COUNTERS.keys() - {"images", "samples"}}
     wait_for(lambda: series <= head.metrics().keys(), 120, f"{series} on the endpoint")
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
