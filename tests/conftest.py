@@ -4,6 +4,7 @@ trained workspace. All on loopback; commands run as their users run them: as pro
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -23,6 +24,11 @@ from pipeline import storage
 from pipeline.storage import Folder
 
 
+def pytest_configure() -> None:
+    """Every Ray of the tests asks for a token, as a user's would, and every command has it."""
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+
+
 @pytest.fixture(scope="session")
 def head() -> Iterator[Head]:
     """A head node with 4 logical CPUs and a dashboard, ended by its process id."""
@@ -33,7 +39,7 @@ def head() -> Iterator[Head]:
             f"--port={address.split(':')[1]}", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1",
             "--num-cpus=4", "--object-store-memory=200000000", f"--temp-dir={folder}", "--disable-usage-stats",
         ]  # fmt: skip
-        environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_TRAIN_ENABLE_PRINT_PATCH": "0", **S3_KEYS}
+        environment = {**os.environ, "RAY_TRAIN_ENABLE_PRINT_PATCH": "0", **S3_KEYS}
         log = open(Path(folder) / "head.log", "wb")  # noqa: SIM115
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
         deadline = time.monotonic() + 90

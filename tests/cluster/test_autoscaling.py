@@ -57,7 +57,7 @@ class Cluster:
         }
         (folder / "autoscaling.yaml").write_text(yaml.safe_dump(config))
         self.environment = {
-            **os.environ, "RAY_AUTH_MODE": "disabled", "RAY_TRAIN_ENABLE_PRINT_PATCH": "0", "PYTHONUNBUFFERED": "1",
+            **os.environ, "RAY_TRAIN_ENABLE_PRINT_PATCH": "0", "PYTHONUNBUFFERED": "1",
             "AUTOSCALER_UPDATE_INTERVAL_S": "1", "PYTHONPATH": str(Path(__file__).parent),
         }  # fmt: skip
         command = [
@@ -86,16 +86,18 @@ class Cluster:
         return sum("Ray runtime started" in path.read_text() for path in self.folder.glob("127.*.log"))
 
     def end(self) -> None:
-        """End what was started, by its process ids."""
-        ours = [*self.nodes(), psutil.Process(self.head.pid)]
-        everything = [child for process in ours for child in process.children(recursive=True)] + ours
-        for process in ours:
-            process.send_signal(signal.SIGTERM)
-        psutil.wait_procs(everything, timeout=15)
-        for process in everything:
-            if process.is_running():
-                process.kill()
+        """End what was started, by its process ids: the head first, whose autoscaler might start more."""
+        _end([psutil.Process(self.head.pid)])
         self.head.wait()
+        _end(self.nodes())
+
+
+def _end(processes: list[psutil.Process]) -> None:
+    everything = [child for process in processes for child in process.children(recursive=True)] + processes
+    for process in processes:
+        process.send_signal(signal.SIGTERM)
+    for process in psutil.wait_procs(everything, timeout=10)[1]:
+        process.kill()
 
 
 @pytest.fixture

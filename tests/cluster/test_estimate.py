@@ -343,7 +343,6 @@ def test_buckets_and_credentials(bucket: Folder, monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_running_cluster_is_asked(head: Head, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     monkeypatch.setenv("RAY_ADDRESS", head.address)
     recipe = digits()
     wait_for(lambda: "no node" not in checked(recipe, str(tmp_path))["cluster"].found, 60, "the head's own node")

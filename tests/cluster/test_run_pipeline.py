@@ -1,4 +1,4 @@
-"""The whole pipeline as one command, in small: every stage real, and a report that shows what was made."""
+"""The whole pipeline as one job, in small: every stage real, a report that shows what was made, each stage a job of its own."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from harness import TINY_PAIRS, TINY_TEACHER, Run
+from harness import TINY_PAIRS, TINY_TEACHER, Head, Run
 
 TINY = [
     *TINY_TEACHER, *TINY_PAIRS,
@@ -24,11 +24,12 @@ STUDENTS = ("students/lmm", "students/l2", "students/sot", "students/kd", "stude
 
 
 @pytest.fixture(scope="module")
-def made(run: Run, trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A workspace made by the command; what the session's workspace has already is not made again."""
+def made(head: Head, trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workspace made by the command, as a job; what the session's workspace has already is not made again."""
     workspace = tmp_path_factory.mktemp("pipeline") / "ws"
     shutil.copytree(trained, workspace)
-    done = run("cluster/run_pipeline.py", "digits", "--workspace", workspace, *TINY, "--teacher.workers.count", "1")
+    done = head.submit("cluster/run_pipeline.py", "digits", "--workspace", workspace, *TINY, "--teacher.workers.count", "1")
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert f"report: {workspace}/report.html" in done.stdout
     for stage in ("images", "probe", "teacher", "pairs"):
         assert f"{stage}: already complete" in done.stdout
@@ -75,3 +76,22 @@ def test_run_again_it_returns_at_once(run: Run, made: Path) -> None:
     done = run("cluster/run_pipeline.py", "digits", "--workspace", made, *TINY, "--teacher.workers.count", "1")
     assert done.stdout.count("already complete") == 4 + 5 + 1 + 7
     assert before == {path: path.stat().st_mtime_ns for path in made.rglob("model.safetensors")}
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (["pipeline/ingest_images.py"], "images: already complete"),
+        (["trainers/train_probe.py", "--probe.iterations", "150"], "probe: already complete"),
+        (["trainers/train_teacher.py", *TINY_TEACHER, "--teacher.workers.count", "1"], "teacher: already complete"),
+        (["evaluation/evaluate.py", "--count", "100", "--draws", "2", "--nfe", "2"], "teacher, euler 2: NFE 2, fd_probe_100"),
+        (["evaluation/report.py"], "report: "),
+    ],
+    ids=lambda found: Path(found[0]).stem if isinstance(found, list) else "",
+)
+def test_stages_are_jobs_too(head: Head, made: Path, command: list[str], said: str) -> None:
+    """gen_pairs, the longest, is in test_jobs.py; training and sweeping are in the pipeline above."""
+    script, *options = command
+    done = head.submit(script, "digits", "--workspace", made, *options)
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert said in done.stdout

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -75,9 +74,8 @@ def nodes(head: Head) -> dict[str, Any]:
 
 
 @pytest.fixture
-def node(head: Head, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def node(head: Head) -> Iterator[str]:
     """The id of a second node, in a process of its own."""
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     ray = Path(sys.executable).parent / "ray"
     with tempfile.TemporaryDirectory(prefix="bl", dir="/tmp", ignore_cleanup_errors=True) as folder:
         log = open(Path(folder) / "node.log", "wb")  # noqa: SIM115
@@ -87,7 +85,7 @@ def node(head: Head, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
                 "--num-cpus=0", "--object-store-memory=80000000", "--min-worker-port=21000", "--max-worker-port=21100",
                 "--dashboard-agent-listen-port=0",
             ],
-            env={**os.environ, "RAY_AUTH_MODE": "disabled"}, stdout=log, stderr=subprocess.STDOUT,
+            stdout=log, stderr=subprocess.STDOUT,
         )  # fmt: skip
         try:
             wait_for(lambda: bool(spot_notice.own_nodes(head.address, IP)), 60, "the node")

@@ -94,9 +94,8 @@ def test_twenty_kills_on_s3_through_faults(
 
 
 @pytest.fixture
-def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+def cluster() -> Iterator[Cluster]:
     """A cluster of its own: a head without GPUs, to which nodes with one (so Ray is told) are added."""
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "object_store_memory": 150 * 2**20})
     yield cluster
     cluster.shutdown()

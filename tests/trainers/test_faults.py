@@ -61,9 +61,8 @@ def test_checkpoints_in_a_bucket_with_faults(
 
 
 @pytest.fixture
-def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+def cluster() -> Iterator[Cluster]:
     """A head that takes no ranks, and two machines with room for one each."""
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": 100 * 2**20})
     for _ in range(2):
         add(cluster)
