@@ -13,7 +13,7 @@ demo: setup
 	$(BIN)/python cluster/run_pipeline.py digits
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: setup
 	$(BIN)/ruff format --check .
