@@ -221,11 +221,11 @@ def _prepare_and_sample(setup: Setup, work: Sequence[Measurement], networks: Map
     for name, digest in networks.items():
         plan = {"images": fingerprint(images), "network_sha256": digest, "kept": KEPT}
         stage = Stage(place, reference_folder(name), plan)
-        if not stage.is_complete() and stage.begin():
+        if stage.begin(quiet=True):
             references[name] = stage, [RealImages(name, group) for group in range(len(groups(images["images"])))]
     held_out = Stage(place, HELD_OUT, {"pairs": fingerprint(setup.pairs)})
-    pairs = [HeldOut(0)] if setup.pairs is not None and not held_out.is_complete() and held_out.begin() else []
-    jobs: list[Any] = [*pairs, *(job for _, parts in references.values() for job in parts)]
+    pairs = [HeldOut(PAIRS * setup.pairs["evaluations"])] if setup.pairs is not None and held_out.begin(quiet=True) else []
+    jobs: list[Any] = [*pairs, *(job for stage, parts in references.values() for job in _left(stage.folder, parts))]
     for measurement in work:
         jobs += _left(measurement.stage.folder, [*measurement.samples(setup), *measurement.sheets(setup)])
     _run(setup, "evaluation", jobs)

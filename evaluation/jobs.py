@@ -145,7 +145,7 @@ class RealImages:
 
 @dataclasses.dataclass(frozen=True)
 class HeldOut:
-    """Pairs made as those of pairs/ are, of the noise that comes after theirs; `evaluations` each."""
+    """Pairs made as those of pairs/ are, of the noise that comes after theirs; `evaluations` in all."""
 
     evaluations: int
 

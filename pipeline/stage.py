@@ -56,9 +56,9 @@ class Stage:
         self.plan: dict[str, Any] = json.loads(json.dumps(plan))  # as it will be read back
         self._started = time.monotonic()
 
-    def begin(self, *, more: bool = False) -> bool:
-        """Take the folder for this plan. True if work is left; False, with a line said, if the stage is complete and there
-        is no `more` to add to it.
+    def begin(self, *, more: bool = False, quiet: bool = False) -> bool:
+        """Take the folder for this plan. True if work is left; False, with a line said unless `quiet`, if the stage is
+        complete and there is no `more` to add to it.
 
         Raises BeelineError if the folder holds another plan's work, or cannot be written.
         """
@@ -77,7 +77,8 @@ class Stage:
                 "there, choose another --workspace, or remove that folder to make it anew"
             )
         if not more and self.is_complete():
-            print(f"{self.name}: already complete in {self.folder}", flush=True)
+            if not quiet:
+                print(f"{self.name}: already complete in {self.folder}", flush=True)
             return False
         return True
 

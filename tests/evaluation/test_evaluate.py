@@ -128,6 +128,10 @@ def test_rows_add_up(run: Run, workspace: Path, undisturbed: Path) -> None:
     assert Image.open(workspace / "evaluation/teacher/samples.png").height == 3 * 44 - 4
     other = run(*command, *ROWS, "--seed", "1", ok=False)
     assert "evaluate.seed: 1000 there, 1001 asked for" in other.stderr
+    plan = workspace / "evaluation/reference/probe/plan.json"
+    plan.write_text(plan.read_text().replace('"kept": 50000', '"kept": 1'))
+    stale = run(*command, "--nfe", "5", ok=False)
+    assert "reference/probe was made with other settings: kept: 1 there, 50000 asked for" in stale.stderr
 
 
 def test_students_are_measured_at_any_steps_they_know(run: Run, workspace: Path) -> None:
