@@ -29,7 +29,8 @@ from beeline.measuring import Eye, Inception
 from beeline.torchvision_shim import import_torchvision
 from beeline.weights import dump_backbone
 from benchmarks.machine import describe, synchronize, write
-from evaluation.jobs import Bench, RealImages, Setup, groups
+from evaluation.jobs import Bench, RealImages, Setup
+from evaluation.reference import groups
 from pipeline.command import ensure_ray
 from pipeline.pool import run_pool
 from pipeline.shards import encode, shard_count, shard_name, shard_rows

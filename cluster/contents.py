@@ -12,7 +12,7 @@ from beeline.measures import KID_SUBSET
 from beeline.measuring import PROBES
 from beeline.samplers import evaluations
 from cluster.workspace import Workspace
-from evaluation.jobs import KEPT
+from evaluation.reference import KEPT
 from evaluation.rows import parse_steps, teacher_row
 from pipeline.shards import encode, group_rows, shard_count
 from trainers.student import RECONSTRUCTION, all_needs, running

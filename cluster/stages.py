@@ -14,7 +14,8 @@ from cluster import counting
 from cluster.contents import figures, measured_models, needed_weights, pair_evaluations, store_bytes, trials
 from cluster.speeds import Task
 from cluster.workspace import Workspace
-from evaluation.jobs import KEPT, PAIRS
+from evaluation.jobs import PAIRS
+from evaluation.reference import KEPT
 from evaluation.rows import parse_steps
 from pipeline.shards import shard_count
 from trainers.student import RECONSTRUCTION, running

@@ -26,7 +26,6 @@ from beeline.measuring import PROBES
 from evaluation import results
 from evaluation.jobs import (
     HELD_OUT,
-    KEPT,
     PAIRS,
     Bench,
     Fidelity,
@@ -37,12 +36,9 @@ from evaluation.jobs import (
     Samples,
     Setup,
     Sheet,
-    groups,
-    merge_reference,
-    reference,
-    reference_folder,
     sound,
 )
+from evaluation.reference import KEPT, groups, merge_reference, reference, reference_folder
 from evaluation.rows import Row, rows_for
 from pipeline import metrics
 from pipeline.command import Progress, run_command
@@ -238,7 +234,7 @@ def _prepare_and_sample(setup: Setup, work: Sequence[Measurement], networks: Map
         stage.folder.clean()
         stage.finish(images=images["images"]["count"])
     for name in networks:
-        reference(setup, name)  # a reference of another network is refused before samples are judged
+        reference(place, name, setup.moments)  # a reference of another network is refused before samples are judged
 
 
 def _judge(setup: Setup, work: Sequence[Measurement]) -> None:

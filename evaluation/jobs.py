@@ -23,26 +23,23 @@ import torch
 from beeline.arrays import pack, spread, unpack
 from beeline.config import EvaluateConfig, PairsConfig, from_dict
 from beeline.denoiser import Denoiser
-from beeline.errors import BeelineError
 from beeline.frechet import Gaussian, Statistics
 from beeline.inference import prepare
-from beeline.measures import Reference, counted, measures
+from beeline.measures import counted, measures
 from beeline.measuring import PROBES, Eye, Looks, MeasuringProbe, quantised
 from beeline.noise import x0
 from beeline.schedule import edm_sigmas
 from beeline.straightness import straightness, trajectories
+from evaluation.reference import KEPT, groups, reference, reference_folder
 from evaluation.rows import Row, draw, noise_seed
 from pipeline.gen_pairs import load_sampler, make_pairs, pair_labels
 from pipeline.reader import decoded, real_labels
-from pipeline.shards import shard_count
 from pipeline.stage import require_measuring, require_model, require_probe
 from pipeline.storage import Folder
 
 HELD_OUT = "evaluation/held-out"
 PAIRS = 256  # held-out pairs
-KEPT = 50_000  # real images whose features are kept one by one
-GROUPS = 64  # statistics of real images are written for at most so many groups of shards
-STATISTICS, FEATURES, HELD_OUT_PAIRS = "statistics.npz", "features.npz", "pairs.npz"
+HELD_OUT_PAIRS = "pairs.npz"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,7 +65,7 @@ class Bench:
         self.kind = torch.cuda.get_device_name() if self.device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
         self.model = functools.lru_cache(maxsize=1)(self._model)  # items of a model follow each other
         self.eye = functools.cache(self._eye)
-        self.reference = functools.cache(lambda name: reference(setup, name))
+        self.reference = functools.cache(lambda name: reference(setup.workspace, name, setup.moments))
 
     def work(self, number: int) -> dict[str, Any]:
         """Do item `number`; the row says how many network evaluations it took, and how many samples it measured."""
@@ -297,45 +294,6 @@ class Lines:
         found = {"sigmas": sigmas.tolist(), "values": values, "own": own, "speed": speed, "pairs": PAIRS}
         means = {"mean": float(np.mean(values)), "own_mean": float(np.mean(own)), "speed_mean": float(np.mean(speed))}
         bench.place("evaluation", self.model).write_json(self.file, means | found)
-
-
-def groups(config: dict[str, Any]) -> list[range]:
-    """The shards of images/ (`config` of its plan) in at most GROUPS groups."""
-    shards = shard_count(int(config["count"]), int(config["shard_size"]))
-    size = -(-shards // GROUPS)
-    return [range(k, min(k + size, shards)) for k in range(0, shards, size)]
-
-
-def reference_folder(network: str) -> str:
-    """Where the real images' features in `network` are."""
-    return f"evaluation/reference/{network}"
-
-
-def reference(setup: Setup, network: str) -> Reference:
-    """The real images as `network` sees them, from files that RealImages and `merge_reference` have made."""
-    folder = setup.workspace / reference_folder(network)
-    kept = unpack(folder.read(FEATURES), "features")
-    moments = setup.moments if network == "inception" and setup.moments else Statistics.from_npz(folder.read(STATISTICS))
-    if moments.mean.shape[0] != kept["features"].shape[1]:
-        raise BeelineError(
-            f"{setup.config.reference} has {moments.mean.shape[0]} features, {network} {kept['features'].shape[1]}; "
-            "expected statistics of the same network"
-        )
-    return Reference(moments, kept["features"], kept["rows"])
-
-
-def merge_reference(folder: Folder, files: list[str]) -> None:
-    """The groups' files, in their order, into one of statistics and one of features."""
-    statistics, features, rows = None, [], []
-    for name in files:
-        part = unpack(folder.read(name), "features")
-        made = Statistics(int(part["n"]), part["mean"], part["m2"])
-        statistics = made if statistics is None else statistics + made
-        features.append(part["features"])
-        rows.append(part["rows"])
-    assert statistics is not None
-    folder.write(STATISTICS, statistics.to_npz())
-    folder.write(FEATURES, pack({"features": np.concatenate(features), "rows": np.concatenate(rows)}))
 
 
 def sound(folder: Folder, name: str) -> bool:

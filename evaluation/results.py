@@ -11,7 +11,8 @@ import numpy as np
 from beeline.arrays import unpack
 from beeline.measures import nearest
 from beeline.measuring import RESIZES
-from evaluation.jobs import Fidelity, Judge, Lines, Setup, Sheet, reference
+from evaluation.jobs import Fidelity, Judge, Lines, Setup, Sheet
+from evaluation.reference import reference
 from evaluation.rows import Row, noise_seed
 from pipeline.reader import decoded
 from pipeline.sheet import sheet_png
@@ -98,7 +99,7 @@ def _draw_sheets(setup: Setup, folder: Folder, sheets: Sequence[Mapping[str, np.
     """samples.png: a line of samples for each row. nearest.png: for each row, a line of samples and below it the real images
     nearest to them in the features of the first measuring network."""
     folder.write(SAMPLES, sheet_png(np.concatenate([sheet["images"] for sheet in sheets]), columns=setup.config.samples))
-    real = reference(setup, setup.config.features[0])
+    real = reference(setup.workspace, setup.config.features[0])
     shown = min(SHOWN_NEAREST, setup.config.samples)
     rows = [real.rows[nearest(sheet["features"][:shown], real.features)] for sheet in sheets]
     pictures = _real_images(setup, sorted({int(i) for found in rows for i in found}))

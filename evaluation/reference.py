@@ -1,0 +1,62 @@
+"""The real images as measuring networks see them: evaluation/reference/<network>/, made once for each network.
+
+Statistics are of all images, features of an evenly spread part: what needs single images needs no more. Work items look at
+groups of shards (evaluation/jobs.py), so that few statistics are written for many shards.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from beeline.arrays import pack, unpack
+from beeline.errors import BeelineError
+from beeline.frechet import Gaussian, Statistics
+from beeline.measures import Reference
+from pipeline.shards import shard_count
+from pipeline.storage import Folder
+
+KEPT = 50_000  # real images whose features are kept one by one
+GROUPS = 64  # of shards, at most
+STATISTICS, FEATURES = "statistics.npz", "features.npz"
+
+
+def groups(config: dict[str, Any]) -> list[range]:
+    """The shards of images/ (`config` of its plan) in at most GROUPS groups."""
+    shards = shard_count(int(config["count"]), int(config["shard_size"]))
+    size = -(-shards // GROUPS)
+    return [range(k, min(k + size, shards)) for k in range(0, shards, size)]
+
+
+def reference_folder(network: str) -> str:
+    """Where the real images' features in `network` are."""
+    return f"evaluation/reference/{network}"
+
+
+def reference(workspace: Folder, network: str, given: Gaussian | None = None) -> Reference:
+    """The real images as `network` sees them, from files that RealImages and `merge_reference` have made. What is `given` takes
+    the place of their statistics in Inception's features; BeelineError if it is of another network."""
+    folder = workspace / reference_folder(network)
+    kept = unpack(folder.read(FEATURES), "features")
+    moments = given if network == "inception" and given else Statistics.from_npz(folder.read(STATISTICS))
+    if moments.mean.shape[0] != kept["features"].shape[1]:
+        raise BeelineError(
+            f"the reference has {moments.mean.shape[0]} features, {network} {kept['features'].shape[1]}; "
+            "expected statistics of the same network"
+        )
+    return Reference(moments, kept["features"], kept["rows"])
+
+
+def merge_reference(folder: Folder, files: list[str]) -> None:
+    """The groups' files, in their order, into one of statistics and one of features."""
+    statistics, features, rows = None, [], []
+    for name in files:
+        part = unpack(folder.read(name), "features")
+        made = Statistics(int(part["n"]), part["mean"], part["m2"])
+        statistics = made if statistics is None else statistics + made
+        features.append(part["features"])
+        rows.append(part["rows"])
+    assert statistics is not None
+    folder.write(STATISTICS, statistics.to_npz())
+    folder.write(FEATURES, pack({"features": np.concatenate(features), "rows": np.concatenate(rows)}))
