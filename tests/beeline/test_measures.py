@@ -97,7 +97,9 @@ def test_a_network_made_ready_sees_the_same(network: Inception) -> None:
         features, logits = network.look(images)
     seen = Eye(network, CPU).look(images)
     np.testing.assert_allclose(seen.features, features, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(seen.logits, logits, rtol=1e-4, atol=1e-4)  # pyright: ignore[reportArgumentType]
+    assert logits is not None
+    assert seen.logits is not None
+    np.testing.assert_allclose(seen.logits, logits, rtol=1e-4, atol=1e-4)
 
 
 def test_grey_images_are_seen_as_colours_and_dinov2_looks_at_any_size() -> None:

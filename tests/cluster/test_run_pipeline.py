@@ -7,7 +7,7 @@ import re
 import shutil
 from pathlib import Path
 
-import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 from harness import TINY_PAIRS, TINY_TEACHER, Head, Run
 
@@ -53,9 +53,9 @@ def test_the_layout_of_the_workspace(made: Path) -> None:
 
 
 def test_the_sweep_tried_what_it_says(made: Path) -> None:
-    table = pd.read_parquet(made / "sweeps/sot/trials.parquet")
-    assert table["steps"].tolist() == ["0", "0,8", "0", "0,8"]
-    assert table["lr"].nunique() == 4
+    rows = pq.read_table(made / "sweeps/sot/trials.parquet").to_pylist()
+    assert [row["steps"] for row in rows] == ["0", "0,8", "0", "0,8"]
+    assert len({row["lr"] for row in rows}) == 4
     assert (made / "sweeps/sot/pareto.png").read_bytes().startswith(b"\x89PNG")
 
 
