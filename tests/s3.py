@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import http.client
 import os
 import random
@@ -92,12 +93,14 @@ use = egg:swift#slo
 
 
 def swift_environment() -> Path:
-    """The folder of Swift's programs; installed first if need be (a minute)."""
-    if not (ENVIRONMENT / "done").exists():
-        pins = tomllib.loads((ROOT / "pyproject.toml").read_text())["dependency-groups"]["swift"]
-        subprocess.run([sys.executable, "-m", "venv", "--clear", str(ENVIRONMENT)], check=True)
-        subprocess.run([str(ENVIRONMENT / "bin" / "pip"), "install", "--quiet", *pins], check=True)
-        (ENVIRONMENT / "done").touch()
+    """The folder of Swift's programs; installed first if need be (a minute), by one of the tests' processes alone."""
+    with open(ENVIRONMENT.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (ENVIRONMENT / "done").exists():
+            pins = tomllib.loads((ROOT / "pyproject.toml").read_text())["dependency-groups"]["swift"]
+            subprocess.run([sys.executable, "-m", "venv", "--clear", str(ENVIRONMENT)], check=True)
+            subprocess.run([str(ENVIRONMENT / "bin" / "pip"), "install", "--quiet", *pins], check=True)
+            (ENVIRONMENT / "done").touch()
     return ENVIRONMENT / "bin"
 
 

@@ -84,13 +84,15 @@ def test_run_again_it_returns_at_once(run: Run, made: Path) -> None:
         (["pipeline/ingest_images.py"], "images: already complete"),
         (["trainers/train_probe.py", "--probe.iterations", "150"], "probe: already complete"),
         (["trainers/train_teacher.py", *TINY_TEACHER, "--teacher.workers.count", "1"], "teacher: already complete"),
+        (["trainers/train_lmm.py", "--student", "l2", "--lmm.reconstruction.iterations", "6"], "students/l2: already complete"),
+        (["trainers/sweep_lmm.py", "--sweep.iterations", "4"], "sweeps/sot: already complete"),
         (["evaluation/evaluate.py", "--count", "100", "--draws", "2", "--nfe", "2"], "teacher, euler 2: NFE 2, fd_probe_100"),
         (["evaluation/report.py"], "report: "),
     ],
     ids=lambda found: Path(found[0]).stem if isinstance(found, list) else "",
 )
 def test_stages_are_jobs_too(head: Head, made: Path, command: list[str], said: str) -> None:
-    """gen_pairs, the longest, is in test_jobs.py; training and sweeping are in the pipeline above."""
+    """gen_pairs, the longest, is in test_jobs.py; what they do when there is work, the pipeline above has shown."""
     script, *options = command
     done = head.submit(script, "digits", "--workspace", made, *options)
     assert done.returncode == 0, done.stdout[-4000:]
