@@ -16,11 +16,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-import s3fs
 from harness import ROOT, S3_KEYS, TINY_PAIRS, TINY_TEACHER, Head, Run, free_port
-from s3 import S3, FaultProxy, swift
+from s3 import S3, FaultProxy, forget, swift
 
-from pipeline import storage
 from pipeline.storage import Folder
 
 
@@ -38,6 +36,7 @@ def head() -> Iterator[Head]:
             str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--node-ip-address=127.0.0.1",
             f"--port={address.split(':')[1]}", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1",
             "--num-cpus=4", "--object-store-memory=200000000", f"--temp-dir={folder}", "--disable-usage-stats",
+            "--dashboard-agent-listen-port=0",  # at its default the second head on a machine never starts a job
         ]  # fmt: skip
         environment = {**os.environ, "RAY_TRAIN_ENABLE_PRINT_PATCH": "0", **S3_KEYS}
         log = open(Path(folder) / "head.log", "wb")  # noqa: SIM115
@@ -117,10 +116,3 @@ def bucket(proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch, request: pytest.F
     yield Folder(f"s3://bucket/{request.node.name.replace('[', '-').replace(']', '')}")
     proxy.faults = []
     forget()
-
-
-def forget() -> None:
-    """Drop the clients that this process keeps, so that the variables are read again."""
-    storage._s3_reader.cache_clear()
-    storage._count_retries.cache_clear()
-    s3fs.S3FileSystem.clear_instance_cache()

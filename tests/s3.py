@@ -27,6 +27,8 @@ from pathlib import Path
 import s3fs
 from harness import ROOT, S3_KEYS, free_port, wait_for
 
+from pipeline import storage
+
 ENVIRONMENT = ROOT / ".venv" / "swift"
 KEY, SECRET = S3_KEYS.values()
 
@@ -303,3 +305,10 @@ class _Relay(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: object) -> None:
         """Say nothing."""
+
+
+def forget() -> None:
+    """Drop the clients that this process keeps, so that the variables are read again."""
+    storage._s3_reader.cache_clear()
+    storage._count_retries.cache_clear()
+    s3fs.S3FileSystem.clear_instance_cache()

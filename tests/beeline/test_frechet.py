@@ -116,7 +116,7 @@ def test_features_of_two_networks_are_refused() -> None:
 @pytest.mark.parametrize("keep", [0, 10, 100, 400])
 def test_damaged_statistics_are_a_value_error(keep: int) -> None:
     data = Statistics.of(features(0, 37, 7)).to_npz()
-    with pytest.raises(ValueError, match="not the statistics of a shard"):
+    with pytest.raises(ValueError, match="not statistics"):
         Statistics.from_npz(data[:keep])
 
 

@@ -80,7 +80,7 @@ class LocalNodes(NodeProvider):
             command = [
                 str(Path(sys.executable).parent / "ray"), "start", "--block", f"--address={self.provider_config['address']}",
                 f"--node-ip-address={node}", f"--num-cpus={int(resources['CPU'])}", "--object-store-memory=80000000",
-                "--disable-usage-stats",
+                "--disable-usage-stats", "--dashboard-agent-listen-port=0",
             ]  # fmt: skip
             environment = os.environ | {"RAY_CLOUD_INSTANCE_ID": node, "RAY_NODE_TYPE_NAME": tags[TAG_RAY_USER_NODE_TYPE]}
             environment.pop("RAY_ADDRESS", None)

@@ -64,6 +64,7 @@ class Cluster:
             str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--node-ip-address=127.0.0.1",
             f"--port={self.address.split(':')[1]}", f"--dashboard-port={free_port()}", "--num-cpus=0", f"--temp-dir={folder}",
             "--object-store-memory=100000000", "--disable-usage-stats", f"--autoscaling-config={folder}/autoscaling.yaml",
+            "--dashboard-agent-listen-port=0",
         ]  # fmt: skip
         with open(folder / "head.log", "wb") as log:
             self.head = subprocess.Popen(command, env=self.environment, stdout=log, stderr=log)

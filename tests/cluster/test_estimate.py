@@ -17,9 +17,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import forget
 from harness import ROOT, Head, free_port, wait_for
 from ray.core.generated.autoscaler_pb2 import ClusterConfig  # pyright: ignore[reportAttributeAccessIssue]
+from s3 import forget
 from torch.utils.flop_counter import FlopCounterMode
 
 from beeline.checkpoint import build, dump
