@@ -125,7 +125,6 @@ def test_nodes_come_and_go_with_the_work(cluster: Cluster, run: Run, trained: Pa
         )
     said = (tmp_path / "driver.log").read_text
     shards = functools.partial((ours / "pairs").glob, "part-*.parquet")
-    wait_for(lambda: driver.poll() is not None or cluster.started() == 2, 120, "two nodes")
     wait_for(lambda: driver.poll() is not None or len(list(shards())) >= 6, 120, "some shards")
     assert driver.poll() is None, said()
     there = {path: path.stat().st_mtime_ns for path in shards()}
@@ -133,6 +132,7 @@ def test_nodes_come_and_go_with_the_work(cluster: Cluster, run: Run, trained: Pa
     for process in [*lost.children(recursive=True), lost]:
         process.kill()
     assert driver.wait(240) == 0, said()
+    assert cluster.started() >= 2  # another has come, before or in the lost one's place
     assert files(ours / "pairs", "part-*") == files(plain / "pairs", "part-*")
     assert {path: path.stat().st_mtime_ns for path in there} == there
     assert len(set(pq.read_table(ours / "pairs/manifest.parquet")["node"].to_pylist())) >= 2
