@@ -96,7 +96,8 @@ def _build_from(config: Mapping[str, Any]) -> Denoiser | Probe:
         return Probe(from_dict(ProbeNetworkConfig, network), channels=channels, num_classes=num_classes)
     model = build(from_dict(NetworkConfig, network))
     if config["few_step"]:
-        model.few_step = from_dict(FewStep, config["few_step"])
+        earlier = {"line": "ve" if config["few_step"].get("rule") == "same_noise" else "lerp"}  # before it was written down
+        model.few_step = from_dict(FewStep, earlier | config["few_step"])
     return model
 
 

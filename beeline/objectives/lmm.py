@@ -69,7 +69,8 @@ class LinesMatching:
 
     @property
     def few_step(self) -> FewStep:
-        return FewStep(num_steps=self.config.num_steps, rule=self.config.rule, trained_steps=self.phase.steps)
+        config = self.config
+        return FewStep(num_steps=config.num_steps, rule=config.rule, line=config.line, trained_steps=self.phase.steps)
 
     def backward(
         self, student: Learner, critic: Learner | None, batch: Batch, generator: torch.Generator
