@@ -72,7 +72,8 @@ class Linear(torch.nn.Module):
 
     def __init__(self, x1: torch.Tensor, noise: torch.Tensor, line: Line) -> None:
         super().__init__()
-        self.x1, self.noise, self.line = x1, noise, line
+        self.x1, self.noise = x1, noise
+        self.line: Line = line
 
     def forward(self, x: torch.Tensor, sigma: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
         seen = point(self.x1, self.noise, sigma[:1].expand(len(self.x1)), self.line).double()
@@ -96,10 +97,10 @@ def test_gaussian_data_keep_their_spread_on_the_segment(std: float, steps: tuple
         return float(few_step(Linear(x1, noise, line), noise, None, steps=steps, how=how).std() / x1.std())
 
     assert spread("lerp", "line") == pytest.approx(1, rel=1e-5)
-    levels, x = edm_sigmas(18) / SIGMA_MAX, 1.0  # in units of x0
-    for n, i in enumerate(steps):
-        image = x * k / (k + float(levels[i]))
-        x = image + float(levels[steps[n + 1]]) if n + 1 < len(steps) else x
+    levels = [float(edm_sigmas(18)[i]) / SIGMA_MAX for i in steps]
+    image = k / (1 + k)  # in units of x0
+    for level in levels[1:]:
+        image = (image + level) * k / (k + level)
     assert spread("ve", "same_noise") == pytest.approx(image / k, rel=1e-5)
     if steps == (0,):
         assert image / k == pytest.approx(1 / (1 + k))
