@@ -22,7 +22,7 @@ def straightness(
     """E|D(x_sigma; sigma) - x1|^2 / Var(x1) at each level of `sigmas`, over pairs of images and noise (B, C, H, W)."""
     variance = x1.to(torch.float64).var(dim=0, correction=0).mean()
     values = []
-    for sigma in sigmas.to(torch.float32):
+    for sigma in sigmas.to(x1.device, torch.float32):
         level = sigma.expand(len(x1))
         denoised = denoiser(lines.point(x1, noise, level, "ve"), level, labels)
         values.append(float((denoised - x1).to(torch.float64).square().mean() / variance))
