@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -44,12 +45,14 @@ def parsed() -> argparse.Namespace:
     )
     parser.add_argument("--budget", type=float, default=540, help="seconds in all, after which checks are skipped")
     parser.add_argument("--small", action="store_true", help="tiny networks and batches")
+    parser.add_argument("--no-compile", action="store_true", help="leave out checks of compiled code")
     return parser.parse_args()
 
 
 def main() -> None:
     """Run the checks, print a line for each, write the JSON file; exit status 1 if one failed."""
     arguments, start = parsed(), time.time()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the processes of the lanes end, too
     device = torch.device(arguments.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         sys.exit("error: --device is cuda, but PyTorch finds no GPU; install a CUDA build, or pass --device cpu --small")
@@ -71,7 +74,7 @@ def main() -> None:
         out.with_suffix(".tmp").replace(out)
 
     print(f"machine: {', '.join(f'{key} {value}' for key, value in result['machine'].items())}", flush=True)
-    setting = Setting(device=device, small=arguments.small, folder=str(out.parent))
+    setting = Setting(device=device, small=arguments.small, folder=str(out.parent), compiling=not arguments.no_compile)
     log = out.with_suffix(".log")
     log.unlink(missing_ok=True)
 

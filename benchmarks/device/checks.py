@@ -12,14 +12,18 @@ import torch._dynamo
 import torch._dynamo.utils
 from torch.overrides import TorchFunctionMode
 
+COMPILING = 240.0  # seconds that a check may take which compiles
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Setting:
-    """Where the checks run. `small`: tiny networks and batches, for tests. `folder`: where results for the estimate go."""
+    """Where the checks run. `small`: tiny networks and batches, for tests. `folder`: where results for the estimate go.
+    `compiling`: whether checks of compiled code are wanted."""
 
     device: torch.device
     small: bool
     folder: str
+    compiling: bool = True
 
     @property
     def gpu(self) -> bool:

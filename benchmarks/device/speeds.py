@@ -21,7 +21,7 @@ from beeline.denoiser import Denoiser
 from beeline.inference import DTYPES, prepare
 from beeline.measuring import DINOV2, Eye
 from beeline.samplers import solve
-from benchmarks.device.checks import Check, Checks, Outcome, Setting, Skip, measured, set_flags
+from benchmarks.device.checks import COMPILING, Check, Checks, Outcome, Setting, Skip, measured, set_flags
 from benchmarks.device.measuring import measuring_network
 from benchmarks.device.networks import backbone, batch_of, classes, network_config, noise, random_denoiser, student_config
 from benchmarks.device.runner import free
@@ -239,10 +239,10 @@ def checks(setting: Setting) -> Checks:
         return measured(", ".join(f"{name} {value:.3g} TFLOP/s" for name, value in shown.items()), **shown)
 
     def sampling(policy: str) -> Check:
-        return Check(f"sampling {policy}", lambda: speeds.sampling(policy), 240)
+        return Check(f"sampling {policy}", lambda: speeds.sampling(policy), COMPILING)
 
     def training(phase: str, policy: str) -> Check:
-        return Check(f"{phase} {policy}", lambda: speeds.training(phase, policy), 240)
+        return Check(f"{phase} {policy}", lambda: speeds.training(phase, policy), COMPILING)
 
     yield Check("ceilings", ceiling)
     for policy in ("plain", *precisions):
@@ -250,10 +250,10 @@ def checks(setting: Setting) -> Checks:
     for phase in PHASES:
         yield training(phase, "plain")
         yield training(phase, "bf16")
-    if not setting.small:
-        yield sampling("bf16 compiled")
-        for phase in PHASES:
-            yield training(phase, "bf16 compiled")
+    yield sampling("bf16 compiled")
+    for phase in PHASES:
+        yield training(phase, "bf16 compiled")
+    if "fp16" in precisions:
         yield sampling("fp16 compiled")
     for what, policy in (("sampling", "fp32"), ("sampling", "bf16"), ("adversarial", "bf16"), ("reconstruction", "fp32")):
         yield Check(f"cost of flags, {what} {policy}", lambda w=what, p=policy: speeds.flags(w, p))
@@ -261,8 +261,7 @@ def checks(setting: Setting) -> Checks:
         if not (setting.small and name in ("inception", "dinov2_vitl14")):
             yield Check(f"measuring in {name}", lambda n=name: speeds.look(n))
     for phase in reversed(PHASES):
-        yield Check(f"{phase} at the largest batch", lambda p=phase: speeds.largest_batch(p), 240)
+        yield Check(f"{phase} bf16 compiled at the largest batch", lambda p=phase: speeds.largest_batch(p), COMPILING)
     for phase in PHASES:
         yield training(phase, "fp32")
-    if not setting.small:
-        yield sampling("fp32 compiled")
+    yield sampling("fp32 compiled")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import math
@@ -12,6 +13,7 @@ import torch
 from beeline.backbones import BACKBONES
 from beeline.noise import stream_seed
 from benchmarks.device.checks import (
+    COMPILING,
     Check,
     Checks,
     Outcome,
@@ -29,10 +31,10 @@ from benchmarks.training import Step
 
 Precision = Literal["fp32", "bf16"]
 PHASES = ("reconstruction", "adversarial")
-# Relative errors against float32 on the CPU: of losses and lambda, of the student's gradient, of the critics'.
+# Relative errors of float32 against the CPU's. In bf16 an error may be twice that of the CPU's bf16, or these if more.
 LIMITS: dict[str, dict[str, float]] = {
     "fp32": {"losses": 1e-3, "student's gradient": 5e-3, "critic's gradient": 5e-3},
-    "bf16": {"losses": 5e-2, "student's gradient": 0.2, "critic's gradient": 0.2},
+    "bf16": {"losses": 2e-2, "student's gradient": 0.05, "critic's gradient": 0.05},
 }
 STEPS = 4  # of a run that is interrupted in its middle
 NONE = 1e-30  # a limit for what has to be 0
@@ -57,6 +59,7 @@ class Runs:
         self.many = 2 if setting.small else 64  # as benchmarks.training: compiled code is found again by its shape
         self.reference = functools.cache(self._reference)
         self.trained = functools.cache(self._trained)
+        self.compiled = functools.lru_cache(1)(self._compiled)
 
     def step(self, phase: str, precision: Precision, device: torch.device, *, compiled: bool = False) -> Step:
         """A fresh student on `device`."""
@@ -64,32 +67,42 @@ class Runs:
         model = random_denoiser(self.network).to(device)
         return Step(model, self.networks, config, getattr(config, phase))
 
-    def gradients(self, step: Step, count: int) -> dict[str, Any]:
-        """Figures and gradients of one batch, whose random numbers are the CPU's on every device."""
+    def _compiled(self, phase: str, precision: Precision) -> Step:
+        start_compiling()
+        return self.step(phase, precision, self.setting.device, compiled=True)
+
+    def gradients(self, step: Step, count: int, *, same_draws: bool = True) -> dict[str, Any]:
+        """Figures and gradients of one batch; with `same_draws` random numbers are the CPU's on every device."""
         batch = batch_of(self.setting, self.network, count, step.device)
-        with SameDraws(0):
+        with SameDraws(0) if same_draws else contextlib.nullcontext():
             figures = step.objective.backward(step.student, step.critic, batch, torch.Generator(step.device).manual_seed(0))
         return results(step, figures)
 
-    def _reference(self, phase: str) -> dict[str, Any]:
-        return self.gradients(self.step(phase, "fp32", torch.device("cpu")), self.few)
+    def _reference(self, phase: str, precision: Precision) -> dict[str, Any]:
+        return self.gradients(self.step(phase, precision, torch.device("cpu")), self.few)
+
+    def limits(self, phase: str, precision: Precision) -> dict[str, float]:
+        """What relative errors may be: see LIMITS."""
+        limits = LIMITS[precision]
+        if precision == "fp32":
+            return limits
+        of_cpu = difference(self.reference(phase, "bf16"), self.reference(phase, "fp32"))
+        return {name: max(limits[name], 2 * error) for name, error in of_cpu.items()}
 
     def _trained(self, phase: str, precision: Precision, compiled: bool) -> dict[str, Any]:
         """A run of STEPS steps, its checkpoint from the middle, and the run that went on from there."""
         device, half = self.setting.device, STEPS // 2
         count = self.many if compiled else self.few
-        start_compiling()
         batch = batch_of(self.setting, self.network, count, device)
-        step = self.step(phase, precision, device, compiled=compiled)
+        step = self.compiled(phase, precision) if compiled else self.step(phase, precision, device)
         figures, checkpoint = [], b""
         for number in range(STEPS):
             if number == half:
                 checkpoint = saved(step)
             figures.append(one(step, batch, number))
         undisturbed = state_of(step)
-        del step
-        start_compiling()
-        step = self.step(phase, precision, device, compiled=compiled)
+        if not compiled:  # another one, as after a restart; what takes a minute to compile takes its old state instead
+            step = self.step(phase, precision, device)
         step.load_state_dict(torch.load(io.BytesIO(checkpoint), map_location="cpu", weights_only=True))
         for number in range(half, STEPS):
             one(step, batch, number)
@@ -146,8 +159,8 @@ def checks(setting: Setting) -> Checks:
 
     def against_cpu(phase: str, precision: Precision) -> Outcome:
         found = runs.gradients(runs.step(phase, precision, setting.device), runs.few)
-        wanted = runs.reference(phase)
-        made = worst(difference(found, wanted), LIMITS[precision])
+        wanted = runs.reference(phase, "fp32")
+        made = worst(difference(found, wanted), runs.limits(phase, precision))
         return Outcome(
             passed=made.passed, figure=made.figure, expected=made.expected,
             details={**made.details, "found": found["figures"], "cpu": wanted["figures"]},
@@ -173,11 +186,14 @@ def checks(setting: Setting) -> Checks:
         return identical(state_of(step), tensors(state))
 
     def compiled(phase: str, precision: Precision) -> Outcome:
-        eager = runs.gradients(runs.step(phase, precision, setting.device), runs.many)
-        start_compiling()
-        step = runs.step(phase, precision, setting.device, compiled=True)
-        values = difference(runs.gradients(step, runs.many), eager)
-        return worst(values | compiling_troubles(), LIMITS[precision] | dict.fromkeys(compiling_troubles(), NONE))
+        eager = runs.gradients(runs.step(phase, precision, setting.device), runs.many, same_draws=False)
+        step = runs.compiled(phase, precision)
+        values = difference(runs.gradients(step, runs.many, same_draws=False), eager)
+        for learner in (step.student, step.critic):
+            if learner is not None:
+                learner.optimizer.zero_grad(set_to_none=True)
+        troubles = compiling_troubles()
+        return worst(values | troubles, runs.limits(phase, precision) | dict.fromkeys(troubles, NONE))
 
     for phase in PHASES:
         for precision in ("fp32", "bf16"):
@@ -186,13 +202,12 @@ def checks(setting: Setting) -> Checks:
             yield Check(f"{name}, not finite or skipped in {STEPS} steps", lambda p=phase, q=precision: finite(p, q, False))
             yield Check(f"{name}, resumed from a checkpoint", lambda p=phase, q=precision: resumed(p, q, False))
             yield Check(f"{name}, the checkpoint loads on the CPU", lambda p=phase, q=precision: on_cpu(p, q))
-        runs.reference.cache_clear()
         runs.trained.cache_clear()
-    for phase in PHASES[: 1 if setting.small else 2]:
+    for phase in PHASES:
+        runs.trained.cache_clear()
         name = f"{phase} bf16 compiled"
-        yield Check(f"{name}, losses and gradients against eager", lambda p=phase: compiled(p, "bf16"), 240)
-        yield Check(f"{name}, not finite or skipped in {STEPS} steps", lambda p=phase: finite(p, "bf16", True), 240)
-        yield Check(f"{name}, resumed from a checkpoint", lambda p=phase: resumed(p, "bf16", True), 240)
-    if not setting.small:
-        name = "reconstruction fp32 compiled"
-        yield Check(f"{name}, losses and gradients against eager", lambda: compiled("reconstruction", "fp32"), 240)
+        yield Check(f"{name}, losses and gradients against eager", lambda p=phase: compiled(p, "bf16"), COMPILING)
+        yield Check(f"{name}, not finite or skipped in {STEPS} steps", lambda p=phase: finite(p, "bf16", True), COMPILING)
+        yield Check(f"{name}, resumed from a checkpoint", lambda p=phase: resumed(p, "bf16", True), COMPILING)
+    name = "reconstruction fp32 compiled"
+    yield Check(f"{name}, losses and gradients against eager", lambda: compiled("reconstruction", "fp32"), COMPILING)
