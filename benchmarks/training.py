@@ -98,7 +98,7 @@ class Step:
                 skipped = max(skipped, learner.update(self.number, self.phase.iterations)["skipped"])
         self.number += 1
         for average, half_life in zip(self.averages, self.config.ema_half_lives, strict=True):
-            ema_update(average, self.model, half_life, self.number)
+            ema_update(average, self.model, half_life, self.number, self.config.ema_ramp)
         return skipped
 
     def state_dict(self) -> dict[str, Any]:
