@@ -116,7 +116,7 @@ class SameDraws(TorchFunctionMode):
 
 
 def set_flags(*, tf32: bool, deterministic: bool) -> None:
-    """How this process computes on a GPU."""
+    """Change what beeline.numerics sets, to measure what it costs."""
     torch.backends.cuda.matmul.allow_tf32 = tf32
     torch.backends.cudnn.allow_tf32 = tf32
     torch.backends.cudnn.deterministic = deterministic

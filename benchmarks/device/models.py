@@ -61,7 +61,7 @@ def checks(setting: Setting) -> Checks:
             shown = images(config, 2, 0).to(device)
             loss = edm_loss(learner, shown, classes(config, 2), torch.Generator(device).manual_seed(0))
         loss.backward()
-        return float(loss), [p.grad.cpu() for p in learner.parameters if p.grad is not None]
+        return float(loss.detach()), [p.grad.cpu() for p in learner.parameters if p.grad is not None]
 
     reference = functools.lru_cache(1)(lambda recipe, kind: gradients(recipe, kind, "fp32", torch.device("cpu")))
 

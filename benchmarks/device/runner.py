@@ -73,12 +73,10 @@ def work(connection: Connection, task: Work) -> None:
     os.dup2(log, 2)
     import torch
 
-    from benchmarks.device.checks import set_flags
+    from beeline.numerics import set_numerics
 
     torch.set_num_threads(task.threads)
-    if task.setting.gpu:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        set_flags(tf32=False, deterministic=True)
+    set_numerics()
     for section in task.sections:
         if not task.setting.gpu:
             memory = None

@@ -23,7 +23,7 @@ def checks(setting: Setting) -> Checks:
     @functools.cache
     def along_lines(device: torch.device) -> list[float]:
         x1, z = images(config, count, 0).to(device), noise(setting, config, count).to(device)
-        return straightness(models[device], x1, z, labels, edm_sigmas(levels))
+        return straightness(models[device], x1, z, labels, edm_sigmas(levels), line="lerp")
 
     @functools.cache
     def along_trajectories(device: torch.device) -> list[float]:

@@ -54,8 +54,8 @@ class Teacher:
         loss.backward()
         figures = self.learner.update(self.number, self.config.iterations)
         self.number += 1
-        ema_update(self.average, self.model, self.config.ema_half_life, self.number)
-        return {"loss": float(loss), **figures}
+        ema_update(self.average, self.model, self.config.ema_half_life, self.number, self.config.ema_ramp)
+        return {"loss": float(loss.detach()), **figures}
 
     def state_dict(self) -> dict[str, Any]:
         """As a checkpoint of the trainer holds it."""
@@ -77,7 +77,7 @@ def checks(setting: Setting) -> Checks:
         with SameDraws(0):
             loss, augmented = teacher.loss(torch.Generator(device).manual_seed(0))
             loss.backward()
-        return float(loss), augmented.cpu(), [p.grad.cpu() for p in teacher.learner.parameters if p.grad is not None]
+        return float(loss.detach()), augmented.cpu(), [p.grad.cpu() for p in teacher.learner.parameters if p.grad is not None]
 
     reference = functools.cache(lambda: gradients("fp32", cpu))
 
