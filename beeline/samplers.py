@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import nn
@@ -71,6 +71,11 @@ class FewStep:
     rule: FewStepRule = "line"
     line: Line = "lerp"
     trained_steps: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        for name, kind in (("rule", FewStepRule), ("line", Line)):
+            if getattr(self, name) not in get_args(kind):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; this version knows {', '.join(get_args(kind))}")
 
     def check(self, steps: Sequence[int]) -> tuple[int, ...]:
         """`steps` as a tuple; BeelineError where the schedule lacks them or the student was never trained on them."""

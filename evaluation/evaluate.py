@@ -130,24 +130,30 @@ class Measurement:
         return [*(Fidelity(self.name, row) for row in self.rows), *lines]
 
     def publish(self, setup: Setup) -> None:
-        """Metrics and sheets; then what was only needed for them goes."""
+        """Metrics and sheets; then what was only needed for published rows goes. What another command still measures stays."""
         folder = self.stage.folder
-        if self.rows:
-            results.publish(setup, self.name, self.rows, self.stage.plan, self.straight)
-        for name in folder.sizes():
-            if name.startswith(("part-", "draw-", "pairs-")):
-                folder.remove(name)
+        results.publish(setup, self.name, self.rows, self.stage.plan, self.straight)
+        for name in results.temporary(folder):
+            folder.remove(name)
         folder.clean()
         published = folder.read_json(results.METRICS)["rows"]
         for row in published:
             metrics.gauge("evaluation_figure", row["mean"], model=self.name, sampler=row["sampler"], metric=row["metric"])
         measured = {row["sampler"]: row["nfe"] for row in published}
         samples = setup.config.draws * setup.count
-        self.stage.finish(samples=samples * len(measured), evaluations=samples * sum(measured.values()))
+        finish(self.stage, samples=samples * len(measured), evaluations=samples * sum(measured.values()))
+
+
+def finish(stage: Stage, **facts: Any) -> None:
+    """Finish the stage with the files that stay, until they are those that `_SUCCESS` lists: another command may write too."""
+    while True:
+        stage.finish(temporary=results.TEMPORARY, **facts)
+        if stage.is_complete():
+            return
 
 
 def _networks(place: Folder, config: EvaluateConfig, recipe: str) -> dict[str, tuple[str, int]]:
-    """Of each measuring network: the SHA-256 of its weights, and its features."""
+    """The digest (`checkpoint.digest`) of each measuring network, and the number of its features."""
     made = {}
     for name in config.features:
         if name in PROBES:
@@ -228,13 +234,23 @@ def _prepare_and_sample(setup: Setup, work: Sequence[Measurement], networks: Map
     if pairs:
         held_out.finish(pairs=PAIRS)
     for stage, parts in references.values():
-        merge_reference(stage.folder, [part.file for part in parts])
+        _merge(stage, [part.file for part in parts], images["images"]["count"])
         for part in parts:
             stage.folder.remove(part.file)
         stage.folder.clean()
-        stage.finish(images=images["images"]["count"])
     for name in networks:
         reference(place, name, setup.moments)  # a reference of another network is refused before samples are judged
+
+
+def _merge(stage: Stage, files: list[str], count: int) -> None:
+    """Make one reference of the groups' files, unless another command has, which then removes them."""
+    try:
+        if not stage.is_complete():
+            merge_reference(stage.folder, files)
+            stage.finish(temporary=("part-",), images=count)
+    except FileNotFoundError as error:
+        if not stage.is_complete():
+            raise BeelineError(f"{error} was removed meanwhile; run the command again") from error
 
 
 def _judge(setup: Setup, work: Sequence[Measurement]) -> None:
@@ -248,9 +264,10 @@ def _judge(setup: Setup, work: Sequence[Measurement]) -> None:
 
 
 def _left(folder: Folder, jobs: Sequence[Any]) -> list[Any]:
-    """The items whose file is not there, or damaged."""
-    there = folder.sizes()
-    return [job for job in jobs if job.file not in there or not sound(folder, job.file)]
+    """The items whose file is not there, or damaged. What belongs to rows that are published meanwhile is left out."""
+    there, published = folder.sizes(), results.measured(folder)
+    left = [job for job in jobs if getattr(job, "row", None) is None or job.row.label not in published]
+    return [job for job in left if job.file not in there or not sound(folder, job.file)]
 
 
 def _run(setup: Setup, what: str, jobs: list[Any]) -> None:

@@ -20,7 +20,7 @@ import torch
 import tyro
 
 from beeline import noise
-from beeline.checkpoint import SOLVER, solver_levels
+from beeline.checkpoint import SOLVER, WEIGHTS, digest_of, solver_levels
 from beeline.config import PairsConfig, to_dict
 from beeline.denoiser import Denoiser
 from beeline.errors import BeelineError
@@ -116,10 +116,10 @@ class PairShards:
         return (x0, x1, labels), {"sampling_seconds": self._idle_since - start, "waiting_seconds": waited}
 
 
-def calibrated_levels(teacher: Folder, digest: str) -> tuple[float, ...]:
-    """The levels in the teacher's solver.json. Raises BeelineError where there is none for these weights."""
+def calibrated_levels(teacher: Folder) -> tuple[float, ...]:
+    """The levels in the teacher's solver.json. Raises BeelineError where there is none for its weights."""
     try:
-        return solver_levels(teacher.read(SOLVER), digest, str(teacher))
+        return solver_levels(teacher.read(SOLVER), digest_of(teacher.read(WEIGHTS)), str(teacher))
     except FileNotFoundError as error:
         raise BeelineError(f"{teacher}/{SOLVER} is missing; make it with: python -m beeline.calibrate {teacher}") from error
 
@@ -152,7 +152,7 @@ def gen_pairs(workspace: str, recipe: tyro.conf.Suppress[str], pairs: PairsConfi
     """
     place = Folder(workspace)
     teacher, digest = require_model(place, "teacher", recipe)
-    levels = calibrated_levels(place / "teacher", digest) if pairs.solver == "calibrated" else None
+    levels = calibrated_levels(place / "teacher") if pairs.solver == "calibrated" else None
     stage = Stage(place, "pairs", plan_of(pairs, teacher, digest, levels))
     if not stage.begin():
         return
