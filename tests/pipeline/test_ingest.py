@@ -14,10 +14,10 @@ from harness import Run, files
 from PIL import Image
 
 from beeline.config import ImagesConfig, to_dict
-from pipeline.images import open_source
-from pipeline.ingest_images import ImageShards, passes_for, shuffled
+from pipeline.ingest_images import ImageShards, listing_digest, passes_for, shuffled
 from pipeline.reader import WINDOW, ShardReader
 from pipeline.shards import decode, shard_count
+from pipeline.sources import open_source
 from pipeline.storage import Folder
 
 
@@ -62,8 +62,9 @@ def test_corrupt_images_are_counted_and_named(run: Run, tmp_path: Path) -> None:
 def ingested(place: Folder, config: ImagesConfig) -> dict[str, bytes]:
     """images/ as the command's actors make it, by one of them in this process."""
     source = open_source(config)
-    count = len(source.labels)
-    plan = {"images": to_dict(config, resources=False) | {"count": count}}
+    count = len(source.names)
+    digest = listing_digest(source, shuffled(count))
+    plan = {"images": to_dict(config, resources=False) | {"count": count, "listing_sha256": digest}}
     passes = passes_for(range(shard_count(count, config.shard_size)), source, config)
     worker = ImageShards(place, plan, config, passes)
     assert sum(worker.work(number)["images"] for number in range(len(passes))) == count
