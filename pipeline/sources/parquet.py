@@ -90,13 +90,18 @@ class ParquetImages:
         with pq.ParquetFile(file) as opened:
             metadata, columns = opened.metadata, _columns(opened.schema_arrow, file)
             groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
+            rows, size = sum(group.num_rows for group in groups), os.path.getsize(file)
+            if not 0 <= rows <= max(size, FEW):
+                raise BeelineError(
+                    f"{file} claims {rows:,} rows in {size:,} bytes; it is damaged, or was not written for images"
+                )
             nulls = sum(_checked(group, columns, file) for group in groups)
             first = len(self.names)
             for number, group in enumerate(groups):
                 self._groups.append((len(self.names), file, number))
-                rows = range(len(self.names) - first, len(self.names) - first + group.num_rows)
-                self.names += [f"{os.path.basename(file)} row {row}" for row in rows]
-            if nulls and nulls == len(self.names) - first:
+                start = len(self.names) - first
+                self.names += [f"{os.path.basename(file)} row {start + row}" for row in range(group.num_rows)]
+            if rows and nulls == rows:
                 raise BeelineError(
                     f"{file} holds the paths of its images and not the images: column {columns.image} has no bytes. Write it "
                     "again with the images in it (datasets: embed_external_files=True), or give the folder of images"
@@ -172,7 +177,10 @@ def _class_names(schema: pa.Schema) -> dict[str, Sequence[str]]:
 
 def _holds_images(kind: pa.DataType) -> bool:
     if pa.types.is_struct(kind):
-        return any(kind.field(i).name == "bytes" and _holds_images(kind.field(i).type) for i in range(kind.num_fields))
+        parts = {kind.field(i).name: kind.field(i).type for i in range(kind.num_fields)}
+        return "bytes" in parts and (_holds_images(parts["bytes"]) or pa.types.is_null(parts["bytes"]))
+    if pa.types.is_dictionary(kind):
+        return _holds_images(kind.value_type)
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
 
@@ -186,13 +194,14 @@ def _checked(group: pq.RowGroupMetaData, columns: Columns, file: str) -> int:
         if name not in columns[:2]:
             continue
         unpacked, packed = chunk.total_uncompressed_size, chunk.total_compressed_size
-        if max(group.num_rows, chunk.num_values) > max(size, FEW) or (unpacked > MAX_BYTES and unpacked > MAX_RATIO * packed):
+        if chunk.num_values > max(size, FEW) or (unpacked > MAX_BYTES and unpacked > MAX_RATIO * packed):
             raise BeelineError(
-                f"{file} claims {group.num_rows:,} rows, and {unpacked:,} bytes of the column {name} packed into {packed:,}, "
-                f"in a file of {size:,} bytes; it is damaged, or was not written for images"
+                f"{file} claims {chunk.num_values:,} cells of the column {name}, {unpacked:,} bytes packed into {packed:,}, in "
+                f"a file of {size:,} bytes; it is damaged, or was not written for images"
             )
-        if chunk.path_in_schema in (columns.image, f"{columns.image}.bytes") and chunk.statistics:
-            nulls = chunk.statistics.null_count or 0
+        if chunk.path_in_schema in (columns.image, f"{columns.image}.bytes"):
+            typeless = chunk.physical_type == "INT32"  # how a column of nothing but nulls is written
+            nulls = group.num_rows if typeless else chunk.statistics.null_count or 0 if chunk.statistics else 0
     return nulls
 
 

@@ -66,7 +66,7 @@ def kind_of(data: bytes) -> str:
         return "it is a pointer of Git LFS; fetch the file itself with: git lfs pull"
     if data[:100].lstrip().lower().startswith((b"<html", b"<!doctype html")):
         return "it is a web page"
-    return f"no known format; it starts with {data[:8]!r}"
+    return f"no known format, or damaged at its start, which is {data[:8]!r}"
 
 
 class Pixels:
