@@ -64,11 +64,14 @@ def walk(folder: str) -> Iterator[str]:
         except OSError as error:
             raise BeelineError(f"the folder {path} cannot be read ({error.strerror}); check its permissions") from error
         for entry in entries:
-            name = os.path.join(inner, entry.name)
-            if not entry.name.startswith(".") and os.path.isdir(entry.path):
-                waiting.append(name) if entry.is_symlink() else waiting.appendleft(name)
+            name, link = os.path.join(inner, entry.name), entry.is_symlink()
+            if entry.name.startswith("."):
+                yield name
                 continue
-            if not entry.name.startswith(".") and is_image(name) and not os.path.isfile(entry.path):
+            if os.path.isdir(entry.path) if link else entry.is_dir():  # of what is no link nothing more needs to be asked
+                waiting.append(name) if link else waiting.appendleft(name)
+                continue
+            if is_image(name) and not (os.path.isfile(entry.path) if link else entry.is_file()):
                 raise BeelineError(
                     f"{entry.path} is no file: a link that leads nowhere, a pipe or a device; take it out, or put the image "
                     "in its place"

@@ -1,7 +1,7 @@
 """Parquet with a column of encoded images, plain binary or {bytes, path} as on the Hugging Face Hub, and perhaps one of
 classes.
 
-Its row groups are read from start to end, a few images at a time: a single image cannot be read without those before it.
+Its row groups are read from start to end, a page at a time: a single image cannot be read without those before it.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from harness import Run, files
 from PIL import Image
 
 from beeline.config import ImagesConfig, to_dict
+from beeline.errors import BeelineError
 from pipeline.ingest_images import ImageShards, listing_digest, passes_for, shuffled
 from pipeline.reader import WINDOW, ShardReader
 from pipeline.shards import decode, shard_count
@@ -111,3 +112,11 @@ def test_shards_do_not_depend_on_the_passes_that_make_them(tmp_path: Path, rows:
     monkeypatch.setattr("pipeline.ingest_images.PASS_BYTES", 1)
     assert len(passes_for(range(7), open_source(config), config)) == 7
     assert ingested(Folder(str(tmp_path / "apart")), config) == together
+
+
+def test_a_source_that_differs_from_machine_to_machine_is_refused(tmp_path: Path) -> None:
+    config = ImagesConfig(source=str(in_class_order(tmp_path / "a.parquet", 2, 2)), resolution=4, channels=1)
+    plan = {"images": {"listing_sha256": listing_digest(open_source(config), shuffled(4))}}
+    in_class_order(tmp_path / "a.parquet", 3, 2)
+    with pytest.raises(BeelineError, match="holds other images here than where the command was started"):
+        ImageShards(Folder(str(tmp_path)), plan, config, [])
