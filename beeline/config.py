@@ -100,8 +100,8 @@ class ImagesConfig(PoolConfig):
     """Real images into images/."""
 
     source: str = "digits"
-    """"digits" (scikit-learn's, built in), a folder of images (sub-folders are classes), a zip in EDM's layout, CIFAR-10's
-    python archive, or Parquet with an image column (a file or a folder of files)."""
+    """"digits" (scikit-learn's, built in), a folder or zip of images (sub-folders are classes, or dataset.json lists them),
+    CIFAR's python archive, or Parquet with an image column (a file or a folder of files)."""
     resolution: int = 8
     """Side in pixels."""
     channels: int = 1
