@@ -8,3 +8,8 @@ class BeelineError(Exception):
 
 class StorageError(BeelineError):
     """A file or listing that could not be had, retries included: it may pass, so training that is restarted tries again."""
+
+
+def plain(error: BaseException) -> str:
+    """An error's text on one line, for use within a message."""
+    return " ".join(str(error).split()).removesuffix(".") or type(error).__name__

@@ -239,7 +239,7 @@ def _machines(recipe: Recipe, there: Workspace, teacher: str) -> list[Line]:
         lines = [Line("cluster", f"{address}: {around}"), Line("versions", around.versions, around.mismatch)]
     else:
         gpus = torch.cuda.device_count()
-        cpus = max(4, os.cpu_count() or 1)  # as pipeline.command.ensure_ray tells Ray
+        cpus = max(4, os.cpu_count() or 1)  # as pipeline.runtime tells Ray
         around = Surroundings(nodes=[Node(cpus, gpus)])
         lines = [Line("machine", f"this one, {os.cpu_count()} cores, {gpus} GPUs")]
     lines += [line for need in alike(asked) if (line := _room(need, around)).fix]

@@ -6,6 +6,11 @@ python pipeline/ingest_images.py digits --images.source photos/ --images.resolut
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from beeline.entry import guard
+
+    guard()
+
 import hashlib
 import json
 from typing import Any
@@ -15,9 +20,10 @@ import tyro
 
 from beeline.config import ImagesConfig, to_dict
 from beeline.errors import BeelineError
-from pipeline.command import Progress, run_command
+from pipeline.command import run_command
 from pipeline.images import CorruptImage, open_source
 from pipeline.pool import run_pool
+from pipeline.progress import Progress
 from pipeline.shards import encode, shard_count, shard_name, shard_rows, survey
 from pipeline.stage import Stage
 from pipeline.storage import Folder
@@ -69,12 +75,13 @@ def ingest_images(workspace: str, recipe: tyro.conf.Suppress[str], images: Image
     if not stage.begin():
         return
     left = survey(stage.folder, stage.plan, len(labels), images.shard_size).todo
-    progress = Progress("images", sum(len(shard_rows(k, images.shard_size, len(labels))) for k in left), "images")
+    count = sum(len(shard_rows(k, images.shard_size, len(labels))) for k in left)
     arguments = {"workspace": place, "plan": stage.plan, "config": images}
     corrupt: list[str] = []
-    for row in run_pool(ImageShards, arguments, left, images, name="images"):
-        progress.add(row["images"])
-        corrupt += json.loads(row["corrupt"])
+    with Progress("images", count, "images") as progress:
+        for row in run_pool(ImageShards, arguments, left, images, name="images"):
+            progress.add(row["images"])
+            corrupt += json.loads(row["corrupt"])
     stage.folder.clean()
     if corrupt:
         shown = "; ".join(sorted(corrupt)[:NAMED]) + ("; ..." if len(corrupt) > NAMED else "")

@@ -11,7 +11,13 @@ losses' probe by default, so that what is chosen here is not chosen by the measu
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from beeline.entry import guard
+
+    guard()
+
 import io
+import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
@@ -35,7 +41,8 @@ from evaluation.evaluate import measure
 from evaluation.results import METRICS
 from evaluation.rows import parse_steps
 from pipeline import metrics
-from pipeline.command import ensure_ray, run_command
+from pipeline.command import run_command
+from pipeline.runtime import ensure_ray
 from pipeline.stage import PLAN, Stage, fingerprint, publish_model, require, require_features, require_model, require_probe
 from pipeline.storage import Folder
 from trainers import checkpoints
@@ -114,6 +121,8 @@ def _train(
     if not configs:
         return
     ensure_ray()
+    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # or Ctrl-C would end the trials and go on with the sweep
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new one has tables of its own even where verbose is 0
     rungs = {number: folder.read_json(f"{folder_name(number)}/{RUNGS}") or [] for number in tried}
     function = tune.with_parameters(
         run_trial, workspace=place, recipe=recipe, folder=folder, configs=configs, sweep=sweep, pairs=pairs, images=images

@@ -22,7 +22,7 @@ from harness import ROOT, free_port, parse_command, wait_for
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from cluster import spot_notice
-from pipeline import command
+from pipeline import runtime
 from pipeline.stage import MADE_BY
 
 FILES = sorted(path for path in (ROOT / "cluster").rglob("*") if path.suffix in (".yaml", ".sh") or path.name == "Dockerfile")
@@ -200,7 +200,7 @@ def test_kubernetes_names_agree(ray_cluster: dict[str, Any]) -> None:
     name, spec = ray_cluster["metadata"]["name"], ray_cluster["spec"]
     secret, monitor = documents("kuberay/s3-secret.yaml")[0], documents("kuberay/podmonitor.yaml")[0]["spec"]
     assert all(value.startswith("your-") for value in secret["stringData"].values()), "keys in the repository"
-    assert {key for key in settings() if key.startswith("AWS_")} <= set(command.FOLLOWING)
+    assert {key for key in settings() if key.startswith("AWS_")} <= set(runtime.FOLLOWING)
     known = {("configMapRef", documents("kuberay/raycluster.yaml")[0]["metadata"]["name"])}
     known.add(("secretRef", secret["metadata"]["name"]))
     for container in containers(ray_cluster):
