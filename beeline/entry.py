@@ -7,6 +7,7 @@ must be there before anything that takes time.
 from __future__ import annotations
 
 import os
+import select
 import signal
 import sys
 from collections.abc import Callable
@@ -46,7 +47,7 @@ def run_main(call: Callable[[], Any], cleanup: Callable[[], Any] = lambda: None)
     try:
         try:
             call()
-            sys.stdout.flush()
+            print(end="", flush=True)  # here, where it may fail
         finally:
             _handle(lambda number, frame: _exit_now(received[0] if received else number, say=not received))
     except BaseException as error:
@@ -58,14 +59,13 @@ def run_main(call: Callable[[], Any], cleanup: Callable[[], Any] = lambda: None)
         elif isinstance(error, BeelineError):
             status = 1
             _say(str(error))
-        elif isinstance(error, BrokenPipeError) and _stdout_is_broken():
+        elif isinstance(error, BrokenPipeError) and _reader_has_gone():
             status = BROKEN_PIPE
         else:
             raise
     finally:
         cleanup()
-    if _stdout_is_broken():
-        status = status or BROKEN_PIPE
+    _drop_unwritten()
     sys.exit(status)
 
 
@@ -86,11 +86,16 @@ def _say(message: str) -> None:
     os.write(2, f"error: {line}\n".encode())  # not through sys.stderr, in which a signal may have come just now
 
 
-def _stdout_is_broken() -> bool:
-    """Whether the reader of stdout has gone; what is left to write is then dropped, or Python would complain at its end."""
+def _reader_has_gone() -> bool:
+    """Whether stdout is a pipe that nobody reads any more."""
+    poll = select.poll()
+    poll.register(1, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def _drop_unwritten() -> None:
+    """Write what is left for stdout, or drop it if nobody reads it: Python would complain when it exits."""
     try:
-        sys.stdout.flush()
+        print(end="", flush=True)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

@@ -11,5 +11,7 @@ class StorageError(BeelineError):
 
 
 def plain(error: BaseException) -> str:
-    """An error's text on one line, for use within a message."""
+    """An error's text on one line, for use within a message that names the file."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return error.strerror
     return " ".join(str(error).split()).removesuffix(".") or type(error).__name__

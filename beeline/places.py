@@ -47,9 +47,7 @@ def resolve(place: str, what: str = "the workspace") -> str:
     if scheme == "file":
         url = urlsplit(place)
         if url.netloc not in ("", "localhost"):
-            raise BeelineError(
-                f"{what} is {place!r}, a path on the machine {url.netloc!r}; file:// takes three slashes: file:///folder"
-            )
+            raise BeelineError(f"{what} is {place!r}, a path on the machine {url.netloc!r}; write file:///folder")
         return _absolute(unquote(url.path), what)
     if scheme.lower() in ("s3", *STORES):
         bucket = rest.removeprefix("//").partition("/")[0]

@@ -235,7 +235,7 @@ def _machines(recipe: Recipe, there: Workspace, teacher: str) -> list[Line]:
         try:
             around = look_at_cluster(address)
         except BeelineError as error:
-            return [Line("cluster", str(error), "Start it, mend RAY_ADDRESS, or unset it to use this machine")]
+            return [Line("cluster", str(error), "See the message")]
         lines = [Line("cluster", f"{address}: {around}"), Line("versions", around.versions, around.mismatch)]
     else:
         gpus = torch.cuda.device_count()

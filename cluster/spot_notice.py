@@ -9,11 +9,6 @@ Rebalance recommendations are ignored: most machines that get one live on for ho
 
 from __future__ import annotations
 
-if __name__ == "__main__":
-    from beeline.entry import guard
-
-    guard()
-
 import argparse
 import datetime
 import json

@@ -66,14 +66,15 @@ def ensure_ray() -> None:
         try:
             _join(address, variables) if address else _start(variables)
         except Exception as error:
+            told = " ".join(str(error).split()).removesuffix(".")
             if address:
                 raise BeelineError(
-                    f"the Ray cluster at {address} cannot be joined ({plain(error)}). The command must run on one of its "
-                    "machines with the same Ray, Python and token; or submit it as a job"
+                    f"the Ray cluster at {address} cannot be joined ({told}). The command must run on one of its machines with "
+                    "the same Ray, Python and token; or submit it as a job"
                 ) from error
             raise BeelineError(
-                f"Ray cannot start on this machine ({plain(error)}). It needs {os.environ.get('RAY_TMPDIR') or '/tmp'} (or "
-                "RAY_TMPDIR, a short path) and the home folder, for its token, to be writable"
+                f"Ray cannot start on this machine ({told}). It writes to {os.environ.get('RAY_TMPDIR') or '/tmp'} (or "
+                "RAY_TMPDIR, a short path) and, for its token, to the home folder; on a busy machine run the command again"
             ) from error
 
 
