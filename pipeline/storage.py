@@ -140,11 +140,11 @@ class Folder:
         return [entry for entry in entries if entry.type == kind and entry.base_name]
 
     def remove(self, name: str) -> None:
-        """Remove one file, if it is there. Raises StorageError if it cannot."""
+        """Remove one file, unless it is gone already: others may work on the folder. Raises StorageError if it cannot."""
         try:
             fs, path = _writer(self.uri)
             fs.rm_file(f"{path}/{name}")
-        except FileNotFoundError:  # another driver was faster
+        except FileNotFoundError:
             return
         except FAILURES as error:
             raise StorageError(f"{self}/{name} cannot be removed: {plain(error)}. Check permissions and credentials") from error
