@@ -6,6 +6,7 @@ must be there before anything that takes time.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import signal
@@ -83,7 +84,8 @@ def _exit_now(number: int, say: bool) -> NoReturn:
 
 def _say(message: str) -> None:
     line = " ".join(part.strip() for part in message.splitlines())
-    os.write(2, f"error: {line}\n".encode())  # not through sys.stderr, in which a signal may have come just now
+    with contextlib.suppress(OSError):  # stderr is closed
+        os.write(2, f"error: {line}\n".encode())  # not through sys.stderr, in which a signal may have come just now
 
 
 def _reader_has_gone() -> bool:

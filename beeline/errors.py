@@ -1,5 +1,9 @@
 """The exceptions that are meant for the user's eyes."""
 
+from __future__ import annotations
+
+import re
+
 
 class BeelineError(Exception):
     """Something the user can mend. The message says what was found, what was expected and the fix; commands print it
@@ -14,4 +18,5 @@ def plain(error: BaseException) -> str:
     """An error's text on one line, for use within a message that names the file."""
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return error.strerror
-    return " ".join(str(error).split()).removesuffix(".") or type(error).__name__
+    text = " ".join(str(error).split()).removesuffix(".") or type(error).__name__
+    return re.sub(r"^\[Errno -?\d+\] ", "", text)

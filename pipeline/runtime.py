@@ -86,9 +86,7 @@ def _join(address: str, variables: dict[str, str]) -> None:
 
 def _start(variables: dict[str, str]) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Ray keeps its ports on loopback where it believes that it cannot be a cluster. The variable is for its processes.
-    os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
-    ray_constants.ENABLE_RAY_CLUSTER = False
+    _keep_to_loopback()
     port = os.environ.setdefault(ray_constants.GCS_PORT_ENVIRONMENT_VARIABLE, str(_free_port()))
     ray.init(
         address="local",
@@ -140,7 +138,25 @@ def find_head(address: str) -> str:
             raise BeelineError(f"what answers at {address} is not a head of Ray (by default port 6379). {fix}") from None
         finally:
             channel.close()
-    return services.canonicalize_bootstrap_address(str(place)) or str(place)
+    public = services.canonicalize_bootstrap_address(str(place)) or str(place)
+    if public != place and not _answers(public):  # a head that keeps to loopback, as that of cluster/local.sh does
+        _keep_to_loopback()
+        return str(place)
+    return public
+
+
+def _answers(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    with contextlib.suppress(OSError), socket.create_connection((host.strip("[]"), int(port)), timeout=TIMEOUT):
+        return True
+    return False
+
+
+def _keep_to_loopback() -> None:
+    """Ray listens on loopback alone, and looks for a head there, where it believes that it cannot be a cluster. It has read the
+    variable already; its processes have not."""
+    os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
+    ray_constants.ENABLE_RAY_CLUSTER = False
 
 
 def find_user_error(error: BaseException | None) -> BeelineError | None:
@@ -197,11 +213,14 @@ def _leave_out_noise() -> None:
 def _filtered_stderr() -> Iterator[None]:
     """The same for what Ray's C++ code writes to stderr in this process: lines of NOISE stay out. By a process of its own, so
     that nothing is lost where this one crashes."""
-    grep = shutil.which("grep")
-    if grep is None:
+    grep, texts = shutil.which("grep"), [f"-e{text}" for text in NOISE]
+    try:
+        original = os.dup(2) if grep else -1
+    except OSError:  # it is closed
+        original = -1
+    if grep is None or original < 0:
         yield
         return
-    original, texts = os.dup(2), [f"-e{text}" for text in NOISE]
     process = subprocess.Popen(
         [grep, "--line-buffered", "-vF", *texts], stdin=subprocess.PIPE, stdout=original, start_new_session=True
     )

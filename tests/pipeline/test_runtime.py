@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 import ray.exceptions
-from harness import ROOT, TINY_LMM, Head, Run, files, free_port, wait_for
+from harness import LOOPBACK, ROOT, TINY_LMM, Head, Run, files, free_port, listening, wait_for
 
 from beeline.entry import SIGNALS
 from beeline.errors import BeelineError, StorageError
@@ -105,17 +105,6 @@ def test_a_users_error_is_found_in_what_ray_makes_of_it() -> None:
     assert find_user_error(ray.exceptions.RayTaskError("_train", "Traceback ...", ValueError("a bug"))) is None
 
 
-def listening(processes: list[psutil.Process]) -> set[str]:
-    """The addresses at which processes listen."""
-    found = set()
-    for process in processes:
-        try:
-            found |= {place.laddr.ip for place in process.net_connections("inet") if place.status == psutil.CONN_LISTEN}
-        except psutil.Error:
-            continue
-    return found
-
-
 def test_a_ray_of_our_own_keeps_to_loopback_and_ends_with_its_command(trained: Path, tmp_path: Path) -> None:
     workspace = tmp_path / "ws"
     shutil.copytree(trained, workspace, ignore=shutil.ignore_patterns("pairs"))
@@ -132,7 +121,7 @@ def test_a_ray_of_our_own_keeps_to_loopback_and_ends_with_its_command(trained: P
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 143, output
     assert addresses, output
-    assert addresses <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
+    assert addresses <= LOOPBACK
     *lines, last = output.splitlines()
     assert last == f"error: {SIGNALS[signal.SIGTERM]}", output
     assert all(line.startswith("pairs: ") for line in lines), output  # nothing of Ray's
@@ -170,7 +159,7 @@ def test_trainings_on_a_cluster_end_with_their_command(
     assert output.count("error: ") == 1, output
     assert f"error: {SIGNALS[number]}\n" in output
     assert "Traceback" not in output
-    wait_for(lambda: not head.workers("RayTrainWorker") and not head.workers("ImplicitFunc"), 60, "the end of the workers")
+    wait_for(lambda: not head.workers("RayTrainWorker") and not head.workers("Trial("), 60, "the end of the workers")
 
 
 def test_errors_in_actors_and_tasks_reach_the_user_as_one_line(run: Run, trained: Path, tmp_path: Path) -> None:
