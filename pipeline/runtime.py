@@ -20,7 +20,7 @@ import ray
 from ray._private import log, ray_constants, services
 from ray._private.ray_logging import stderr_deduplicator, stdout_deduplicator
 
-from beeline.errors import BeelineError, plain
+from beeline.errors import BeelineError, StorageError, plain
 from beeline.places import holds_credentials
 
 TIMEOUT = 10  # seconds that the head of a cluster has for an answer, twice
@@ -33,11 +33,12 @@ FOLLOWING = (
     *("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_ALLOW_FILE_STORE"),
     *("WANDB_BASE_URL", "WANDB_ENTITY", "WANDB_PROJECT", "WANDB_MODE", "WANDB_DIR"),
 )
-# Ray warns of what it does itself (Ray Data and Ray Train hand arguments to their actors through the object store) and of pools
-# that are meant to be larger than the machine has cores.
+# Ray warns of what it does itself (Ray Data and Ray Train hand arguments to their actors through the object store, and kill
+# actors that are no longer needed) and of pools that are meant to be larger than the machine has cores.
 NOISE = (
     "has constructor arguments in the object store and max_restarts > 0",
     "PYTHON worker processes have been started on node",
+    "The actor is dead because it was killed by `ray.kill`",
 )
 
 _until_shutdown = contextlib.ExitStack()
@@ -169,7 +170,8 @@ def find_user_error(error: BaseException | None) -> BeelineError | None:
             continue
         seen.add(id(error))
         if isinstance(error, BeelineError):
-            return BeelineError(*error.args)  # without the traceback text that Ray adds to its dual types
+            kind = StorageError if isinstance(error, StorageError) else BeelineError
+            return kind(*error.args)  # without the traceback text that Ray adds to its dual types
         failures = getattr(error, "worker_failures", None)
         waiting += [error.__cause__, error.__context__]
         waiting += [getattr(error, name, None) for name in ("cause", "controller_failure")]
