@@ -9,11 +9,16 @@ from the shorter ones found. The smallest that reaches Heun's own error on held-
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from beeline.entry import guard
+
+    guard()
+
 import argparse
 import dataclasses
 import hashlib
 import json
-import sys
+import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,8 +31,10 @@ from beeline.adams import CORRECTOR, PREDICTOR, adams
 from beeline.arrays import spread
 from beeline.checkpoint import SOLVER, WEIGHTS, load
 from beeline.denoiser import Denoiser
-from beeline.errors import BeelineError
+from beeline.entry import run_main
+from beeline.errors import BeelineError, plain
 from beeline.noise import stream, stream_seed, x0
+from beeline.places import local_path
 from beeline.samplers import batches, evaluations, solve
 from beeline.schedule import SIGMA_MAX, SIGMA_MIN
 
@@ -219,7 +226,7 @@ def main() -> None:
         prog="python -m beeline.calibrate", description="Find noise levels for the Adams solver.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )  # fmt: skip
-    parser.add_argument("folder", type=Path, help="the teacher's folder, for example runs/digits/teacher")
+    parser.add_argument("folder", type=local_path, help="the teacher's folder, for example runs/digits/teacher")
     parser.add_argument(
         "--evaluations", dest="counts", type=int, nargs="+", default=[8, 10, 12, 14], help="numbers to try, rising"
     )
@@ -231,20 +238,21 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=256)
     arguments = vars(parser.parse_args())
     folder = arguments.pop("folder")
+    teacher = load(folder).to("cuda" if torch.cuda.is_available() else "cpu")
+    if teacher.few_step is not None:
+        raise BeelineError(f"{folder} holds a student; only teachers are solved")
+    if not os.access(folder, os.W_OK):
+        raise BeelineError(f"{folder} cannot be written; {SOLVER} goes there. Change its permissions, or copy the model")
+    found = calibrate(teacher, **arguments)
+    found["model_sha256"] = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
     try:
-        teacher = load(folder).to("cuda" if torch.cuda.is_available() else "cpu")
-        if teacher.few_step is not None:
-            raise BeelineError(f"{folder} holds a student; only teachers are solved")
-        found = calibrate(teacher, **arguments)
-        found["model_sha256"] = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
         (folder / f"{SOLVER}.tmp").write_text(json.dumps(found, indent=2))
         (folder / f"{SOLVER}.tmp").replace(folder / SOLVER)
         _plot(found, folder / "solver.png")
-        print(f"{folder / SOLVER}: {found['evaluations']} evaluations in place of {found['heun']['evaluations']}")
-    except BeelineError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+    except OSError as error:
+        raise BeelineError(f"{folder / SOLVER} cannot be written ({plain(error)}); free some space and run it again") from error
+    print(f"{folder / SOLVER}: {found['evaluations']} evaluations in place of {found['heun']['evaluations']}")
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

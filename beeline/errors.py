@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 
 MAX_MESSAGE = 4000  # characters
@@ -49,3 +50,11 @@ def reading(what: str, fix: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise BeelineError(f"{what} ({reason(error)}); {fix}") from error
+
+
+def plain(error: BaseException) -> str:
+    """An error's text on one line, for use within a message that names the file."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return error.strerror
+    text = " ".join(str(error).split()).removesuffix(".") or type(error).__name__
+    return re.sub(r"^\[Errno -?\d+\] ", "", text)

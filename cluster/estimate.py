@@ -11,6 +11,11 @@ What the workspace holds already is not counted again. Nothing is started, and n
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from beeline.entry import guard
+
+    guard()
+
 import dataclasses
 import json
 import math

@@ -8,6 +8,11 @@ Finished stages are skipped, interrupted ones continue.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from beeline.entry import guard
+
+    guard()
+
 import time
 from typing import Annotated
 
@@ -17,9 +22,10 @@ import tyro
 from beeline.config import LmmConfig, Recipe
 from evaluation.evaluate import measure
 from evaluation.report import report
-from pipeline.command import ensure_ray, run_command
+from pipeline.command import run_command
 from pipeline.gen_pairs import gen_pairs
 from pipeline.ingest_images import ingest_images
+from pipeline.runtime import ensure_ray
 from pipeline.storage import Folder
 from trainers.student import RECONSTRUCTION, running
 from trainers.sweep_lmm import sweep_lmm
@@ -34,7 +40,7 @@ def run_pipeline(workspace: str, recipe: Annotated[Recipe, tyro.conf.arg(name=""
     Args:
         workspace: Local folder or s3://bucket/prefix.
     """
-    start, name = time.monotonic(), recipe.name
+    start, name, workspace = time.monotonic(), recipe.name, Folder(workspace).uri  # tasks run in folders of their own
     ensure_ray()
     ingest_images(workspace, name, recipe.images)
     train_probes(workspace, name, recipe.probe)
@@ -61,7 +67,6 @@ def measured_at(recipe: Recipe, student: LmmConfig) -> tuple[str, ...]:
 def train_together(workspace: str, recipe: str, students: list[LmmConfig]) -> None:
     """Train the ablations at the same time: each starts once the cluster has room for its workers."""
     remote = ray.remote(num_cpus=0)(train_lmm)
-    workspace = Folder(workspace).uri  # the tasks run in folders of their own
     ray.get([remote.options(name=f"students/{student.name}").remote(workspace, recipe, student) for student in students])
 
 

@@ -11,6 +11,11 @@ out, to the last bit, for any number of actors, after any number of kills.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from beeline.entry import guard
+
+    guard()
+
 import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -41,8 +46,9 @@ from evaluation.jobs import (
 from evaluation.reference import KEPT, groups, merge_reference, reference, reference_folder
 from evaluation.rows import Row, rows_for
 from pipeline import metrics
-from pipeline.command import Progress, run_command
+from pipeline.command import run_command
 from pipeline.pool import run_pool
+from pipeline.progress import Progress
 from pipeline.stage import Stage, check_fits, fingerprint, require, require_measuring, require_model, require_probe
 from pipeline.storage import Folder
 
@@ -271,10 +277,12 @@ def _left(folder: Folder, jobs: Sequence[Any]) -> list[Any]:
 
 
 def _run(setup: Setup, what: str, jobs: list[Any]) -> None:
-    progress = Progress(what, sum(job.evaluations + 1 for job in jobs), "network evaluations")
     arguments = {"setup": setup, "jobs": jobs}
-    for done in run_pool(Bench, arguments, range(len(jobs)), setup.config, name=what):
-        progress.add(done["evaluations"] + 1)
+    evaluations = sum(job.evaluations for job in jobs) if any(isinstance(job, Samples) for job in jobs) else 0
+    total, unit = (evaluations, "network evaluations") if evaluations else (len(jobs), "measurements")
+    with Progress(what, total, unit) as progress:
+        for done in run_pool(Bench, arguments, range(len(jobs)), setup.config, name=what):
+            progress.add(done["evaluations"] if evaluations else 1)
 
 
 if __name__ == "__main__":

@@ -8,10 +8,14 @@ is said in beeline/toy.py and beeline/toy_ot.py.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from beeline.entry import guard
+
+    guard()
+
 import dataclasses
 import io
 import json
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,6 +33,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from beeline import toy_ot
+from beeline.entry import run_main
 from beeline.errors import BeelineError
 from beeline.noise import stream_seed
 from beeline.toy import Field, ToyConfig, integrate, measure, sliced_w2, train_all
@@ -224,12 +229,8 @@ def draw_ot(rows: list[dict[str, float]], needed: list[dict[str, Any]], ot: OtCo
 
 def main() -> None:
     """The command."""
-    try:
-        tyro.cli(toy2d)
-    except BeelineError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+    tyro.cli(toy2d)
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -8,6 +8,11 @@ docs/pair-store.md says what is in them; `python pipeline/verify_pairs.py digits
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from beeline.entry import guard
+
+    guard()
+
 import functools
 import time
 import zlib
@@ -28,9 +33,10 @@ from beeline.inference import prepare
 from beeline.samplers import batches, evaluations, sample_from
 from beeline.schedule import edm_sigmas
 from pipeline import storage
-from pipeline.command import Progress, run_command
+from pipeline.command import run_command
 from pipeline.manifest import Manifest
 from pipeline.pool import run_pool
+from pipeline.progress import Progress
 from pipeline.shards import MAX_SHARD_BYTES, encode, shard_count, shard_name, shard_rows, survey
 from pipeline.stage import Stage, require_model
 from pipeline.storage import Folder
@@ -165,13 +171,13 @@ def gen_pairs(workspace: str, recipe: tyro.conf.Suppress[str], pairs: PairsConfi
         f"{stage.plan['evaluations']} evaluations each{_spent(manifest, pairs)}",
         flush=True,
     )
-    progress = Progress("pairs", left, "pairs")
     load = functools.partial(load_sampler, place, recipe, stage.plan, pairs)
     arguments = {"folder": stage.folder, "plan": stage.plan, "config": pairs, "load": load}
     try:
-        for row in run_pool(PairShards, arguments, found.todo, pairs, name="pairs", overlap=True):
-            manifest.add(row)
-            progress.add(row["pairs"], _spent(manifest, pairs))
+        with Progress("pairs", left, "pairs") as progress:
+            for row in run_pool(PairShards, arguments, found.todo, pairs, name="pairs", overlap=True):
+                manifest.add(row)
+                progress.add(row["pairs"], _spent(manifest, pairs))
     finally:
         if manifest.rows:
             manifest.publish()

@@ -9,6 +9,11 @@ shuffled order: shard k holds images order[k * size : (k + 1) * size] of the sou
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from beeline.entry import guard
+
+    guard()
+
 import collections
 import hashlib
 import json
@@ -21,8 +26,9 @@ import tyro
 from beeline.config import ImagesConfig, to_dict
 from beeline.errors import BeelineError, one_line
 from beeline.noise import stream
-from pipeline.command import Progress, run_command
+from pipeline.command import run_command
 from pipeline.pool import run_pool
+from pipeline.progress import Progress
 from pipeline.shards import encode, shard_count, shard_name, shard_rows, survey
 from pipeline.sources import CorruptImage, Source, open_source
 from pipeline.sources.labels import summary
@@ -141,15 +147,16 @@ def _make(stage: Stage, place: Folder, source: Source, images: ImagesConfig) -> 
         if name.startswith("part-") and name not in expected:  # of a source with more images, some of them corrupt
             stage.folder.remove(name)
     left = survey(stage.folder, stage.plan, count, images.shard_size).todo
-    progress = Progress("images", sum(len(shard_rows(k, images.shard_size, count)) for k in left), "images")
+    total = sum(len(shard_rows(k, images.shard_size, count)) for k in left)
     passes = passes_for(left, source, images)
     arguments = {"workspace": place, "plan": stage.plan, "config": images, "passes": passes}
     corrupt: list[str] = []
     changes: collections.Counter[str] = collections.Counter()
-    for row in run_pool(ImageShards, arguments, range(len(passes)), images, name="images"):
-        progress.add(row["images"])
-        corrupt += json.loads(row["corrupt"])
-        changes.update(json.loads(row["changes"]))
+    with Progress("images", total, "images") as progress:
+        for row in run_pool(ImageShards, arguments, range(len(passes)), images, name="images"):
+            progress.add(row["images"])
+            corrupt += json.loads(row["corrupt"])
+            changes.update(json.loads(row["changes"]))
     for change, number in sorted(changes.items()):
         print(f"images: {number:,} of them {change}", flush=True)
     return corrupt

@@ -10,6 +10,11 @@ complete store; otherwise each damaged shard is named.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from beeline.entry import guard
+
+    guard()
+
 import zlib
 from collections.abc import Mapping
 from typing import Any
@@ -22,10 +27,11 @@ from beeline import noise
 from beeline.config import PairsConfig, VerifyConfig, from_dict
 from beeline.errors import BeelineError
 from beeline.noise import stream
-from pipeline.command import Progress, run_command
+from pipeline.command import run_command
 from pipeline.gen_pairs import CONTACT, load_sampler, make_pairs, pair_labels, stored
 from pipeline.manifest import read_manifest
 from pipeline.pool import run_pool
+from pipeline.progress import Progress
 from pipeline.reader import to_float
 from pipeline.shards import Columns, decode, shard_count, shard_name, shard_rows
 from pipeline.sheet import sheet_png
@@ -142,11 +148,11 @@ def verify_pairs(workspace: str, recipe: tyro.conf.Suppress[str], verify: Verify
         "resample": {k: batch_of(k) for k in some(verify.resample)},
         "shown": {k: [i % config.shard_size for i in shown if i // config.shard_size == k] for k in shards},
     }
-    progress = Progress("verify", len(shards), "shards")
     rows: dict[int, dict[str, Any]] = {}
-    for row in run_pool(CheckShards, arguments, shards, verify, name="verify"):
-        rows[row["shard"]] = row
-        progress.add(1)
+    with Progress("verify", len(shards), "shards") as progress:
+        for row in run_pool(CheckShards, arguments, shards, verify, name="verify"):
+            rows[row["shard"]] = row
+            progress.add(1)
     troubles = {shard_name(k): rows[k]["trouble"] for k in shards if rows[k]["trouble"]}
     names = {shard_name(k) for k in shards}
     strangers = [name for name in folder.sizes() if name.startswith("part-") and name not in names]

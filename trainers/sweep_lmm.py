@@ -11,7 +11,14 @@ losses' probe by default, so that what is chosen here is not chosen by the measu
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from beeline.entry import guard
+
+    guard()
+
 import io
+import logging
+import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
@@ -29,13 +36,14 @@ from ray.tune.trainable import wrap_function
 
 from beeline.checkpoint import CONFIG, WEIGHTS
 from beeline.config import EvaluateConfig, LmmConfig, SweepConfig, to_dict
-from beeline.errors import BeelineError
+from beeline.errors import BeelineError, StorageError
 from beeline.schedule import check_steps
 from evaluation.evaluate import measure
 from evaluation.results import METRICS
 from evaluation.rows import parse_steps
 from pipeline import metrics
-from pipeline.command import ensure_ray, run_command
+from pipeline.command import run_command
+from pipeline.runtime import ensure_ray, find_user_error
 from pipeline.stage import PLAN, Stage, fingerprint, publish_model, require, require_features, require_model, require_probe
 from pipeline.storage import Folder
 from trainers import checkpoints
@@ -114,6 +122,9 @@ def _train(
     if not configs:
         return
     ensure_ray()
+    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # or Ctrl-C would end the trials and go on with the sweep
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new one has tables of its own even where verbose is 0
+    logging.getLogger("ray.tune.execution.tune_controller").addFilter(_is_news)
     rungs = {number: folder.read_json(f"{folder_name(number)}/{RUNGS}") or [] for number in tried}
     function = tune.with_parameters(
         run_trial, workspace=place, recipe=recipe, folder=folder, configs=configs, sweep=sweep, pairs=pairs, images=images
@@ -158,6 +169,14 @@ class _Rows(tune.Callback):
         for state, trials in states.items():
             metrics.gauge("sweep_trials", trials, sweep=self.sweep.name, state=state)
 
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Tune tries a trial again after any error. One that only the user can mend is final; others are said."""
+        error = find_user_error(trial.get_pickled_error())
+        if error is not None and not isinstance(error, StorageError):
+            raise error
+        why = error or "its process has died"
+        print(f"sweep: trial {trial.config['trial']} is tried again: {why}", flush=True)
+
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         number = trial.config["trial"]
         last = self.folder.read_json(f"{folder_name(number)}/{RUNGS}")[-1]
@@ -169,6 +188,11 @@ class _Rows(tune.Callback):
         self._show()
         how = f"stopped at step {last['step']}" if row["stopped"] else "finished"
         print(f"sweep: trial {number}, steps {row['steps']}, lr {row['lr']:g}: {how}, {METRIC} {row[METRIC]:.3f}", flush=True)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether Tune logs more than an error for the user, which is told by itself and without a traceback."""
+    return find_user_error(record.exc_info[1] if record.exc_info else None) is None
 
 
 def _judge(

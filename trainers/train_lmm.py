@@ -7,6 +7,11 @@ python trainers/train_lmm.py digits --student l2     # one of its ablations
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from beeline.entry import guard
+
+    guard()
+
 from typing import Any
 
 import tyro

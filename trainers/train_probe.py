@@ -5,6 +5,11 @@ python trainers/train_probe.py digits
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from beeline.entry import guard
+
+    guard()
+
 import ray
 import torch
 import tyro
@@ -15,8 +20,9 @@ from beeline.errors import BeelineError
 from beeline.features import Probe, train_probe
 from beeline.noise import stream_seed
 from beeline.numerics import set_numerics
-from pipeline.command import ensure_ray, run_command
+from pipeline.command import run_command
 from pipeline.reader import some_images, to_float
+from pipeline.runtime import ensure_ray
 from pipeline.stage import Stage, fingerprint, publish_model, require
 from pipeline.storage import Folder
 

@@ -5,6 +5,11 @@ python trainers/train_teacher.py digits --teacher.workers.count 2
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from beeline.entry import guard
+
+    guard()
+
 import copy
 from typing import Any
 
