@@ -8,3 +8,7 @@ class BeelineError(Exception):
 
 class StorageError(BeelineError):
     """A file or listing that could not be had, retries included: it may pass, so training that is restarted tries again."""
+
+
+class SettingError(BeelineError):
+    """A setting that cannot be. The message begins with its name: of a config's field, as PairsConfig.count, or an option."""
