@@ -18,8 +18,8 @@ import math
 import re
 import types
 import typing
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Protocol, TypeVar, Union
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, NoReturn, Protocol, TypeVar, Union
 
 from beeline.errors import SettingError
 
@@ -168,9 +168,9 @@ class Settings:
             if not allowed(getattr(self, name), hint):
                 self.refuse(name, described(hint))
 
-    def refuse(self, name: str, expected: str) -> typing.NoReturn:
+    def refuse(self, name: str, expected: str) -> NoReturn:
         """Raise SettingError for field `name`; `expected` says what is allowed."""
-        raise SettingError(f"{type(self).__name__}.{name} {_is(getattr(self, name))}; expected {expected}")
+        _refuse(f"{type(self).__name__}.{name}", getattr(self, name), expected)
 
     def require(self, condition: bool, name: str, expected: str) -> None:
         """As `refuse`, unless `condition` holds."""
@@ -181,18 +181,38 @@ class Settings:
 def check(name: str, value: Any, hint: Any) -> None:
     """Raise SettingError unless `hint`, one of the types above, allows `value`, which messages call `name`."""
     if not allowed(value, hint):
-        raise SettingError(f"{name} {_is(value)}; expected {described(hint)}")
+        _refuse(name, value, described(hint))
+
+
+def as_option(error: SettingError, words: Sequence[str]) -> str:
+    """The error's message; the option among `words`, a command line, that gave the value stands for the config's field."""
+    setting, _, rest = str(error).partition(" is ")
+    shown, field = rest.partition("; expected")[0], setting.rpartition(".")[2]
+    given = []
+    for word, following in itertools.zip_longest(words, words[1:], fillvalue=""):
+        option, equals, value = word.partition("=")
+        if word.startswith("--") and option.lstrip("-").rpartition(".")[2].replace("-", "_") == field:
+            given.append((option, value if equals else following))
+    options = [option for option, value in given if _is_shown(value, shown)] or [option for option, _ in given]
+    return f"{' or '.join(dict.fromkeys(options)) or setting} is {rest}"
+
+
+def _is_shown(word: str, shown: str) -> bool:
+    try:
+        return word == shown or float(word) == float(shown)
+    except ValueError:
+        return repr(word) == shown
+
+
+def _refuse(name: str, value: Any, expected: str) -> NoReturn:
+    text = repr(value)
+    raise SettingError(f"{name} is {text if len(text) <= SHOWN else text[:SHOWN] + '...'}; expected {expected}")
 
 
 @functools.cache
 def _hints(cls: type) -> dict[str, Any]:
     hints = typing.get_type_hints(cls, include_extras=True)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
-
-
-def _is(value: Any) -> str:
-    text = repr(value)
-    return f"is {text if len(text) <= SHOWN else text[:SHOWN] + '...'}"
 
 
 def allowed(value: Any, hint: Any) -> bool:

@@ -29,8 +29,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from beeline import toy_ot
-from beeline.errors import BeelineError
+from beeline.errors import BeelineError, SettingError
 from beeline.noise import stream_seed
+from beeline.settings import Seed, Threads, as_option, check
 from beeline.toy import Field, ToyConfig, integrate, measure, sliced_w2, train_all
 from beeline.toy_ot import OtConfig
 
@@ -43,8 +44,8 @@ BLUE, ORANGE = "#27496d", "#e08a3c"
 
 def toy2d(
     out: Path = Path("runs/toy2d"),
-    seed: int = 0,
-    threads: int = 1,
+    seed: Seed = 0,
+    threads: Threads = 1,
     toy: ToyConfig = ToyConfig(),  # noqa: B008
     ot: OtConfig = OtConfig(),  # noqa: B008
 ) -> None:
@@ -57,6 +58,8 @@ def toy2d(
         toy: The flows.
         ot: The pairings of appendix A.2.
     """
+    check("--seed", seed, Seed)
+    check("--threads", threads, Threads)
     torch.set_num_threads(threads)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -227,7 +230,8 @@ def main() -> None:
     try:
         tyro.cli(toy2d)
     except BeelineError as error:
-        print(f"error: {error}", file=sys.stderr)
+        message = as_option(error, sys.argv[1:]) if isinstance(error, SettingError) else str(error)
+        print(f"error: {message}", file=sys.stderr)
         sys.exit(1)
 
 

@@ -21,9 +21,11 @@ from typing import Any, NoReturn
 import ray
 import tyro
 
-from beeline.errors import BeelineError
+from beeline.errors import BeelineError, SettingError
 from beeline.recipes import RECIPES
+from beeline.settings import as_option
 
+MAX_RECIPE_SEED = 10**18  # recipes make other seeds of it, which fit into 63 bits, too
 WORKER_ENVIRONMENT = {"RAY_TRAIN_ENABLE_PRINT_PATCH": "0"}  # patched, every printed line comes twice
 # Where the bucket and the trackers are goes with the job. Keys do not: Ray shows a job's environment to everyone. Nodes have
 # their own.
@@ -51,8 +53,8 @@ def run_command(stage: Callable[..., Any]) -> NoReturn:
         print(f"{problem}{usage}", file=sys.stdout if asked_help else sys.stderr)
         sys.exit(0 if asked_help else 2)
     seed = _pop_option(argv, "--seed", "0")
-    if not seed.isdigit():
-        _fail(f"--seed is {seed!r}; expected a whole number from 0")
+    if not (seed.isascii() and seed.isdigit() and len(seed) < 20 and int(seed) <= MAX_RECIPE_SEED):
+        _fail(f"--seed is {seed!r}; expected a whole number from 0 to {MAX_RECIPE_SEED:,}")
     recipe = RECIPES[name](int(seed))
     defaults: dict[str, Any] = {
         "recipe": recipe if parameters.get("recipe") and "Recipe" in str(parameters["recipe"].annotation) else name,
@@ -68,6 +70,8 @@ def run_command(stage: Callable[..., Any]) -> NoReturn:
     try:
         with _unwrapped_errors():
             tyro.cli(call, args=argv, prog=f"{script} {name} [--seed N]")
+    except SettingError as error:
+        _fail(as_option(error, argv))
     except BeelineError as error:
         _fail(str(error))
     except KeyboardInterrupt:
