@@ -15,6 +15,7 @@ import tyro
 
 from beeline.config import ImagesConfig, to_dict
 from beeline.errors import BeelineError
+from beeline.settings import MAX_SHARDS
 from pipeline.command import Progress, run_command
 from pipeline.images import CorruptImage, open_source
 from pipeline.pool import run_pool
@@ -55,6 +56,11 @@ def ingest_images(workspace: str, recipe: tyro.conf.Suppress[str], images: Image
     """
     source = open_source(images)
     labels = source.labels
+    if (shards := shard_count(len(labels), images.shard_size)) > MAX_SHARDS:
+        raise BeelineError(
+            f"{len(labels):,} images in shards of {images.shard_size:,} make {shards:,} shards; expected at most {MAX_SHARDS:,}. "
+            "Choose a larger --images.shard-size"
+        )
     names = "\n".join(source.names)
     plan = {
         "images": to_dict(images, resources=False)

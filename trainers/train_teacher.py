@@ -13,6 +13,7 @@ import torch
 import tyro
 
 from beeline.augment import LABELS, augment
+from beeline.buildable import check_network
 from beeline.checkpoint import CONFIG, build, dump, ema_update
 from beeline.config import TeacherConfig, to_dict
 from beeline.denoiser import edm_loss
@@ -92,6 +93,7 @@ def train_teacher(workspace: str, recipe: tyro.conf.Suppress[str], teacher: Teac
     place = Folder(workspace)
     images = require(place, "images", recipe)
     network = teacher.network
+    check_network("teacher.network", network)
     check_fits(place, images, network, "teacher.network")
     check_batch(teacher.batch_size, teacher.workers, teacher.accumulate)
     if teacher.augment and network.augment_dim != LABELS:
