@@ -32,6 +32,7 @@ from beeline.settings import (
     ModelPath,
     Name,
     NameOrNone,
+    OneOf,
     Positive,
     Processes,
     Range,
@@ -163,7 +164,7 @@ class ImagesConfig(PoolConfig):
     python archive, or Parquet with an image column (a file or a folder of files)."""
     resolution: Side = 8
     """Side in pixels."""
-    channels: Literal[1, 3] = 1
+    channels: Annotated[int, OneOf((1, 3))] = 1
     fit: Literal["crop", "stretch", "adm"] = "crop"
     """How other images are fitted: centre square and Lanczos, the whole image stretched, or as ADM prepared ImageNet."""
     shard_size: Size = 1024
@@ -230,6 +231,8 @@ class TeacherConfig(Settings):
     optimizer: OptimizerConfig
     ema_half_life: Amount
     """In iterations."""
+    ema_ramp: Share = 0.05
+    """Limit of the half-life as a share of the iterations so far (EDM's ramp-up); 0 for none."""
     flip: bool = False
     """Mirror images at random: the data set and its mirror image are one."""
     augment: Share = 0.0
@@ -294,8 +297,9 @@ class PhaseConfig(Settings):
 
     iterations: Whole
     optimizer: OptimizerConfig
-    distance: Literal["l2", "huber", "probe", "lpips"] = "probe"
-    """Of pixels (squared, or pseudo-Huber), or of features: of the losses' probe, or of VGG16 as LPIPS weighs them."""
+    distance: Literal["l2", "huber", "probe", "lpips", "lpips_avg", "johnson"] = "probe"
+    """Of pixels: squared, or pseudo-Huber. Of features: the losses' probe; LPIPS in VGG16, or the same with average pooling
+    (as CTM uses it); "johnson", unnormalised VGG16 features (Johnson et al. 2016, whom the LMM paper cites)."""
     resize: Annotated[int, Range(0, MAX_SIDE)] = 0
     """Side in pixels at which features are taken; 0 leaves images as they are."""
     pixel_weight: Amount = 0.0
@@ -324,6 +328,8 @@ class DiscriminatorConfig(Settings):
     width: Channels = 64
     """Channels of the heads on a probe."""
     augment: tuple[Literal["color", "translation", "cutout"], ...] = ("color", "translation", "cutout")
+    mirror: bool = False
+    """Mirror each real image with probability 1/2: for data sets whose teachers learned from mirrored images, too."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -338,13 +344,21 @@ class LmmConfig(Settings):
     """Folder of the model whose weights the student starts from: "teacher" or "students/<name>"."""
     num_steps: Steps = 18
     """Levels of the EDM schedule."""
-    line: Literal["ve", "lerp"] = "ve"
-    rule: Literal["same_noise", "line", "fresh_noise"] = "same_noise"
-    """Sampling rule: "same_noise" goes with the line "ve", "line" with "lerp"."""
+    line: Literal["ve", "lerp"] = "lerp"
+    """"lerp" is the segment from the image to x0: at sigma_max the student trains on exactly what it samples from. "ve" adds
+    noise to the image: at sigma_max the input still holds the image, which is missing when the student samples."""
+    rule: Literal["same_noise", "line", "fresh_noise"] = "line"
+    """Sampling rule: "line" goes with the line "lerp", "same_noise" with "ve"."""
     batch_size: Size = 512
     ema_half_lives: Some[HalfLife] = (693.0,)
-    """Of the averages of the weights, in iterations; 693 is the paper's decay of 0.999. The first is the student, others
-    are published beside it as <name>/ema-<half-life>."""
+    """Half-lives of the averages of the weights, in iterations; 693 is the paper's decay of 0.999. The first average is the
+    student, the others are published as <name>/ema-<half-life>. Averages go on through the phases."""
+    ema_ramp: Share = 0.0
+    """Limit of a half-life as a share of the iterations so far, so that an average forgets its start (EDM: 0.05). 0 keeps the
+    decay constant, as the paper does."""
+    phase_switch: Literal["continue", "restart"] = "continue"
+    """What the second phase starts from. "continue": the weights and the optimiser's moments as they are, as in CTM's code,
+    where the adversarial term joins a running training. "restart": the averaged weights, with a fresh optimiser."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """"bf16": student and discriminator train under autocast, frozen networks are bf16. Weights, averages, losses: float32."""
     compiled: bool = False

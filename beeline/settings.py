@@ -80,6 +80,19 @@ class Divisible:
         return f"divisible by {self.by}"
 
 
+@dataclasses.dataclass(frozen=True)
+class OneOf:
+    """Some few numbers."""
+
+    values: tuple[int, ...]
+
+    def allows(self, value: int) -> bool:
+        return value in self.values
+
+    def __str__(self) -> str:
+        return f"that is {' or '.join(map(str, self.values))}"
+
+
 class RayShare:
     """What Ray can reserve: whole devices, or a share of one."""
 

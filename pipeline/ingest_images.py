@@ -58,8 +58,8 @@ def ingest_images(workspace: str, recipe: tyro.conf.Suppress[str], images: Image
     labels = source.labels
     if (shards := shard_count(len(labels), images.shard_size)) > MAX_SHARDS:
         raise BeelineError(
-            f"{len(labels):,} images in shards of {images.shard_size:,} make {shards:,} shards; expected at most {MAX_SHARDS:,}. "
-            "Choose a larger --images.shard-size"
+            f"{len(labels):,} images in shards of {images.shard_size:,} make {shards:,} shards; expected at most "
+            f"{MAX_SHARDS:,}. Choose a larger --images.shard-size"
         )
     names = "\n".join(source.names)
     plan = {

@@ -14,6 +14,8 @@ from beeline.checkpoint import dump
 from beeline.config import ProbeConfig, ProbeNetworkConfig, to_dict
 from beeline.errors import BeelineError
 from beeline.features import Probe, train_probe
+from beeline.noise import stream_seed
+from beeline.numerics import set_numerics
 from pipeline.command import ensure_ray, run_command
 from pipeline.reader import some_images, to_float
 from pipeline.stage import Stage, fingerprint, publish_model, require
@@ -36,8 +38,8 @@ def train_probes(workspace: str, recipe: tyro.conf.Suppress[str], probe: ProbeCo
         raise BeelineError(f"{place / 'images'} has no labels; a probe is a classifier and needs them")
     if images["images"]["count"] < FEWEST_IMAGES:
         raise BeelineError(
-            f"{place / 'images'} holds {images['images']['count']} images; a probe needs {FEWEST_IMAGES} at least, since one in "
-            "ten is held out to test it. Ingest more, or train with --lmm.reconstruction.distance l2 and no probe"
+            f"{place / 'images'} holds {images['images']['count']} images; a probe needs {FEWEST_IMAGES} at least, since one "
+            "in ten is held out to test it. Ingest more, or train with --lmm.reconstruction.distance l2 and no probe"
         )
     for which in PROBES:
         network, classes = getattr(probe, which), images["images"]["num_classes"]
@@ -66,9 +68,10 @@ def train_probes(workspace: str, recipe: tyro.conf.Suppress[str], probe: ProbeCo
 
 
 def _train(workspace: Folder, network: ProbeNetworkConfig, config: ProbeConfig, images: dict) -> tuple[dict[str, bytes], float]:
+    set_numerics()
     torch.set_num_threads(1)
     device = torch.device("cuda" if config.gpus else "cpu")
-    torch.manual_seed(network.seed)
+    torch.manual_seed(stream_seed(network.seed, "probe"))
     pixels, labels = some_images(workspace / "images", images["images"], MOST_IMAGES)
     probe = Probe(network, channels=pixels.shape[1], num_classes=images["images"]["num_classes"])
     probe.to(device)
