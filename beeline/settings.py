@@ -11,6 +11,7 @@ setting, its value, what is allowed. NaN and infinity are no numbers here.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -18,12 +19,13 @@ import math
 import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, NoReturn, Protocol, TypeVar, Union
 
 from beeline.errors import SettingError
 
 MANY = 10**9  # images, pairs, samples, iterations: more than any data set or run, and still quick to count
+LARGEST = 1e38  # what float32 holds
 MAX_SIDE = 4096  # pixels
 MAX_SIZE = 2**20  # rows of a batch or of a shard
 MAX_SHARDS = 100_000  # of one store: as many as a listing and the driver take in seconds
@@ -157,8 +159,8 @@ Seed = Annotated[int, Range(0, MAX_SEED)]
 Processes = Annotated[int, Range(1, MAX_PROCESSES)]
 Threads = Annotated[int, Range(1, MAX_THREADS)]
 Restarts = Annotated[int, Range(-1, 10**6)]
-Amount = Annotated[float, Range(0, MANY)]
-Positive = Annotated[float, Range(0, MANY, without="low")]
+Amount = Annotated[float, Range(0, LARGEST)]
+Positive = Annotated[float, Range(0, LARGEST, without="low")]
 Share = Annotated[float, Range(0, 1)]
 ShareBelow1 = Annotated[float, Range(0, 1, without="high")]
 HalfLife = Annotated[float, Range(0, MAX_HALF_LIFE)]
@@ -197,8 +199,17 @@ def check(name: str, value: Any, hint: Any) -> None:
         _refuse(name, value, described(hint))
 
 
+@contextlib.contextmanager
+def naming_options(words: Sequence[str]) -> Iterator[None]:
+    """Let a SettingError name the option among `words`, a command line, in place of a config's field."""
+    try:
+        yield
+    except SettingError as error:
+        raise SettingError(as_option(error, words)) from None
+
+
 def as_option(error: SettingError, words: Sequence[str]) -> str:
-    """The error's message; the option among `words`, a command line, that gave the value stands for the config's field."""
+    """The error's message; the option among `words` that gave the value stands for the config's field."""
     setting, _, rest = str(error).partition(" is ")
     shown, field = rest.partition("; expected")[0], setting.rpartition(".")[2]
     given = []

@@ -29,9 +29,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from beeline import toy_ot
-from beeline.errors import BeelineError, SettingError
+from beeline.errors import BeelineError
 from beeline.noise import stream_seed
-from beeline.settings import Seed, Threads, as_option, check
+from beeline.settings import Seed, Threads, check, naming_options
 from beeline.toy import Field, ToyConfig, integrate, measure, sliced_w2, train_all
 from beeline.toy_ot import OtConfig
 
@@ -228,10 +228,10 @@ def draw_ot(rows: list[dict[str, float]], needed: list[dict[str, Any]], ot: OtCo
 def main() -> None:
     """The command."""
     try:
-        tyro.cli(toy2d)
+        with naming_options(sys.argv[1:]):
+            tyro.cli(toy2d)
     except BeelineError as error:
-        message = as_option(error, sys.argv[1:]) if isinstance(error, SettingError) else str(error)
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
 
 

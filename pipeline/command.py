@@ -21,9 +21,9 @@ from typing import Any, NoReturn
 import ray
 import tyro
 
-from beeline.errors import BeelineError, SettingError
+from beeline.errors import BeelineError
 from beeline.recipes import RECIPES
-from beeline.settings import as_option
+from beeline.settings import naming_options
 
 MAX_RECIPE_SEED = 10**18  # recipes make other seeds of it, which fit into 63 bits, too
 WORKER_ENVIRONMENT = {"RAY_TRAIN_ENABLE_PRINT_PATCH": "0"}  # patched, every printed line comes twice
@@ -68,10 +68,8 @@ def run_command(stage: Callable[..., Any]) -> NoReturn:
         defaults["lmm"] = recipe.students[student]
     call = functools.partial(stage, **{key: value for key, value in defaults.items() if key in parameters})
     try:
-        with _unwrapped_errors():
+        with _unwrapped_errors(), naming_options(argv):
             tyro.cli(call, args=argv, prog=f"{script} {name} [--seed N]")
-    except SettingError as error:
-        _fail(as_option(error, argv))
     except BeelineError as error:
         _fail(str(error))
     except KeyboardInterrupt:

@@ -122,9 +122,9 @@ def test_the_best_is_promoted_and_more_trials_are_added(run: Run, workspace: Pat
     assert promoted == (workspace / f"sweeps/sot/trials/{best['trial']:04d}/model.safetensors").read_bytes()
     assert json.loads((workspace / "students/tuned/plan.json").read_text())["promoted"]["trial"] == best["trial"]
     none = run(*command, "--sweep.promote", "other", "--sweep.promote-nfe", "7", ok=False)
-    assert "no finished trial has 7 evaluations; there are some of 1, 2" in none.stderr
+    assert "promote_nfe is 7; expected the steps of one of the schedules" in none.stderr
     wrong = run(*command, "--sweep.learning-rates", "1e-3", "1e-4", ok=False)
-    assert "sweep.learning_rates are 0.001 and 0.0001; expected the lower and the upper bound" in wrong.stderr
+    assert "--sweep.learning-rates is (0.001, 0.0001); expected the lower bound, then the upper one" in wrong.stderr
 
 
 @given(st.integers(0, 99), st.integers(0, 9))
