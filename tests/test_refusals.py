@@ -147,7 +147,7 @@ REFUSED: list[tuple[tuple[str, str], str, str]] = [
     (PIPELINE, "--students.l2.name other", "--students.l2.name is 'other'; expected 'l2'"),
     (PIPELINE, "--students.l2.reconstruction.iterations -1", "--students.l2.reconstruction.iterations is -1;"),
     (PIPELINE, "--few-steps 0,99", "the last step in few_steps is 99; expected a whole number from 0 to 17"),
-    (PIPELINE, "--students.kd.reconstruction.distance lpips", "the distance 'lpips' is asked for at 8 pixels"),
+    (PIPELINE, "--students.l2.reconstruction.distance lpips", "the distance 'lpips' is asked for at 8 pixels"),
     (ESTIMATE, "--price nan", "--price is nan;"),
     (ESTIMATE, "--utilisation nan", "--utilisation is nan;"),
     (ESTIMATE, "--utilisation 0", "--utilisation is 0.0; expected a number above 0"),
