@@ -230,7 +230,8 @@ def _is_shown(word: str, shown: str) -> bool:
 
 def _refuse(name: str, value: Any, expected: str) -> NoReturn:
     text = repr(value)
-    raise SettingError(f"{name} is {text if len(text) <= SHOWN else text[:SHOWN] + '...'}; expected {expected}")
+    shown = text if len(text) <= SHOWN else text[:SHOWN] + "..."
+    raise SettingError(f"{name} is {shown}; expected {expected}")
 
 
 @functools.cache
