@@ -22,6 +22,10 @@ class StorageError(BeelineError):
     """A file or listing that could not be had, retries included: it may pass, so training that is restarted tries again."""
 
 
+class SettingError(BeelineError):
+    """A setting that cannot be. The message begins with its name: of a config's field, as PairsConfig.count, or an option."""
+
+
 def one_line(text: str, limit: int) -> str:
     """`text` on one line of at most `limit` characters: what cannot be printed is escaped, what is too long is cut."""
     text = text[: limit - 3] + "..." if len(text) > limit else text

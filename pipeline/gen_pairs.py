@@ -67,6 +67,19 @@ def stored(x1: np.ndarray, dtype: str) -> np.ndarray:
     return x1.astype(dtype, copy=False)
 
 
+def check_images(x1: np.ndarray, rows: range, config: PairsConfig, teacher_sha256: str) -> None:
+    """Raise BeelineError, naming the teacher, unless x1 (n, C, H, W) of the pairs `rows` is finite, also as it is stored."""
+    largest = np.finfo(np.float16).max if config.dtype == "float16" else np.inf
+    bad = ~(np.abs(x1) < largest).reshape(len(x1), -1).all(axis=1)
+    if bad.any():
+        cure = "choose --pairs.precision bf16 or fp32" if config.precision == "fp16" else "check the teacher's training"
+        raise BeelineError(
+            f"the teacher (SHA-256 {teacher_sha256[:12]}...) makes NaN or infinite images in precision {config.precision}: "
+            f"{int(bad.sum()):,} of the pairs {rows[0]:,} to {rows[-1]:,}, the first is {rows[int(bad.argmax())]:,}. "
+            f"Their shard is not stored; {cure}"
+        )
+
+
 def load_sampler(workspace: Folder, recipe: str, plan: dict[str, Any], config: PairsConfig) -> Denoiser:
     """The workspace's teacher as `plan` samples it: on the GPU if there is one, in its precision, with its levels."""
     teacher = require_model(workspace, "teacher", recipe)[0].to("cuda" if torch.cuda.is_available() else "cpu")
@@ -118,6 +131,7 @@ class PairShards:
         waited, labels = start - self._idle_since, pair_labels(rows, self.teacher.label_dim)
         x0 = noise.x0(self.config.seed, rows, self.teacher.image_shape)
         x1 = make_pairs(self.teacher, x0, labels, self.config)
+        check_images(x1, rows, self.config, self.plan["teacher_sha256"])
         self._idle_since = time.monotonic()
         return (x0, x1, labels), {"sampling_seconds": self._idle_since - start, "waiting_seconds": waited}
 
@@ -132,8 +146,6 @@ def calibrated_levels(teacher: Folder) -> tuple[float, ...]:
 
 def plan_of(config: PairsConfig, teacher: Denoiser, digest: str, levels: Sequence[float] | None) -> dict[str, Any]:
     """The plan of a store: what its bytes depend on. Raises BeelineError for sizes that cannot be."""
-    if config.count < 1 or config.shard_size < 1 or config.batch_size < 1:
-        raise BeelineError(f"count {config.count}, shard_size {config.shard_size}, batch_size {config.batch_size}: all from 1")
     pair_bytes = int(np.prod(teacher.image_shape)) * np.dtype(config.dtype).itemsize
     if config.shard_size * pair_bytes > MAX_SHARD_BYTES:
         raise BeelineError(

@@ -26,6 +26,7 @@ import tyro
 from beeline.config import ImagesConfig, to_dict
 from beeline.errors import BeelineError, one_line
 from beeline.noise import stream
+from beeline.settings import MAX_SHARDS
 from pipeline.command import run_command
 from pipeline.pool import run_pool
 from pipeline.progress import Progress
@@ -112,6 +113,11 @@ def ingest_images(workspace: str, recipe: tyro.conf.Suppress[str], images: Image
     """
     source = open_source(images)
     count = len(source.names)
+    if (shards := shard_count(count, images.shard_size)) > MAX_SHARDS:
+        raise BeelineError(
+            f"{count:,} images in shards of {images.shard_size:,} make {shards:,} shards; expected at most {MAX_SHARDS:,}. "
+            "Choose a larger --images.shard-size"
+        )
     for note in (summary(source.classes), *source.notes):
         print(f"images: {one_line(note, NOTE)}", flush=True)
     plan = {

@@ -83,6 +83,10 @@ class Stage:
             return False
         return True
 
+    def withdraw(self) -> None:
+        """Take the plan back: nothing was kept that was made by it, and other settings may take the folder."""
+        self.folder.remove(PLAN)
+
     def is_complete(self) -> bool:
         """Whether `_SUCCESS` is there and every file it lists has the size it had."""
         done = self.folder.read_json(SUCCESS)

@@ -39,6 +39,7 @@ from pipeline.stage import PLAN, SUCCESS, fingerprint
 from pipeline.storage import Folder
 
 NAMED = 20  # troubles that the error names
+NOT_SAMPLED = -1.0  # in the place of a distance
 OTHER_DEVICE = 0.05  # RMS by which another kind of device, or library, may differ; another teacher is far beyond
 
 
@@ -63,7 +64,7 @@ class CheckShards:
     def work(self, k: int) -> dict[str, Any]:
         """The row: what is wrong with the shard ("" for nothing), how far re-sampled pairs are (RMS, -1 for none) and
         rows for the contact sheet."""
-        row: dict[str, Any] = {"shard": k, "trouble": "", "read": 0, "distance": -1.0, "picked": b""}
+        row: dict[str, Any] = {"shard": k, "trouble": "", "read": 0, "distance": NOT_SAMPLED, "picked": b""}
         try:
             data = self.folder.read(shard_name(k))
             row["read"] = len(data)
@@ -77,7 +78,7 @@ class CheckShards:
         row["trouble"] = self._trouble(k, data, rows, metadata)
         if not row["trouble"] and k in self.resample:
             row["distance"] = self._distance(k, rows)
-            if row["distance"] > OTHER_DEVICE:
+            if not row["distance"] <= OTHER_DEVICE:  # NaN, too, is another image
                 row["trouble"] = f"its teacher makes other images of the same noise, RMS {row['distance']:.3f} away"
         if not row["trouble"] and k in self.shown:
             row["picked"] = np.ascontiguousarray(_float(rows.images[self.shown[k]])).tobytes()
@@ -157,7 +158,7 @@ def verify_pairs(workspace: str, recipe: tyro.conf.Suppress[str], verify: Verify
     names = {shard_name(k) for k in shards}
     strangers = [name for name in folder.sizes() if name.startswith("part-") and name not in names]
     _draw(folder, [rows[k]["picked"] for k in shards], plan)
-    again = [rows[k]["distance"] for k in arguments["resample"] if rows[k]["distance"] >= 0]
+    again = [rows[k]["distance"] for k in arguments["resample"] if rows[k]["distance"] != NOT_SAMPLED]
     print(
         f"verify: {config.count:,} pairs in {len(shards):,} shards, {sum(row['read'] for row in rows.values()) / 1e9:.2f} GB; "
         f"{len(shards) - len(troubles):,} shards are sound, {len(arguments['remake'])} with their noise made again"

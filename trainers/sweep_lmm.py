@@ -18,6 +18,7 @@ if __name__ == "__main__":
 
 import io
 import logging
+import math
 import os
 import tempfile
 from collections.abc import Mapping
@@ -35,10 +36,9 @@ from ray import tune
 from ray.tune.trainable import wrap_function
 
 from beeline.checkpoint import CONFIG, WEIGHTS
-from beeline.config import EvaluateConfig, LmmConfig, SweepConfig, to_dict
+from beeline.config import EvaluateConfig, LmmConfig, SweepConfig, WorkersConfig, to_dict
 from beeline.errors import BeelineError, StorageError
-from beeline.schedule import check_steps
-from evaluation.evaluate import measure
+from evaluation.evaluate import check_measurable, measure
 from evaluation.results import METRICS
 from evaluation.rows import parse_steps
 from pipeline import metrics
@@ -47,7 +47,9 @@ from pipeline.runtime import ensure_ray, find_user_error
 from pipeline.stage import PLAN, Stage, fingerprint, publish_model, require, require_features, require_model, require_probe
 from pipeline.storage import Folder
 from trainers import checkpoints
+from trainers.launch import check_batch
 from trainers.student import all_needs
+from trainers.train_lmm import check_sides
 from trainers.trials import RUNGS, PerSchedule, config_of, folder_name, run_trial, settings
 from trainers.validation import METRIC
 
@@ -63,17 +65,21 @@ def sweep_lmm(
         workspace: Local folder or s3://bucket/prefix.
     """
     place = Folder(workspace)
-    _check(sweep, lmm)
+    check_sweep(sweep, lmm)
     pairs, images = require(place, "pairs", recipe), require(place, "images", recipe)
+    check_measurable(place, recipe, judging(sweep, evaluate), images)
     tried = {number: settings(number, sweep, lmm.seed) for number in range(sweep.trials)}
     configs = {number: config_of(found, sweep, lmm) for number, found in tried.items()}
     names = dict.fromkeys(name for config in configs.values() for name in all_needs(config).features)
+    init, init_sha256 = require_model(place, sweep.init, recipe)
+    for config in configs.values():
+        check_sides(config, init.img_resolution)
     plan = {
         "sweep": to_dict(sweep, resources=False),
         "lmm": to_dict(config_of(tried[0], sweep, lmm), resources=False),
         "pairs": fingerprint(pairs),
         "images": fingerprint(images),
-        "init_sha256": require_model(place, sweep.init, recipe)[1],
+        "init_sha256": init_sha256,
         "probe_sha256": require_probe(place, "losses", recipe)[1],
         "features_sha256": {name: require_features(place, name, recipe)[1] for name in names},
     }
@@ -94,18 +100,15 @@ def sweep_lmm(
         _promote(place, sweep, pd.read_parquet(io.BytesIO(folder.read(TRIALS))).to_dict("records"))
 
 
-def _check(sweep: SweepConfig, lmm: LmmConfig) -> None:
+def check_sweep(sweep: SweepConfig, lmm: LmmConfig) -> None:
+    """Raise BeelineError for settings that do not go together, whatever the workspace holds."""
     for text in sweep.schedules:
-        try:
-            check_steps(parse_steps(text), lmm.num_steps)
-        except ValueError as error:
-            raise BeelineError(str(error)) from error
-    for name in ("learning_rates", "critic_learning_rates"):
-        low, high = getattr(sweep, name)
-        if not 0 < low <= high:
-            raise BeelineError(f"sweep.{name} are {low:g} and {high:g}; expected the lower and the upper bound, above 0")
-    if sweep.trials < 1 or sweep.rungs < 1 or sweep.iterations < 1:
-        raise BeelineError(f"trials {sweep.trials}, rungs {sweep.rungs}, iterations {sweep.iterations}: all from 1")
+        last = parse_steps(text)[-1]
+        sweep.require(last < lmm.num_steps, "schedules", f"indices below lmm.num_steps, {lmm.num_steps}")
+    check_batch(lmm.batch_size, WorkersConfig(), lmm.accumulate)
+    nfes = {len(parse_steps(text)) for text in sweep.schedules}
+    if sweep.promote:
+        sweep.require(sweep.promote_nfe in nfes, "promote_nfe", f"the steps of one of the schedules {sweep.schedules}")
 
 
 def _train(
@@ -195,6 +198,12 @@ def _is_news(record: logging.LogRecord) -> bool:
     return find_user_error(record.exc_info[1] if record.exc_info else None) is None
 
 
+def judging(sweep: SweepConfig, evaluate: EvaluateConfig) -> EvaluateConfig:
+    """How finished trials are measured: in the sweep's own features."""
+    reference = evaluate.reference if sweep.features == "inception" else ""
+    return replace(evaluate, features=(sweep.features,), rule="trained", reference=reference)
+
+
 def _judge(
     place: Folder, recipe: str, sweep: SweepConfig, evaluate: EvaluateConfig, rows: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
@@ -202,7 +211,7 @@ def _judge(
     `metric`."""
     names = {row["trial"]: f"sweeps/{sweep.name}/{folder_name(row['trial'])}" for row in rows if not row["stopped"]}
     steps = {names[row["trial"]]: (row["steps"],) for row in rows if row["trial"] in names}
-    measure(str(place), recipe, replace(evaluate, features=(sweep.features,), rule="trained"), steps)
+    measure(str(place), recipe, judging(sweep, evaluate), steps)
     made = []
     for row in rows:
         figures: dict[str, Any] = {"metric": None, "distance": None, "std": None}
@@ -216,7 +225,8 @@ def _judge(
 def pareto(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The judged trials that no other beats with as few evaluations, by NFE."""
     front: list[dict[str, Any]] = []
-    for row in sorted(judged(rows), key=lambda row: (row["nfe"], row["distance"])):
+    able = [row for row in judged(rows) if math.isfinite(row["distance"])]
+    for row in sorted(able, key=lambda row: (row["nfe"], row["distance"])):
         if not front or row["distance"] < front[-1]["distance"]:
             front.append(row)
     return front
@@ -229,7 +239,7 @@ def judged(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _promote(place: Folder, sweep: SweepConfig, rows: list[dict[str, Any]]) -> None:
     """The best trial of `sweep.promote_nfe` evaluations as a student."""
-    able = [row for row in judged(rows) if row["nfe"] == sweep.promote_nfe]
+    able = [row for row in judged(rows) if row["nfe"] == sweep.promote_nfe and math.isfinite(row["distance"])]
     if not able:
         counts = ", ".join(map(str, sorted({row["nfe"] for row in judged(rows)})))
         raise BeelineError(f"no finished trial has {sweep.promote_nfe} evaluations; there are some of {counts}")
