@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
 import json
 import os
 import random
@@ -16,6 +17,7 @@ import resource
 import struct
 import sys
 import tempfile
+import typing
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -164,6 +166,8 @@ def _hook(event: str, arguments: tuple[Any, ...]) -> None:
 def _code(event: str, arguments: tuple[Any, ...]) -> None:
     """Modules of this environment may be imported late, and run themselves; code from elsewhere may not."""
     assert _seen is not None
+    if sys._getframe(2).f_code.co_filename in (typing.__file__, dataclasses.__file__):  # they evaluate annotations
+        return
     if event == "import":
         module = str(arguments[0]).partition(".")[0]
         unexpected = module not in sys.modules and module not in sys.stdlib_module_names
