@@ -28,6 +28,7 @@ from beeline.networks.songunet import SongUNet
 from beeline.samplers import FewStep
 
 FORMAT = 1
+MAX_LEVELS = 10_000  # of a student's schedule
 WEIGHTS, CONFIG, SOLVER = "model.safetensors", "config.json", "solver.json"
 
 
@@ -94,7 +95,10 @@ def restore(files: Mapping[str, bytes], where: str) -> Denoiser | Probe:
         found = {key: config.get(key) for key in ("format", "kind")} if isinstance(config, dict) else type(config).__name__
         raise BeelineError(f"{where}/{CONFIG} holds {found}; this version reads format {FORMAT}, kind 'denoiser' or 'probe'")
     with reading(f"{where}/{CONFIG} does not describe a network", "make or copy the model again"):
-        make, layers = _maker(config)
+        try:
+            make, layers = _maker(config)
+        except BeelineError as error:  # a setting out of its range
+            raise BeelineError(f"{where}/{CONFIG} does not describe a network: {error}") from None
         wrong = misfit(make, layers, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
         if wrong:
             raise BeelineError(f"{where}: the weights do not fit the network that {CONFIG} describes: {wrong}")
@@ -118,8 +122,13 @@ def _maker(config: Mapping[str, Any]) -> tuple[Callable[[], Denoiser | Probe], i
         channels, num_classes = network.pop("channels"), network.pop("num_classes")
         described = from_dict(ProbeNetworkConfig, network)
         return lambda: Probe(described, channels=channels, num_classes=num_classes), len(described.widths)
-    denoiser = from_dict(NetworkConfig, network)
-    how = from_dict(FewStep, config["few_step"]) if config["few_step"] else None
+    denoiser, how = from_dict(NetworkConfig, network), None
+    if config["few_step"]:
+        few_step = dict(config["few_step"])
+        few_step.setdefault("line", "ve" if few_step.get("rule") == "same_noise" else "lerp")  # files from before it was kept
+        how = from_dict(FewStep, few_step)
+        if type(how.num_steps) is not int or not 2 <= how.num_steps <= MAX_LEVELS:
+            raise BeelineError(f"few_step.num_steps is {how.num_steps!r:.30}; expected 2 to {MAX_LEVELS:,}")
 
     def make() -> Denoiser:
         model = build(denoiser)
@@ -172,10 +181,14 @@ def digest_of(weights: bytes) -> str:
 
 
 @torch.no_grad()
-def ema_update(average: nn.Module, model: nn.Module, half_life: float, step: int, ramp: float = 0.05) -> None:
-    """One step of an exponential moving average with the given half-life, in steps, as EDM keeps it: at most `ramp` of
-    the steps seen so far, so that the average forgets its start. Buffers are copied."""
-    beta = 0.5 ** (1 / max(min(half_life, step * ramp), 1e-8))
+def ema_update(average: nn.Module, model: nn.Module, half_life: float, step: int, ramp: float) -> None:
+    """Move the exponential moving average `average` one step towards `model`; buffers are copied.
+
+    `half_life` is in steps. With `ramp` above 0 it is at most `ramp` of the `step` steps seen so far, so that the average
+    forgets its start (Karras et al. 2022, appendix F.2); with 0 the decay is constant.
+    """
+    limited = min(half_life, step * ramp) if ramp else half_life
+    beta = 0.5 ** (1 / max(limited, 1e-8))
     for ours, theirs in zip(average.parameters(), model.parameters(), strict=True):
         ours.lerp_(theirs, 1 - beta)
     for ours, theirs in zip(average.buffers(), model.buffers(), strict=True):
