@@ -127,8 +127,8 @@ def _maker(config: Mapping[str, Any]) -> tuple[Callable[[], Denoiser | Probe], i
         few_step = dict(config["few_step"])
         few_step.setdefault("line", "ve" if few_step.get("rule") == "same_noise" else "lerp")  # files from before it was kept
         how = from_dict(FewStep, few_step)
-        if type(how.num_steps) is not int or not 2 <= how.num_steps <= MAX_LEVELS:
-            raise BeelineError(f"few_step.num_steps is {how.num_steps!r:.30}; expected 2 to {MAX_LEVELS:,}")
+        if type(how.num_steps) is not int or not 1 <= how.num_steps <= MAX_LEVELS:
+            raise BeelineError(f"few_step.num_steps is {how.num_steps!r:.30}; expected 1 to {MAX_LEVELS:,}")
 
     def make() -> Denoiser:
         model = build(denoiser)

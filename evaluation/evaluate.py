@@ -138,7 +138,7 @@ class Measurement:
             if name.startswith(("part-", "draw-", "pairs-")):
                 folder.remove(name)
         folder.clean()
-        published = folder.read_json(results.METRICS)["rows"]
+        published = (results.metrics_in(folder) or {"rows": []})["rows"]
         for row in published:
             metrics.gauge("evaluation_figure", row["mean"], model=self.name, sampler=row["sampler"], metric=row["metric"])
         measured = {row["sampler"]: row["nfe"] for row in published}

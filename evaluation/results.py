@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib.metadata
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from beeline.arrays import unpack
+from beeline.errors import reading
+from beeline.layout import check_layout
 from beeline.measures import nearest
 from beeline.measuring import RESIZES
 from evaluation.jobs import Fidelity, Judge, Lines, Setup, Sheet
@@ -21,18 +24,45 @@ from pipeline.storage import Folder
 METRICS, SAMPLES, NEAREST = "metrics.json", "samples.png", "nearest.png"
 LIBRARIES = ("torch", "torchvision", "torch-fidelity", "timm", "numpy", "scipy", "ray", "beeline")
 SHOWN_NEAREST = 20
+FIGURE = {
+    "model": str, "nfe": 1, "steps?": [0], "sampler": str, "metric": str, "n": 1, "mean": float, "std": float, "min": float,
+    "draws": [float],
+}  # fmt: skip
+CURVES = {"sigmas": [float], "values": [float], "own": [float], "speed": [float]}
+MEANS = {"mean": float, "own_mean": float, "speed_mean": float}
+METRICS_LAYOUT = {
+    "rows": [FIGURE], "order": [{"label": str, "sheet": str}], "straightness?": CURVES | MEANS, "provenance": {},
+}  # fmt: skip
+
+
+def metrics_in(folder: Folder) -> dict[str, Any] | None:
+    """The metrics.json of a model's evaluation, None where there is none. Raises BeelineError for another layout."""
+    with reading(f"{folder}/{METRICS} is not as expected", again(folder)):
+        found = folder.read_json(METRICS)
+        if found is not None:
+            check_layout(found, METRICS_LAYOUT)
+            if not all(re.fullmatch(r"[\w.-]+\.npz", entry["sheet"]) for entry in found["order"]):
+                raise ValueError("a sheet's name is no file's")
+        return found
+
+
+def again(folder: Folder) -> str:
+    """What to do about damaged metrics."""
+    workspace, _, model = str(folder).partition("/evaluation/")
+    command = f"python evaluation/evaluate.py RECIPE --workspace {workspace} --model {model}"
+    return f"remove {folder} and measure again with: {command}"
 
 
 def measured(folder: Folder) -> list[str]:
     """The labels of the rows that are published there, in their order."""
-    found = folder.read_json(METRICS) or {"rows": []}
+    found = metrics_in(folder) or {"rows": []}
     return list(dict.fromkeys(row["sampler"] for row in found["rows"]))
 
 
 def publish(setup: Setup, model: str, rows: Sequence[Row], plan: Mapping[str, Any], straight: bool) -> None:
     """Write the sheets, then metrics.json, of the rows that are there and `rows`, the new ones, and print the new."""
     folder = setup.workspace / "evaluation" / model
-    there = folder.read_json(METRICS) or {"rows": [], "order": []}
+    there = metrics_in(folder) or {"rows": [], "order": []}
     order = [*there["order"], *({"label": row.label, "sheet": Sheet(model, row, 0).file} for row in rows)]
     sheets = [unpack(folder.read(entry["sheet"]), "samples") for entry in order]
     _draw_sheets(setup, folder, sheets)
