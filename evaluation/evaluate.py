@@ -173,7 +173,7 @@ def _given_reference(config: EvaluateConfig) -> tuple[Moments | None, str]:
     try:
         return Moments.from_npz(data), hashlib.sha256(data).hexdigest()
     except ValueError as error:
-        raise BeelineError(f"{config.reference}: {error}") from error
+        raise BeelineError(f"{config.reference}: {error}; give EDM's statistics, an .npz file as published") from error
 
 
 def _pairs(place: Folder, recipe: str) -> dict[str, Any] | None:
