@@ -8,24 +8,18 @@ Finished stages are skipped, interrupted ones continue.
 
 from __future__ import annotations
 
+import itertools
 import time
+from collections.abc import Sequence
 from typing import Annotated
 
 import ray
 import tyro
 
-from beeline.config import LmmConfig, Recipe
-from evaluation.evaluate import measure
-from evaluation.report import report
+from beeline.config import Recipe
+from cluster.steps import Step, steps
 from pipeline.command import ensure_ray, run_command
-from pipeline.gen_pairs import gen_pairs
-from pipeline.ingest_images import ingest_images
 from pipeline.storage import Folder
-from trainers.student import RECONSTRUCTION, running
-from trainers.sweep_lmm import sweep_lmm
-from trainers.train_lmm import train_lmm
-from trainers.train_probe import train_probes
-from trainers.train_teacher import train_teacher
 
 
 def run_pipeline(workspace: str, recipe: Annotated[Recipe, tyro.conf.arg(name="")]) -> None:
@@ -34,35 +28,25 @@ def run_pipeline(workspace: str, recipe: Annotated[Recipe, tyro.conf.arg(name=""
     Args:
         workspace: Local folder or s3://bucket/prefix.
     """
-    start, name = time.monotonic(), recipe.name
+    start = time.monotonic()
     ensure_ray()
-    ingest_images(workspace, name, recipe.images)
-    train_probes(workspace, name, recipe.probe)
-    train_teacher(workspace, name, recipe.teacher)
-    gen_pairs(workspace, name, recipe.pairs)
-    main = recipe.students["lmm"]
-    train_lmm(workspace, name, main)
-    train_together(workspace, name, [student for student in recipe.students.values() if student != main])
-    sweep_lmm(workspace, name, recipe.sweep, main, recipe.evaluate)
-    models = {"teacher": (), **{f"students/{key}": measured_at(recipe, student) for key, student in recipe.students.items()}}
-    if main.reconstruction.iterations:
-        models[f"students/lmm/{RECONSTRUCTION}"] = recipe.few_steps
-    measure(workspace, name, recipe.evaluate, models)
-    report(workspace, name)
+    place = Folder(workspace).uri  # tasks run in folders of their own
+    for side_by_side, group in itertools.groupby(steps(place, recipe), key=lambda step: step.side_by_side):
+        if side_by_side:
+            run_together(list(group))
+        else:
+            for step in group:
+                step.run()
     print(f"pipeline: complete in {time.monotonic() - start:.0f} s", flush=True)
 
 
-def measured_at(recipe: Recipe, student: LmmConfig) -> tuple[str, ...]:
-    """The step schedules at which a student is measured: several where lines of all levels are what it learned."""
-    lines = student.objective == LmmConfig.objective and all(phase.steps is None for phase in running(student))
-    return recipe.few_steps if lines else recipe.evaluate.steps
+def run_together(group: Sequence[Step]) -> None:
+    """Run steps at the same time, the ablations: each starts once the cluster has room for its workers."""
+    ray.get([ray.remote(num_cpus=0)(_run).options(name=step.name).remote(step) for step in group])
 
 
-def train_together(workspace: str, recipe: str, students: list[LmmConfig]) -> None:
-    """Train the ablations at the same time: each starts once the cluster has room for its workers."""
-    remote = ray.remote(num_cpus=0)(train_lmm)
-    workspace = Folder(workspace).uri  # the tasks run in folders of their own
-    ray.get([remote.options(name=f"students/{student.name}").remote(workspace, recipe, student) for student in students])
+def _run(step: Step) -> None:
+    step.run()
 
 
 if __name__ == "__main__":

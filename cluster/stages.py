@@ -8,13 +8,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from beeline.config import LmmConfig, PoolConfig, Recipe, WorkersConfig
-from beeline.measuring import PROBES
 from beeline.schedule import edm_sigmas
 from cluster import counting
 from cluster.contents import figures, measured_models, needed_weights, pair_evaluations, store_bytes, trials
 from cluster.speeds import Task
 from cluster.workspace import Workspace
-from evaluation.jobs import PAIRS
 from evaluation.reference import KEPT
 from evaluation.rows import parse_steps
 from pipeline.shards import shard_count
@@ -240,8 +238,12 @@ def _evaluation(recipe: Recipe, there: Workspace) -> Stage:
     config, size = recipe.evaluate, counting.evaluation(recipe.teacher.network)
     left = {name: rows for name, rows in measured_models(recipe).items() if not there.complete(f"evaluation/{name}")}
     rows, samples = [nfe for model in left.values() for nfe in model], config.draws * _count(recipe, there)
-    lines = 3 * recipe.pairs.num_steps * PAIRS * sum(_any_level(recipe, name) for name in left)
-    sampled = sum(rows) * (samples + config.samples + PAIRS) + lines + PAIRS * pair_evaluations(recipe.pairs, there)
+    lines = 3 * recipe.pairs.num_steps * config.held_out * sum(_any_level(recipe, name) for name in left)
+    sampled = (
+        sum(rows) * (samples + config.samples + config.held_out)
+        + lines
+        + config.held_out * pair_evaluations(recipe.pairs, there)
+    )
     task = Task(kind="sampling", size=size, precision=config.precision, compiled=config.compiled)
     jobs = [replace(_pool(config, task, len(rows) * config.draws * shard_count(_count(recipe, there), config.shard_size)),
                     count=lambda: sampled * size)]  # fmt: skip
@@ -275,8 +277,7 @@ def _any_level(recipe: Recipe, model: str) -> bool:
 
 
 def _look(recipe: Recipe, name: str) -> tuple[float, int]:
-    probe = getattr(recipe.probe, PROBES[name]) if name in PROBES else recipe.probe.measure
-    return counting.look(name, probe, recipe.images.channels, recipe.images.resolution)
+    return counting.look_at(name, recipe.probe, recipe.images)
 
 
 def _figures(recipe: Recipe, there: Workspace, features: Sequence[str], rows: int) -> Job:

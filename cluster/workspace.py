@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 import statistics
@@ -14,7 +15,9 @@ from beeline.errors import BeelineError
 from beeline.recipes import RECIPES
 from beeline.samplers import evaluations
 from cluster import counting
-from cluster.speeds import Measured, Task
+from cluster.speeds import CPU, Measured, Task, kind_of, where
+from cluster.steps import models
+from evaluation.evaluate import PER_EVALUATION, PER_LOOK
 from pipeline.images import open_source
 from pipeline.manifest import read_manifest
 from pipeline.shards import shard_count, shard_name, shard_rows
@@ -24,6 +27,7 @@ from trainers import checkpoints, loop
 from trainers.train_teacher import imported_from
 
 PUBLISHED = {"cifar10": 50_000, "cifar10_uncond": 50_000, "cifar10_small": 50_000, "afhqv2": 15_803, "imagenet64": 1_281_167}
+REHEARSAL = "rehearsal"
 CALIBRATED = 12  # evaluations of a calibrated solver that is yet to be found
 
 
@@ -115,38 +119,78 @@ class Workspace:
         return {int(name[6:10]) for name in names if name.startswith("trial-")}
 
     def measured(self) -> list[Measured]:
-        """The throughputs that its pairs and logs hold, of the recipe's settings."""
+        """The throughputs that its pairs, logs and measurements hold, of the recipe's settings, then those of its rehearsal."""
         if self.trouble:
             return []
-        found = [*self._of_pairs(), *self._of_log("teacher")]
-        for name in self.recipe.students:
-            found += self._of_log(name)
+        names = ["pairs", "teacher", *(f"students/{lmm.name}" for lmm in self.recipe.students.values())]
+        names += [f"evaluation/{name}" for name in models(self.recipe)]
+        return [speed for name in names for speed in self.speeds(name)] + self._of_rehearsal()
+
+    def speeds(self, stage: str) -> list[Measured]:
+        """The throughputs that a stage's own records hold."""
+        kind, _, name = stage.partition("/")
+        if kind == "pairs":
+            return self._of_pairs()
+        if kind == "evaluation":
+            return self._of_evaluation(name)
+        return self._of_log(stage) if kind in ("teacher", "students") else []
+
+    def _of_rehearsal(self) -> list[Measured]:
+        """What a rehearsal measured (cluster/rehearse.py), on the kind of device that it ran on."""
+        record: dict[str, Any] = self.json(REHEARSAL, f"{REHEARSAL}.json") or {"stages": []}
+        found = []
+        for row in record["stages"]:
+            for speed in row["speeds"]:
+                device = kind_of(record["machine"]) if speed["on_gpu"] else CPU
+                task = Task(**{field.name: speed[field.name] for field in dataclasses.fields(Task)})
+                source = f"{self.place}/{REHEARSAL}/{REHEARSAL}.json, {row['stage']}, {where(record['machine'])}"
+                rate = functools.partial(float, speed["flops_per_s"])
+                found.append(
+                    Measured(task=task, rate=rate, source=source, ours=True, on_gpu=speed["on_gpu"], device=device or "unknown")
+                )
+        return found
+
+    def _of_evaluation(self, name: str) -> list[Measured]:
+        """How fast a model was sampled to be measured, and its samples were looked at."""
+        config, images = self.recipe.evaluate, self.recipe.images
+        done = self.json(f"evaluation/{name}", SUCCESS) or {}
+        size, units = counting.evaluation(self.recipe.teacher.network), config.gpus or config.threads
+        looking = sum(counting.look_at(network, self.recipe.probe, images)[0] for network in config.features)
+        each = {"sampling": (size, done.get(PER_EVALUATION)), "looking": (looking, done.get(PER_LOOK))}
+        found = []
+        for kind, (flops, seconds) in each.items():
+            if not seconds:
+                continue
+            precision = config.precision if kind == "sampling" else "fp32"
+            task = Task(kind=kind, size=size, precision=precision, compiled=config.compiled)
+            source = f"{self.place}/evaluation/{name}/{SUCCESS}, {_each(config.gpus, config.threads)} for each actor"
+            rate = functools.partial(float, flops / seconds / units)
+            found.append(Measured(task=task, rate=rate, source=source, ours=True, on_gpu=config.gpus > 0))
         return found
 
     def _of_pairs(self) -> list[Measured]:
         config = self.recipe.pairs
         rows = [row for row in read_manifest(self.place / "pairs") if row.get("sampling_seconds")]
-        seconds = sum(row["sampling_seconds"] for row in rows)
         plan = self.json("pairs", PLAN)
-        if not seconds or not plan:
+        if not rows or not plan:
             return []
+        speed = statistics.median(row["pairs"] / row["sampling_seconds"] for row in rows)  # an actor's first shard may compile
         made, size = plan["pairs"], counting.evaluation(self.recipe.teacher.network)
         each = plan.get("evaluations", evaluations("heun", config.num_steps))
-        pairs = sum(row["pairs"] for row in rows)
         units = config.gpus or config.threads
         task = Task(kind="sampling", size=size, precision=made["precision"], compiled=made["compiled"])
         source = (
-            f"{self.place}/pairs/manifest.parquet, {pairs / seconds:,.2f} pairs per actor-second over {len(rows)} shards, "
+            f"{self.place}/pairs/manifest.parquet, {speed:,.2f} pairs per actor-second over {len(rows)} shards, "
             f"taking actors to have had what the settings say: {_each(config.gpus, config.threads)}"
         )
-        rate = pairs * each * size / seconds / units
+        rate = speed * each * size / units
         return [Measured(task=task, rate=lambda: rate, source=source, ours=True, on_gpu=config.gpus > 0)]
 
-    def _of_log(self, name: str) -> list[Measured]:
+    def _of_log(self, folder: str) -> list[Measured]:
         """Of a training, for each of its phases: the median of images/s, the first line, of a cold start, left out."""
-        recipe, teaching = self.recipe, name == "teacher"
-        config = recipe.teacher if teaching else recipe.students[name]
-        folder = "teacher" if teaching else f"students/{recipe.students[name].name}"
+        recipe, teaching = self.recipe, folder == "teacher"
+        students = {f"students/{lmm.name}": lmm for lmm in recipe.students.values()}
+        config = recipe.teacher if teaching else students[folder]
         rows, workers = loop.read_log(self.place / folder), config.workers
         size, made = counting.evaluation(recipe.teacher.network), []
         for number in (0, 1):
@@ -158,7 +202,7 @@ class Workspace:
             if teaching:
                 kind, count = "teacher", functools.partial(counting.of_teacher, recipe.teacher)
             else:
-                lmm = recipe.students[name]
+                lmm = students[folder]
                 phase = (lmm.reconstruction, lmm.adversarial)[number]
                 found = counting.of_phase(recipe.teacher.network, recipe.probe.losses, lmm, phase)
                 kind, count = "adversarial" if found.critic_bytes else "reconstruction", found.count

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any
@@ -26,7 +27,8 @@ from beeline.measuring import PROBES
 from evaluation import results
 from evaluation.jobs import (
     HELD_OUT,
-    PAIRS,
+    LOOKING,
+    SAMPLING,
     Bench,
     Fidelity,
     HeldOut,
@@ -45,6 +47,8 @@ from pipeline.command import Progress, run_command
 from pipeline.pool import run_pool
 from pipeline.stage import Stage, check_fits, fingerprint, require, require_measuring, require_model, require_probe
 from pipeline.storage import Folder
+
+PER_EVALUATION, PER_LOOK = "seconds_per_evaluation", "seconds_per_look"  # of _SUCCESS
 
 
 def evaluate(
@@ -70,7 +74,7 @@ def measure(workspace: str, recipe: str, config: EvaluateConfig, models: Mapping
     networks = _networks(place, config, recipe)
     count = config.count or images["images"]["count"]
     for name, (_, dimensions) in networks.items():
-        if count <= dimensions:
+        if count <= dimensions and not config.few:
             raise BeelineError(
                 f"{count} samples are too few for a distance in the {dimensions} features of {name}; take more than "
                 f"{dimensions} (--count), or measure in other features (--features)"
@@ -86,10 +90,10 @@ def measure(workspace: str, recipe: str, config: EvaluateConfig, models: Mapping
     ]
     if not work:
         return
-    _prepare_and_sample(setup, work, digests)
+    seconds = _prepare_and_sample(setup, work, digests)
     _judge(setup, work)
     for measurement in work:
-        measurement.publish(setup)
+        measurement.publish(setup, seconds.get(measurement.name, {}))
 
 
 @dataclasses.dataclass
@@ -126,11 +130,12 @@ class Measurement:
         """What needs held-out pairs."""
         if setup.pairs is None:
             return []
-        lines = [Lines(self.name, setup.pairs["pairs"]["num_steps"])] if self.straight else []
-        return [*(Fidelity(self.name, row) for row in self.rows), *lines]
+        count = setup.config.held_out
+        lines = [Lines(self.name, setup.pairs["pairs"]["num_steps"], count)] if self.straight else []
+        return [*(Fidelity(self.name, row, count) for row in self.rows), *lines]
 
-    def publish(self, setup: Setup) -> None:
-        """Metrics and sheets; then what was only needed for them goes."""
+    def publish(self, setup: Setup, seconds: Mapping[str, float]) -> None:
+        """Metrics and sheets, and the `seconds` of sampling and looking; then what was only needed for them goes."""
         folder = self.stage.folder
         if self.rows:
             results.publish(setup, self.name, self.rows, self.stage.plan, self.straight)
@@ -143,7 +148,7 @@ class Measurement:
             metrics.gauge("evaluation_figure", row["mean"], model=self.name, sampler=row["sampler"], metric=row["metric"])
         measured = {row["sampler"]: row["nfe"] for row in published}
         samples = setup.config.draws * setup.count
-        self.stage.finish(samples=samples * len(measured), evaluations=samples * sum(measured.values()))
+        self.stage.finish(samples=samples * len(measured), evaluations=samples * sum(measured.values()), **seconds)
 
 
 def _networks(place: Folder, config: EvaluateConfig, recipe: str) -> dict[str, tuple[str, int]]:
@@ -210,8 +215,9 @@ def _measurement(
     return Measurement(name, stage, left, straight)
 
 
-def _prepare_and_sample(setup: Setup, work: Sequence[Measurement], networks: Mapping[str, str]) -> None:
-    """The first pass: what real images look like, held-out pairs, all samples."""
+def _prepare_and_sample(setup: Setup, work: Sequence[Measurement], networks: Mapping[str, str]) -> dict[str, dict[str, float]]:
+    """The first pass: what real images look like, held-out pairs, all samples. Returns by model the seconds that its samples
+    took."""
     place, images = setup.workspace, setup.images
     references = {}
     for name, digest in networks.items():
@@ -219,14 +225,18 @@ def _prepare_and_sample(setup: Setup, work: Sequence[Measurement], networks: Map
         stage = Stage(place, reference_folder(name), plan)
         if stage.begin(quiet=True):
             references[name] = stage, [RealImages(name, group) for group in range(len(groups(images["images"])))]
-    held_out = Stage(place, HELD_OUT, {"pairs": fingerprint(setup.pairs)})
-    pairs = [HeldOut(PAIRS * setup.pairs["evaluations"])] if setup.pairs is not None and held_out.begin(quiet=True) else []
+    held_out = Stage(place, HELD_OUT, {"pairs": fingerprint(setup.pairs), "count": setup.config.held_out})
+    pairs = (
+        [HeldOut(setup.config.held_out, setup.pairs["evaluations"])]
+        if setup.pairs is not None and held_out.begin(quiet=True)
+        else []
+    )
     jobs: list[Any] = [*pairs, *(job for stage, parts in references.values() for job in _left(stage.folder, parts))]
     for measurement in work:
         jobs += _left(measurement.stage.folder, [*measurement.samples(setup), *measurement.sheets(setup)])
-    _run(setup, "evaluation", jobs)
+    rows = _run(setup, "evaluation", jobs)
     if pairs:
-        held_out.finish(pairs=PAIRS)
+        held_out.finish(pairs=setup.config.held_out)
     for stage, parts in references.values():
         merge_reference(stage.folder, [part.file for part in parts])
         for part in parts:
@@ -235,6 +245,7 @@ def _prepare_and_sample(setup: Setup, work: Sequence[Measurement], networks: Map
         stage.finish(images=images["images"]["count"])
     for name in networks:
         reference(place, name, setup.moments)  # a reference of another network is refused before samples are judged
+    return _seconds(jobs, rows)
 
 
 def _judge(setup: Setup, work: Sequence[Measurement]) -> None:
@@ -253,11 +264,30 @@ def _left(folder: Folder, jobs: Sequence[Any]) -> list[Any]:
     return [job for job in jobs if job.file not in there or not sound(folder, job.file)]
 
 
-def _run(setup: Setup, what: str, jobs: list[Any]) -> None:
+def _seconds(jobs: Sequence[Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """By model, of the samples of this run: seconds of an actor for an evaluation and for looking at an image, medians over
+    work items, so that an actor's first one, which may compile, does not count."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        job = jobs[row["item"]]
+        if isinstance(job, Samples):
+            each = row[SAMPLING] / job.evaluations, row[LOOKING] / len(job.indices)
+            found.setdefault(job.model, []).append(each)
+    return {
+        name: dict(zip((PER_EVALUATION, PER_LOOK), map(statistics.median, zip(*times, strict=True)), strict=True))
+        for name, times in found.items()
+    }
+
+
+def _run(setup: Setup, what: str, jobs: list[Any]) -> list[dict[str, Any]]:
+    """The rows of all work items."""
+    rows = []
     progress = Progress(what, sum(job.evaluations + 1 for job in jobs), "network evaluations")
     arguments = {"setup": setup, "jobs": jobs}
     for done in run_pool(Bench, arguments, range(len(jobs)), setup.config, name=what):
         progress.add(done["evaluations"] + 1)
+        rows.append(done)
+    return rows
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ def _figures(setup: Setup, folder: Folder, model: str, row: Row) -> list[dict[st
     judged = [folder.read_json(Judge(model, row, number, ()).file) for number in range(setup.config.draws)]
     figures = {metric: [draw[metric] for draw in judged] for metric in judged[0]}
     if setup.pairs is not None:
-        figures |= {metric: [value] for metric, value in folder.read_json(Fidelity(model, row).file).items()}
+        figures |= {metric: [value] for metric, value in folder.read_json(Fidelity(model, row, 0).file).items()}
     return [
         {
             "model": model,

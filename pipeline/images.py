@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from beeline.arrays import spread
 from beeline.config import ImagesConfig
 from beeline.errors import BeelineError
 
@@ -49,7 +50,27 @@ class Source(Protocol):
 
 
 def open_source(config: ImagesConfig) -> Source:
-    """The source that `config.source` names. Raises BeelineError where there is none, or where it is damaged."""
+    """The source that `config.source` names, or a part of it. Raises BeelineError where there is none, and where it is
+    damaged."""
+    source = _open(config)
+    return Part(source, config.limit) if 0 < config.limit < len(source.labels) else source
+
+
+class Part:
+    """`count` images of a source, evenly spread over its classes, the highest class among them: it tells their number."""
+
+    def __init__(self, source: Source, count: int) -> None:
+        by_class = np.argsort(source.labels, kind="stable")
+        self._chosen = np.sort(by_class[::-1][spread(count, len(by_class))])
+        self._source, self.labels = source, source.labels[self._chosen]
+        self.names: list[str] = [source.names[int(i)] for i in self._chosen]
+
+    def image(self, index: int) -> np.ndarray:
+        return self._source.image(int(self._chosen[index]))
+
+
+def _open(config: ImagesConfig) -> Source:
+    """The whole source."""
     path = config.source
     if path == "digits":
         return Digits(config)

@@ -1,0 +1,82 @@
+"""The steps of a recipe in order, each a call of a stage's own function: run_pipeline.py runs them, rehearse.py tries them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from beeline.config import LmmConfig, Recipe
+from beeline.measuring import PROBES
+from evaluation.evaluate import measure
+from evaluation.report import report
+from pipeline.gen_pairs import gen_pairs
+from pipeline.ingest_images import ingest_images
+from trainers.student import RECONSTRUCTION, all_needs, running
+from trainers.sweep_lmm import sweep_lmm
+from trainers.train_lmm import train_lmm
+from trainers.train_probe import train_probes
+from trainers.train_teacher import train_teacher
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Step:
+    """One call. `name` is the folder that it writes; `after` are the steps whose results it reads."""
+
+    name: str
+    run: Callable[[], str | None]
+    """Returns what there is to say beyond that it works."""
+    after: tuple[str, ...] = ()
+    side_by_side: bool = False
+    """It may run at the same time as the steps before and after it that say so."""
+
+
+def steps(workspace: str, recipe: Recipe, *, each: bool = False) -> Iterator[Step]:
+    """All steps, one for the measurement of all models; with `each` one for each model."""
+    name, main = recipe.name, recipe.students["lmm"]
+
+    def step(folder: str, call: Callable[..., Any], *arguments: object, after: tuple[str, ...], beside: bool = False) -> Step:
+        run = functools.partial(call, workspace, name, *arguments)
+        return Step(name=folder, run=run, after=tuple(dict.fromkeys(after)), side_by_side=beside)
+
+    yield step("images", ingest_images, recipe.images, after=())
+    yield step("probe", train_probes, recipe.probe, after=("images",))
+    yield step("teacher", train_teacher, recipe.teacher, after=("images",))
+    yield step("pairs", gen_pairs, recipe.pairs, after=("teacher",))
+    for lmm in recipe.students.values():
+        yield step(f"students/{lmm.name}", train_lmm, lmm, after=_inputs(lmm), beside=lmm != main)
+    after = ("images", "probe", "pairs", _made_by(recipe.sweep.init))
+    yield step(f"sweeps/{recipe.sweep.name}", sweep_lmm, recipe.sweep, main, recipe.evaluate, after=after)
+    found = models(recipe)
+    probes = ("probe",) if set(recipe.evaluate.features) & PROBES.keys() else ()
+    for group in [{model: schedules} for model, schedules in found.items()] if each else [found]:
+        folder = f"evaluation/{next(iter(group))}" if each else "evaluation"
+        yield step(folder, measure, recipe.evaluate, group, after=("images", *probes, *map(_made_by, group)))
+    yield Step(name="report", run=functools.partial(report, workspace, name))
+
+
+def models(recipe: Recipe) -> dict[str, tuple[str, ...]]:
+    """The models to measure, and the step schedules of each student: several where it has learned lines of all levels."""
+    found = {"teacher": (), **{f"students/{lmm.name}": _schedules(recipe, lmm) for lmm in recipe.students.values()}}
+    main = recipe.students["lmm"]
+    if main.reconstruction.iterations:
+        found[f"students/{main.name}/{RECONSTRUCTION}"] = recipe.few_steps
+    return found
+
+
+def _schedules(recipe: Recipe, student: LmmConfig) -> tuple[str, ...]:
+    lines = student.objective == LmmConfig.objective and all(phase.steps is None for phase in running(student))
+    return recipe.few_steps if lines else recipe.evaluate.steps
+
+
+def _inputs(lmm: LmmConfig) -> tuple[str, ...]:
+    """The steps whose results a student is trained on."""
+    needs = all_needs(lmm)
+    read = {"images": needs.images, "probe": "probe" in needs.features, "teacher": needs.teacher, "pairs": needs.pairs}
+    return *(name for name, wanted in read.items() if wanted), _made_by(lmm.init)
+
+
+def _made_by(model: str) -> str:
+    """The step that makes the model in folder `model`: teacher, students/<name>, students/<name>/reconstruction."""
+    return "/".join(model.split("/")[:2])
