@@ -13,14 +13,15 @@ Augmentation = Literal["color", "translation", "cutout"]
 
 def hinge_discriminator(real_logits: Sequence[torch.Tensor], fake_logits: Sequence[torch.Tensor]) -> torch.Tensor:
     """max(0, 1 - D(real)) + max(0, 1 + D(fake)), averaged over each critic's logits (B, L_k) and over critics
-    (Lim & Ye 2017)."""
-    losses = [F.relu(1 - real).mean() + F.relu(1 + fake).mean() for real, fake in zip(real_logits, fake_logits, strict=True)]
+    (Lim & Ye 2017). Logits of any precision; the loss is float32."""
+    pairs = zip(real_logits, fake_logits, strict=True)
+    losses = [F.relu(1 - real.float()).mean() + F.relu(1 + fake.float()).mean() for real, fake in pairs]
     return torch.stack(losses).mean()
 
 
 def hinge_generator(fake_logits: Sequence[torch.Tensor]) -> torch.Tensor:
-    """-D(fake), averaged over each critic's logits (B, L_k) and over critics."""
-    return -torch.stack([fake.mean() for fake in fake_logits]).mean()
+    """-D(fake), averaged over each critic's logits (B, L_k) and over critics. Logits of any precision; the loss is float32."""
+    return -torch.stack([fake.float().mean() for fake in fake_logits]).mean()
 
 
 def balanced_gradient(

@@ -17,6 +17,12 @@ LABELS = 9
 SCALE_STD, ANISOTROPY_STD, TRANSLATION_STD = 0.2, 0.2, 0.125
 
 
+def mirrored(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Images (B, C, H, W), each mirrored left to right with probability 1/2."""
+    chosen = torch.rand(len(images), 1, 1, 1, device=images.device, generator=generator) < 0.5
+    return torch.where(chosen, images.flip(-1), images)
+
+
 def augment(
     images: torch.Tensor, probability: float, generator: torch.Generator | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -39,7 +45,8 @@ def augment(
     flip_y = (uniform() < 0.5).float() * chosen()
     scale = normal() * chosen()
     rotation = (uniform() * 2 - 1) * math.pi * chosen()
-    direction = (uniform() * 2 - 1) * math.pi
+    # Half of the stretches are along an axis, as in EDM; the others along any direction.
+    direction = (uniform() * 2 - 1) * math.pi * (uniform() < 0.5).float()
     anisotropy = normal() * chosen()
     shift_x, shift_y = (torch.stack([normal(), normal()]) * chosen()).unbind()
 

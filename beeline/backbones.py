@@ -8,7 +8,7 @@ them as its weights expect. They stay in eval mode and their parameters take no 
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import nn
@@ -25,6 +25,7 @@ TIMM: dict[str, dict[str, Any]] = {
     "deit_base_distilled_patch16_224": {"out_indices": (2, 5, 8, 11), "dynamic_img_size": True},
 }
 BACKBONES = ("vgg16", *TIMM)
+VGG16_AVG = "vgg16_avg"  # VGG16 with average pooling: the same weights
 
 
 class _Frozen(nn.Module):
@@ -42,6 +43,9 @@ class VGG16(_Frozen):
 
     name = "vgg16"
     tap_channels: tuple[int, ...] = tuple(widths[-1] for widths in VGG16_BLOCKS)
+    tap_strides: tuple[int, ...] = (1, 2, 4, 8, 16)
+    pooling: Literal["max", "average"] = "max"
+    """How maps are halved. CTM uses "average" in its LPIPS (piq's `replace_pooling`)."""
     shift: torch.Tensor
     scale: torch.Tensor
 
@@ -78,18 +82,19 @@ class VGG16(_Frozen):
         for layer in self.features:
             if isinstance(layer, nn.MaxPool2d):
                 maps.append(x)
-            x = layer(x)
+                x = layer(x) if self.pooling == "max" else F.avg_pool2d(x, 2)
+            else:
+                x = layer(x)
         return [*maps, x]
 
 
 class TimmBackbone(_Frozen):
-    """A network of timm, cut to what its four taps need: a pyramid at strides 4, 8, 16 and 32 from images whose sides are
-    multiples of 32.
+    """A network of timm, cut to what its four taps need, for images whose sides are multiples of 32.
 
-    `tf_efficientnet_lite0` has such a pyramid: 24, 40, 112 and 320 channels. `deit_base_distilled_patch16_224` does not: its
-    blocks (3rd, 6th, 9th and 12th; 768 channels; class and distillation tokens dropped) all stand at stride 16. Its maps
-    are resized bilinearly to the strides above. This is our reading, without parameters, of what DPT (Ranftl et al. 2021)
-    does with learned layers. At 224 DeiT is the network as trained; at other sizes its positions are interpolated.
+    `tf_efficientnet_lite0` gives a pyramid: 24, 40, 112 and 320 channels at strides 4, 8, 16 and 32.
+    `deit_base_distilled_patch16_224` gives its 3rd, 6th, 9th and 12th block, 768 channels each, class and distillation tokens
+    dropped, all at stride 16; the discriminator makes a pyramid of them. At 224 DeiT is the network as trained; at other
+    sizes its positions are interpolated.
     """
 
     mean: torch.Tensor
@@ -109,6 +114,7 @@ class TimmBackbone(_Frozen):
         network: Any = timm.create_model(name, pretrained=False, features_only=True, **TIMM[name])
         self.network = network
         self.tap_channels: tuple[int, ...] = tuple(network.feature_info.channels())
+        self.tap_strides: tuple[int, ...] = tuple(network.feature_info.reduction())
         self.register_buffer("mean", _per_channel(network.pretrained_cfg["mean"]), persistent=False)
         self.register_buffer("std", _per_channel(network.pretrained_cfg["std"]), persistent=False)
         self.eval().requires_grad_(False)
@@ -119,29 +125,37 @@ class TimmBackbone(_Frozen):
         return None
 
     def taps(self, images: torch.Tensor) -> list[torch.Tensor]:
-        """Maps (B, C_l, H/s, W/s), s = 4, 8, 16, 32, of images (B, 1 or 3, H, W) in [-1, 1]; H and W are multiples of 32.
-        Raises ValueError for other shapes."""
+        """Maps (B, C_l, H/s_l, W/s_l), s_l the network's `tap_strides`, of images (B, 1 or 3, H, W) in [-1, 1]; H and W are
+        multiples of 32. Raises ValueError for other shapes."""
         x = ((_rgb(images) + 1) / 2 - self.mean) / self.std
         height, width = images.shape[2:]
         if height % 32 or width % 32:
             raise ValueError(
                 f"{self.name} takes sides that are multiples of 32; found {tuple(images.shape)}: resize the images"
             )
-        sizes = [(height // stride, width // stride) for stride in (4, 8, 16, 32)]
-        return [
-            tap if tap.shape[2:] == size else F.interpolate(tap, size=size, mode="bilinear", align_corners=False)
-            for tap, size in zip(self.network(x), sizes, strict=True)
-        ]
+        return list(self.network(x))
 
 
 def build_backbone(name: str) -> VGG16 | TimmBackbone:
-    """The backbone of that name with random weights, frozen, in eval mode.
+    """The backbone of that name with random weights, frozen, in eval mode: one of BACKBONES, or VGG16_AVG.
 
-    Raises BeelineError for a name that is not one of BACKBONES, and where a package that it needs is not installed.
+    Raises BeelineError for any other name, and where a package that it needs is not installed.
     """
-    if name not in BACKBONES:
+    if weights_of(name) not in BACKBONES:
         raise BeelineError(f"backbone {name!r} is unknown; expected one of: {', '.join(BACKBONES)}")
-    return VGG16() if name == VGG16.name else TimmBackbone(name)
+    return with_pooling_of(VGG16(), name) if weights_of(name) == VGG16.name else TimmBackbone(name)
+
+
+def weights_of(name: str) -> str:
+    """The name of the backbone whose weights the feature network `name` has: its own, but for VGG16_AVG."""
+    return VGG16.name if name == VGG16_AVG else name
+
+
+def with_pooling_of(network: VGG16 | TimmBackbone, name: str) -> VGG16 | TimmBackbone:
+    """The backbone, pooling as the feature network `name` does."""
+    if isinstance(network, VGG16):
+        network.pooling = "average" if name == VGG16_AVG else "max"
+    return network
 
 
 def _per_channel(values: tuple[float, ...]) -> torch.Tensor:

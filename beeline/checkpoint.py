@@ -96,7 +96,9 @@ def _build_from(config: Mapping[str, Any]) -> Denoiser | Probe:
         return Probe(from_dict(ProbeNetworkConfig, network), channels=channels, num_classes=num_classes)
     model = build(from_dict(NetworkConfig, network))
     if config["few_step"]:
-        model.few_step = from_dict(FewStep, config["few_step"])
+        few_step = dict(config["few_step"])
+        few_step.setdefault("line", "ve" if few_step.get("rule") == "same_noise" else "lerp")  # files from before it was kept
+        model.few_step = from_dict(FewStep, few_step)
     return model
 
 
@@ -142,10 +144,14 @@ def digest_of(weights: bytes) -> str:
 
 
 @torch.no_grad()
-def ema_update(average: nn.Module, model: nn.Module, half_life: float, step: int, ramp: float = 0.05) -> None:
-    """One step of an exponential moving average with the given half-life, in steps, as EDM keeps it: at most `ramp` of
-    the steps seen so far, so that the average forgets its start. Buffers are copied."""
-    beta = 0.5 ** (1 / max(min(half_life, step * ramp), 1e-8))
+def ema_update(average: nn.Module, model: nn.Module, half_life: float, step: int, ramp: float) -> None:
+    """Move the exponential moving average `average` one step towards `model`; buffers are copied.
+
+    `half_life` is in steps. With `ramp` above 0 it is at most `ramp` of the `step` steps seen so far, so that the average
+    forgets its start (Karras et al. 2022, appendix F.2); with 0 the decay is constant.
+    """
+    limited = min(half_life, step * ramp) if ramp else half_life
+    beta = 0.5 ** (1 / max(limited, 1e-8))
     for ours, theirs in zip(average.parameters(), model.parameters(), strict=True):
         ours.lerp_(theirs, 1 - beta)
     for ours, theirs in zip(average.buffers(), model.buffers(), strict=True):

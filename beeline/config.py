@@ -169,6 +169,8 @@ class TeacherConfig:
     optimizer: OptimizerConfig
     ema_half_life: float
     """In iterations."""
+    ema_ramp: float = 0.05
+    """Limit of the half-life as a share of the iterations so far (EDM's ramp-up); 0 for none."""
     flip: bool = False
     """Mirror images at random: the data set and its mirror image are one."""
     augment: float = 0.0
@@ -229,8 +231,9 @@ class PhaseConfig:
 
     iterations: int
     optimizer: OptimizerConfig
-    distance: Literal["l2", "huber", "probe", "lpips"] = "probe"
-    """Of pixels (squared, or pseudo-Huber), or of features: of the losses' probe, or of VGG16 as LPIPS weighs them."""
+    distance: Literal["l2", "huber", "probe", "lpips", "lpips_avg", "johnson"] = "probe"
+    """Of pixels: squared, or pseudo-Huber. Of features: the losses' probe; LPIPS in VGG16, or the same with average pooling
+    (as CTM uses it); "johnson", unnormalised VGG16 features (Johnson et al. 2016, whom the LMM paper cites)."""
     resize: int = 0
     """Side in pixels at which features are taken; 0 leaves images as they are."""
     pixel_weight: float = 0.0
@@ -253,6 +256,8 @@ class DiscriminatorConfig:
     width: int = 64
     """Channels of the heads on a probe."""
     augment: tuple[Literal["color", "translation", "cutout"], ...] = ("color", "translation", "cutout")
+    mirror: bool = False
+    """Mirror each real image with probability 1/2: for data sets whose teachers learned from mirrored images, too."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -267,13 +272,21 @@ class LmmConfig:
     """Folder of the model whose weights the student starts from: "teacher" or "students/<name>"."""
     num_steps: int = 18
     """Levels of the EDM schedule."""
-    line: Literal["ve", "lerp"] = "ve"
-    rule: Literal["same_noise", "line", "fresh_noise"] = "same_noise"
-    """Sampling rule: "same_noise" goes with the line "ve", "line" with "lerp"."""
+    line: Literal["ve", "lerp"] = "lerp"
+    """"lerp" is the segment from the image to x0: at sigma_max the student trains on exactly what it samples from. "ve" adds
+    noise to the image: at sigma_max the input still holds the image, which is missing when the student samples."""
+    rule: Literal["same_noise", "line", "fresh_noise"] = "line"
+    """Sampling rule: "line" goes with the line "lerp", "same_noise" with "ve"."""
     batch_size: int = 512
     ema_half_lives: tuple[float, ...] = (693.0,)
-    """Of the averages of the weights, in iterations; 693 is the paper's decay of 0.999. The first is the student, others
-    are published beside it as <name>/ema-<half-life>."""
+    """Half-lives of the averages of the weights, in iterations; 693 is the paper's decay of 0.999. The first average is the
+    student, the others are published as <name>/ema-<half-life>. Averages go on through the phases."""
+    ema_ramp: float = 0.0
+    """Limit of a half-life as a share of the iterations so far, so that an average forgets its start (EDM: 0.05). 0 keeps the
+    decay constant, as the paper does."""
+    phase_switch: Literal["continue", "restart"] = "continue"
+    """What the second phase starts from. "continue": the weights and the optimiser's moments as they are, as in CTM's code,
+    where the adversarial term joins a running training. "restart": the averaged weights, with a fresh optimiser."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """"bf16": student and discriminator train under autocast, frozen networks are bf16. Weights, averages, losses: float32."""
     compiled: bool = False

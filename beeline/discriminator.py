@@ -29,6 +29,8 @@ from beeline.features import FeatureNetwork, resized
 
 SCRATCH = "scratch"
 WIDTHS = (64, 64, 128, 256, 512)  # of features at nominal sizes 128, 64, 32, 16 and 8
+STRIDES = (4, 8, 16, 32)  # of a pyramid of taps
+PYRAMID_WIDTHS = (96, 192, 384, 768)  # of the pyramid made of a vision transformer's taps
 CLASS_MAPS = 64
 
 
@@ -106,8 +108,8 @@ class TapHead(nn.Module):
         super().__init__()
         self.conv0 = spectral_norm(nn.Conv2d(channels, width, 3, padding=1))
         self.conv1 = spectral_norm(nn.Conv2d(width, width, 1))
-        self.out = spectral_norm(nn.Conv2d(width, 1, 1))
-        self.embed = spectral_norm(nn.Linear(num_classes, width, bias=False)) if num_classes else None
+        self.out = spectral_norm(nn.Conv2d(width, 1, 1, bias=False))
+        self.embed = class_embedding(num_classes, width) if num_classes else None
 
     def forward(self, features: torch.Tensor, one_hot: torch.Tensor | None) -> torch.Tensor:
         """Feature map (B, C, H, W) to logits (B, H W)."""
@@ -126,19 +128,54 @@ class ProjectedCritic(nn.Module):
     def __init__(self, network: FeatureNetwork, side: int, num_classes: int) -> None:
         super().__init__()
         self._network, self.side = [network], side
-        self.projection = Projection(network.tap_channels)
+        self.pyramid: Pyramid | None = None
+        channels = network.tap_channels
+        if network.tap_strides != STRIDES:
+            self.pyramid = Pyramid(channels, network.tap_strides)
+            channels = PYRAMID_WIDTHS
+        self.projection = Projection(channels)
         self.heads = nn.ModuleList(DownHead(WIDTHS[level:], num_classes) for level in range(4))
 
     def look(self, images: torch.Tensor) -> list[torch.Tensor]:
-        return self.projection(self._network[0].taps(resized(images, self.side)))
+        taps = self._network[0].taps(resized(images, self.side))
+        return self.projection(taps if self.pyramid is None else self.pyramid(taps))
 
     def forward(self, look: list[torch.Tensor], one_hot: torch.Tensor | None) -> torch.Tensor:
         return torch.cat([head(scale, one_hot) for head, scale in zip(self.heads, look, strict=True)], dim=1)
 
 
+class Pyramid(nn.Module):
+    """Four taps of a vision transformer, all at stride 16, to a pyramid at strides 4, 8, 16 and 32, by random frozen layers:
+    1x1 convolutions to PYRAMID_WIDTHS channels, then a transposed convolution by 4, one by 2, none, and a 3x3 convolution of
+    stride 2 (as StyleGAN-XL and CTM do it; the layers are those of DPT, Ranftl et al. 2021). PyTorch's default
+    initialisation; part of the checkpoint."""
+
+    def __init__(self, channels: Sequence[int], strides: Sequence[int]) -> None:
+        super().__init__()
+        if tuple(strides) != (16,) * 4:
+            raise ValueError(f"a pyramid is made of four taps at stride 16; found strides {tuple(strides)}")
+        fine, middle, _, coarse = PYRAMID_WIDTHS
+        resize = (
+            nn.ConvTranspose2d(fine, fine, 4, 4),
+            nn.ConvTranspose2d(middle, middle, 2, 2),
+            nn.Identity(),
+            nn.Conv2d(coarse, coarse, 3, 2, 1),
+        )
+        self.levels = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(width_in, width, 1), layer)
+            for width_in, width, layer in zip(channels, PYRAMID_WIDTHS, resize, strict=True)
+        )
+        self.requires_grad_(False)
+
+    def forward(self, taps: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Taps (B, C, H/16, W/16) to (B, PYRAMID_WIDTHS[l], H/s, W/s), s = 4, 8, 16, 32."""
+        return [level(tap) for level, tap in zip(self.levels, taps, strict=True)]
+
+
 class Projection(nn.Module):
     """Random frozen mixing of a pyramid of four taps, across channels by 1x1 convolutions, then across scales from the top
-    down (Sauer et al. 2021, section 3.2). Kaiming's initialisation; part of the model, so part of the checkpoint."""
+    down (Sauer et al. 2021, section 3.2). PyTorch's default initialisation of convolutions, as in StyleGAN-XL and CTM: with
+    it a head sees mostly its own tap. Part of the checkpoint."""
 
     def __init__(self, channels: Sequence[int]) -> None:
         super().__init__()
@@ -147,11 +184,6 @@ class Projection(nn.Module):
         across, out = WIDTHS[:1] + WIDTHS[2:], WIDTHS[:4]
         self.across_channels = nn.ModuleList(nn.Conv2d(a, b, 1) for a, b in zip(channels, across, strict=True))
         self.across_scales = nn.ModuleList(nn.Conv2d(a, b, 1) for a, b in zip(across, out, strict=True))
-        for conv in (*self.across_channels, *self.across_scales):
-            assert isinstance(conv, nn.Conv2d)
-            assert conv.bias is not None
-            nn.init.kaiming_normal_(conv.weight)
-            nn.init.zeros_(conv.bias)
         self.requires_grad_(False)
 
     def forward(self, taps: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -167,8 +199,8 @@ class Projection(nn.Module):
 
 
 class DownHead(nn.Module):
-    """Spectral-norm 4x4 convolutions of stride 2 through `widths`, then one to the logits; with classes, to 64 maps whose
-    product with the class's embedding is the logit (Miyato & Koyama 2018)."""
+    """Spectral-norm 4x4 convolutions of stride 2 through `widths`, then one without bias to the logits; with classes, to 64
+    maps whose product with the class's embedding is the logit (Miyato & Koyama 2018)."""
 
     def __init__(self, widths: Sequence[int], num_classes: int) -> None:
         super().__init__()
@@ -181,8 +213,8 @@ class DownHead(nn.Module):
                 nn.LeakyReLU(0.2),
             ]
         self.down = nn.Sequential(*layers)
-        self.out = spectral_norm(nn.Conv2d(widths[-1], CLASS_MAPS if num_classes else 1, 4))
-        self.embed = nn.Linear(num_classes, CLASS_MAPS, bias=False) if num_classes else None
+        self.out = spectral_norm(nn.Conv2d(widths[-1], CLASS_MAPS if num_classes else 1, 4, bias=False))
+        self.embed = class_embedding(num_classes, CLASS_MAPS) if num_classes else None
 
     def forward(self, features: torch.Tensor, one_hot: torch.Tensor | None) -> torch.Tensor:
         """Features (B, C, H, W) to logits (B, L)."""
@@ -191,6 +223,13 @@ class DownHead(nn.Module):
             assert one_hot is not None
             logits = (logits * self.embed(one_hot)[:, :, None, None]).sum(dim=1) / math.sqrt(CLASS_MAPS)
         return logits.flatten(1)
+
+
+def class_embedding(num_classes: int, width: int) -> nn.Linear:
+    """One-hot classes (B, K) to embeddings (B, width) that start at N(0, 1), the scale of StyleGAN-XL's."""
+    layer = nn.Linear(num_classes, width, bias=False)
+    nn.init.normal_(layer.weight)
+    return layer
 
 
 class ScratchCritic(nn.Module):

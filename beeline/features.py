@@ -8,6 +8,8 @@ measuring, so that no score is measured in features that a loss used. Pretrained
 from __future__ import annotations
 
 import copy
+import itertools
+import operator
 from typing import Protocol, cast
 
 import torch
@@ -23,6 +25,11 @@ class FeatureNetwork(Protocol):
     @property
     def tap_channels(self) -> tuple[int, ...]:
         """Channels of each feature map of `taps`."""
+        ...
+
+    @property
+    def tap_strides(self) -> tuple[int, ...]:
+        """Pixels of the image from one place of each feature map to the next."""
         ...
 
     @property
@@ -57,6 +64,10 @@ class Probe(nn.Module):
         return self.config.widths
 
     @property
+    def tap_strides(self) -> tuple[int, ...]:
+        return tuple(itertools.accumulate(self.config.strides, operator.mul))
+
+    @property
     def tap_weights(self) -> None:
         return None
 
@@ -89,7 +100,7 @@ class Frozen:
         dtype: torch.dtype = torch.float32,
         compiled: bool = False,
     ) -> None:
-        self.tap_channels = network.tap_channels
+        self.tap_channels, self.tap_strides = network.tap_channels, network.tap_strides
         weights = network.tap_weights
         self.tap_weights = None if weights is None else tuple(weight.detach().to(device, copy=True) for weight in weights)
         self.dtype = dtype

@@ -74,6 +74,13 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         return {"grad_norm": norm if math.isfinite(norm) else 0.0, "skipped": float(not math.isfinite(norm))}
 
+    def continue_with(self, config: OptimizerConfig) -> None:
+        """Follow other settings of the same kind of optimiser, with the weights and moments as they are."""
+        assert config.kind == self.config.kind
+        self.config = config
+        for group in self.optimizer.param_groups:
+            group["betas"] = config.betas
+
     def state_dict(self) -> dict[str, Any]:
         """Weights and the optimiser's state, as tensors and plain Python."""
         return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}

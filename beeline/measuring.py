@@ -180,11 +180,10 @@ class Eye:
 
     @torch.inference_mode()
     def look(self, images: torch.Tensor) -> Looks:
-        """What the network sees in uint8 images (n, 1 or 3, H, W), in full float32: TF32 stays off."""
+        """What the network sees in uint8 images (n, 1 or 3, H, W), in float32 (beeline.numerics: without TF32)."""
         features, logits = [], []
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            for part in images.split(self._batch):
-                seen = self._network.look(part.to(self.device))
-                features.append(seen[0].to(torch.float32).cpu())
-                logits += [] if seen[1] is None else [seen[1].to(torch.float32).cpu()]
+        for part in images.split(self._batch):
+            seen = self._network.look(part.to(self.device))
+            features.append(seen[0].to(torch.float32).cpu())
+            logits += [] if seen[1] is None else [seen[1].to(torch.float32).cpu()]
         return Looks(torch.cat(features).numpy(), torch.cat(logits).numpy() if logits else None)

@@ -8,6 +8,8 @@ import torch
 
 from beeline.features import FeatureNetwork, resized
 
+JOHNSON_TAPS = 4
+
 
 def l2(images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Mean squared pixel difference per image, (B,), of two (B, C, H, W)."""
@@ -40,6 +42,21 @@ def perceptual(
         if weight is not None:
             difference = difference * weight[:, None, None]
         total = total + difference.sum(dim=1).mean(dim=(1, 2))
+    return total
+
+
+def johnson(
+    network: FeatureNetwork, images: torch.Tensor, targets: torch.Tensor, *, pixel_weight: float = 0.0, side: int = 0
+) -> torch.Tensor:
+    """Feature reconstruction loss per image, (B,): mean squared difference of unnormalised feature maps, summed over the
+    first four taps (Johnson et al. 2016, eq. 2; with VGG16: relu1_2, relu2_2, relu3_3, relu4_3, the layers of their loss
+    network). `side` and `pixel_weight` as in `perceptual`.
+    """
+    with torch.no_grad():
+        wanted = network.taps(resized(targets, side))[:JOHNSON_TAPS]
+    total = pixel_weight * l2(images, targets)
+    for ours, theirs in zip(network.taps(resized(images, side)), wanted, strict=False):
+        total = total + (ours.float() - theirs.float()).square().mean(dim=(1, 2, 3))
     return total
 
 

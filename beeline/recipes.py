@@ -52,6 +52,7 @@ def digits(seed: int = 0) -> Recipe:
     lmm = LmmConfig(
         batch_size=128,
         ema_half_lives=(50,),
+        phase_switch="restart",
         seed=seed,
         reconstruction=reconstruction,
         adversarial=replace(sot, adversarial_weight=0.3),
@@ -155,10 +156,13 @@ def cifar10_small(seed: int = 0) -> Recipe:
         recipe.students["lmm"],
         batch_size=256,
         ema_half_lives=(200,),
+        phase_switch="restart",
         compiled=False,
         reconstruction=reconstruction,
         adversarial=replace(sot, adversarial_weight=0.3),
-        discriminator=DiscriminatorConfig(optimizer=OptimizerConfig(lr=1e-3, betas=(0.5, 0.9)), networks=("probe",)),
+        discriminator=DiscriminatorConfig(
+            optimizer=OptimizerConfig(lr=1e-3, betas=(0.5, 0.9)), networks=("probe",), mirror=True
+        ),
         checkpoint_every=500,
         validate_every=500,
         workers=one_gpu,

@@ -17,6 +17,7 @@ from torch import nn
 from beeline.adams import adams
 from beeline.denoiser import Denoiser
 from beeline.errors import BeelineError
+from beeline.lines import Line
 from beeline.noise import stream_seed, x0
 from beeline.schedule import check_steps, edm_sigmas
 
@@ -62,11 +63,13 @@ class FewStep:
     """How a student is sampled: what it learned on, and so what may be asked of it. Kept in the student's config.json.
 
     `num_steps`: levels of the EDM schedule that step indices refer to. `trained_steps`: the indices the student was
-    trained on where that is not all of them (SOT). `rule`: how the next point is made (lmm.md, appendix A.4).
+    trained on where that is not all of them (SOT). `rule`: how the next point is made (LMM, appendix A.4). `line`: the
+    line whose points it learned on (beeline.lines).
     """
 
     num_steps: int
-    rule: FewStepRule = "same_noise"
+    rule: FewStepRule = "line"
+    line: Line = "lerp"
     trained_steps: tuple[int, ...] | None = None
 
     def check(self, steps: Sequence[int]) -> tuple[int, ...]:

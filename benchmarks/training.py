@@ -81,7 +81,7 @@ class Step:
                 learner.update(self.number, self.phase.iterations)
         self.number += 1
         for average, half_life in zip(self.averages, self.config.ema_half_lives, strict=True):
-            ema_update(average, self.model, half_life, self.number)
+            ema_update(average, self.model, half_life, self.number, self.config.ema_ramp)
 
     def parts(self, batch: Batch, generator: torch.Generator) -> dict[str, Callable[[], Any]]:
         """The parts of the step by themselves, forward and backward."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from beeline.backbones import weights_of
 from beeline.config import LmmConfig, PairsConfig, Recipe
 from beeline.measures import KID_SUBSET
 from beeline.measuring import PROBES
@@ -28,7 +29,7 @@ def needed_weights(recipe: Recipe) -> list[str]:
     names = [name for lmm in recipe.students.values() if running(lmm) for name in all_needs(lmm).features]
     names += [name for lmm in trials(recipe).values() for name in all_needs(lmm).features]
     names += [*recipe.evaluate.features, recipe.sweep.features]
-    return [name for name in dict.fromkeys(names) if name not in PROBES]
+    return [name for name in dict.fromkeys(map(weights_of, names)) if name not in PROBES]
 
 
 def trials(recipe: Recipe) -> dict[int, LmmConfig]:

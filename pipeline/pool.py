@@ -68,6 +68,9 @@ class _Shell:
     def __init__(self, name: str, worker: type, arguments: dict[str, Any], pool: PoolConfig) -> None:
         import torch
 
+        from beeline.numerics import set_numerics
+
+        set_numerics()
         self.name, self.price = name, pool.price
         self._counted, self._lock = time.monotonic(), threading.Lock()
         torch.set_num_threads(pool.threads)

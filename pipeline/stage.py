@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from beeline import checkpoint
+from beeline.backbones import weights_of, with_pooling_of
 from beeline.checkpoint import CONFIG, WEIGHTS
 from beeline.config import NetworkConfig
 from beeline.denoiser import Denoiser
@@ -149,8 +150,8 @@ def require_features(workspace: Folder, name: str, recipe: str) -> tuple[Feature
     """The feature network "probe" (that of the losses) or a pretrained backbone, and the SHA-256 of its weights."""
     if name == "probe":
         return require_probe(workspace, "losses", recipe)
-    files, where = _weights(workspace, name)
-    return load_backbone(files, where), checkpoint.digest(files)
+    files, where = _weights(workspace, weights_of(name))
+    return with_pooling_of(load_backbone(files, where), name), checkpoint.digest(files)
 
 
 def require_measuring(workspace: Folder, name: str) -> tuple[Inception | DinoV2, str]:

@@ -18,6 +18,7 @@ import torch.distributed
 
 from beeline.config import WorkersConfig
 from beeline.errors import BeelineError, StorageError
+from beeline.numerics import set_numerics
 from pipeline import metrics
 from pipeline.command import ensure_ray
 from pipeline.storage import Folder
@@ -98,6 +99,7 @@ def check_batch(batch_size: int, workers: WorkersConfig, accumulate: int = 1) ->
 def _rank(config: dict[str, Any]) -> bool:
     # 1x1 convolutions: the two layouts hold the same numbers in the same order.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+    set_numerics()
     torch.set_num_threads(config["threads"])
     context, device = ray.train.get_context(), ray.train.torch.get_device()
     if device.type == "cuda":

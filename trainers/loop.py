@@ -58,10 +58,10 @@ class Session:
         return step * batch_size + first, last - first
 
     def generator(self, seed: int, step: int) -> torch.Generator:
-        """The source of this step's randomness on this rank; torch's global one (dropout) is seeded alike."""
-        number = stream_seed(seed, "step", self.rank, step)
-        torch.manual_seed(number)
-        return torch.Generator(self.device).manual_seed(number)
+        """The source of this step's randomness on this rank. torch's global generator (dropout) gets a seed of its own: with
+        the same one both would draw the same numbers."""
+        torch.manual_seed(stream_seed(seed, "global", self.rank, step))
+        return torch.Generator(self.device).manual_seed(stream_seed(seed, "step", self.rank, step))
 
     def parallel(self, model: nn.Module) -> nn.Module:
         """The model, wrapped so that gradients are averaged over ranks."""

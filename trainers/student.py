@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from beeline import objectives
 from beeline.checkpoint import build, dump, ema_update
-from beeline.config import LmmConfig, PhaseConfig, to_dict
+from beeline.config import LmmConfig, OptimizerConfig, PhaseConfig, to_dict
 from beeline.denoiser import Denoiser, as_one_hot
+from beeline.errors import BeelineError
 from beeline.features import Frozen
 from beeline.inference import DTYPES
 from beeline.learner import Learner, compile_trunk
@@ -70,10 +72,25 @@ class StudentTask:
                 workspace, recipe, images, count=config.validate_count, seed=config.seed, device=session.device
             )
         self.best = float("inf")
-        self._begin_phase(0 if config.reconstruction.iterations else 1)
+        first = 0 if config.reconstruction.iterations else 1
+        self.student = self._learner(self.model, self.phases[first].optimizer)
+        self._begin_phase(first)
+
+    def _learner(self, model: nn.Module, optimizer: OptimizerConfig) -> Learner:
+        return Learner(model, optimizer, parallel=self.session.parallel, precision=self.config.precision)
+
+    def _switch_phase(self) -> None:
+        """From the first phase to the second, as `phase_switch` says. Averages go on in any case."""
+        optimizer = self.phases[1].optimizer
+        if self.config.phase_switch == "continue":
+            self.student.continue_with(optimizer)
+        else:
+            self.model.load_state_dict(self.averages[0].state_dict())
+            self.student = self._learner(self.model, optimizer)
+        self._begin_phase(1)
 
     def _begin_phase(self, number: int) -> None:
-        """The next phase starts from the averaged weights of the one before, with a fresh optimiser and objective."""
+        """Make the phase's objective and its critic."""
         config, session = self.config, self.session
         self.phase_number, self.phase = number, self.phases[number]
         self.phase_start = self.phases[0].iterations if number else 0
@@ -94,20 +111,15 @@ class StudentTask:
                 average=self.averages[0],
             )
         )
-        for average in self.averages[1:]:
-            average.load_state_dict(self.averages[0].state_dict())
-        self.model.load_state_dict(self.averages[0].state_dict())
-        self.student = Learner(self.model, self.phase.optimizer, parallel=session.parallel, precision=config.precision)
         self.critic: Learner | None = None
         if self.objective.critic is not None:
-            critic = self.objective.critic.to(session.device)
-            self.critic = Learner(critic, config.discriminator.optimizer, parallel=session.parallel, precision=config.precision)
+            self.critic = self._learner(self.objective.critic.to(session.device), config.discriminator.optimizer)
 
     def step(self, step: int) -> loop.Figures:
         if self.phase_number == 0 and step == self.phases[0].iterations:
             if self.session.rank == 0:
                 self._publish(self.folder / RECONSTRUCTION)
-            self._begin_phase(1)
+            self._switch_phase()
         generator = self.session.generator(self.config.seed, step)
         learners = [learner for learner in (self.student, self.critic) if learner is not None]
         figures: loop.Figures = {"phase": float(self.phase_number)}
@@ -123,7 +135,7 @@ class StudentTask:
             figures["critic_grad_norm"] = done["grad_norm"]
             figures["skipped"] = max(figures["skipped"], done["skipped"])
         for average, half_life in zip(self.averages, self.config.ema_half_lives, strict=True):
-            ema_update(average, self.model, half_life, local + 1)
+            ema_update(average, self.model, half_life, step + 1, self.config.ema_ramp)
         return figures
 
     def _batches(self, step: int) -> list[tuple[Batch, bool]]:
@@ -170,7 +182,7 @@ class StudentTask:
 
     def load_state_dict(self, state: loop.State) -> None:
         if state["progress"]["phase"] != self.phase_number:
-            self._begin_phase(state["progress"]["phase"])
+            self._switch_phase()
         self.student.load_state_dict(state["student"])
         for average, weights in zip(self.averages, state["averages"], strict=True):
             average.load_state_dict(weights)
@@ -195,7 +207,13 @@ class StudentTask:
 
 
 def all_needs(config: LmmConfig) -> Needs:
-    """What the phases of a student need together."""
+    """What the phases of a student need together. Raises BeelineError for settings that do not go together."""
+    kinds = [phase.optimizer.kind for phase in running(config)]
+    if config.phase_switch == "continue" and len(set(kinds)) > 1:
+        raise BeelineError(
+            f"the phases use the optimisers {' and '.join(kinds)}, and phase_switch is 'continue': the second cannot continue "
+            "with the moments of the first. Use the same kind, or set phase_switch to 'restart'"
+        )
     objective = objectives.load(config.objective)
     needs = [objective.needs(config, phase) for phase in running(config)]
     return Needs(
@@ -213,8 +231,12 @@ def running(config: LmmConfig) -> list[PhaseConfig]:
 
 
 def start_from(init: Denoiser) -> Denoiser:
-    """A student with the weights of `init`, ready to train; dropout, where the teacher had any, is gone."""
+    """A student with the weights of `init`, ready to train, without dropout and without the augmentation input.
+
+    A student never gets augmentation labels: the weights of that input would have no gradient, which DDP refuses.
+    """
     assert init.network_config is not None
-    student = build(dataclasses.replace(init.network_config, dropout=0.0))
-    student.load_state_dict(init.state_dict())
+    student = build(dataclasses.replace(init.network_config, dropout=0.0, augment_dim=0))
+    kept = student.state_dict().keys()
+    student.load_state_dict({name: weight for name, weight in init.state_dict().items() if name in kept})
     return student.train()

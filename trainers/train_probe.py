@@ -13,6 +13,8 @@ from beeline.checkpoint import dump
 from beeline.config import ProbeConfig, ProbeNetworkConfig, to_dict
 from beeline.errors import BeelineError
 from beeline.features import Probe, train_probe
+from beeline.noise import stream_seed
+from beeline.numerics import set_numerics
 from pipeline.command import ensure_ray, run_command
 from pipeline.reader import some_images, to_float
 from pipeline.stage import Stage, fingerprint, publish_model, require
@@ -54,9 +56,10 @@ def train_probes(workspace: str, recipe: tyro.conf.Suppress[str], probe: ProbeCo
 
 
 def _train(workspace: Folder, network: ProbeNetworkConfig, config: ProbeConfig, images: dict) -> tuple[dict[str, bytes], float]:
+    set_numerics()
     torch.set_num_threads(1)
     device = torch.device("cuda" if config.gpus else "cpu")
-    torch.manual_seed(network.seed)
+    torch.manual_seed(stream_seed(network.seed, "probe"))
     pixels, labels = some_images(workspace / "images", images["images"], MOST_IMAGES)
     probe = Probe(network, channels=pixels.shape[1], num_classes=images["images"]["num_classes"])
     probe.to(device)

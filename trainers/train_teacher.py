@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import tyro
 
-from beeline.augment import LABELS, augment
+from beeline.augment import LABELS, augment, mirrored
 from beeline.checkpoint import CONFIG, build, dump, ema_update
 from beeline.config import TeacherConfig, to_dict
 from beeline.denoiser import edm_loss
@@ -54,7 +54,7 @@ class TeacherTask:
                 loss.backward()
             total += loss.detach()
         figures = self.learner.update(step, self.iterations)
-        ema_update(self.ema, self.model, self.config.ema_half_life, step + 1)
+        ema_update(self.ema, self.model, self.config.ema_half_life, step + 1, self.config.ema_ramp)
         return {"loss": total, **figures}
 
     def _loss(self, batch: dict[str, Any], generator: torch.Generator) -> torch.Tensor:
@@ -65,8 +65,7 @@ class TeacherTask:
         if self.config.augment:
             images, augment_labels = augment(images, self.config.augment, generator)
         elif self.config.flip:
-            mirrored = torch.rand(len(images), 1, 1, 1, device=device, generator=generator) < 0.5
-            images = torch.where(mirrored, images.flip(-1), images)
+            images = mirrored(images, generator)
         return edm_loss(self.learner, images, labels, generator, augment_labels)
 
     def validate(self, step: int) -> dict[str, float]:

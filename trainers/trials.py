@@ -18,6 +18,7 @@ from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 
 from beeline.config import LmmConfig, SweepConfig
 from beeline.noise import stream
+from beeline.numerics import set_numerics
 from evaluation.rows import parse_steps
 from pipeline import metrics
 from pipeline.storage import Folder
@@ -111,6 +112,7 @@ def run_trial(
     images: dict[str, Any],
 ) -> None:
     """Tune's trainable: the loop of train_lmm.py in this process, from the trial's newest checkpoint."""
+    set_numerics()
     torch.set_num_threads(sweep.threads)
     number = int(config["trial"])
     lmm, place = configs[number], folder / folder_name(number)

@@ -31,7 +31,7 @@ class Distillation:
     @property
     def few_step(self) -> FewStep:
         """One step from pure noise."""
-        return FewStep(num_steps=self.config.num_steps, rule="same_noise", trained_steps=(0,))
+        return FewStep(num_steps=self.config.num_steps, trained_steps=(0,))
 
     def backward(
         self, student: Learner, critic: Learner | None, batch: Batch, generator: torch.Generator

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from beeline import adversarial, lines, perceptual
+from beeline.augment import mirrored
 from beeline.config import LmmConfig, PhaseConfig
 from beeline.denoiser import Denoiser
 from beeline.discriminator import SCRATCH, Discriminator
@@ -23,7 +24,8 @@ from beeline.learner import Learner
 from beeline.objectives import Batch, Needs, Setting
 from beeline.samplers import FewStep
 
-NETWORK = {"probe": "probe", "lpips": "vgg16"}  # that a distance looks through
+# The feature network of each distance that has one.
+NETWORK = {"probe": "probe", "lpips": "vgg16", "lpips_avg": "vgg16_avg", "johnson": "vgg16"}
 
 
 class LinesMatching:
@@ -40,9 +42,10 @@ class LinesMatching:
                 f"the sampling rule {config.rule!r} does not follow the line {config.line!r}: its points lie elsewhere. "
                 "Use ve with same_noise, or lerp with line"
             )
-        if phase.distance == "lpips" and 0 < phase.resize < 16:
+        if NETWORK.get(phase.distance, "probe") != "probe" and 0 < phase.resize < 16:
             raise BeelineError(
-                f"LPIPS is asked for at {phase.resize} pixels; VGG16 halves images four times: resize to 16 or more"
+                f"the distance {phase.distance!r} is asked for at {phase.resize} pixels; VGG16 halves images four times: "
+                "resize to 16 or more"
             )
         names = [NETWORK[phase.distance]] if phase.distance in NETWORK else []
         if phase.adversarial_weight:
@@ -69,7 +72,8 @@ class LinesMatching:
 
     @property
     def few_step(self) -> FewStep:
-        return FewStep(num_steps=self.config.num_steps, rule=self.config.rule, trained_steps=self.phase.steps)
+        config = self.config
+        return FewStep(num_steps=config.num_steps, rule=config.rule, line=config.line, trained_steps=self.phase.steps)
 
     def backward(
         self, student: Learner, critic: Learner | None, batch: Batch, generator: torch.Generator
@@ -99,8 +103,9 @@ class LinesMatching:
         images.backward(batch.weight * gradient)
 
         assert batch.real is not None
+        real_images = mirrored(batch.real, generator) if self.config.discriminator.mirror else batch.real
         with critic.autocast(), torch.no_grad():
-            real = self.critic.look(batch.real, generator)
+            real = self.critic.look(real_images, generator)
         of_fake = critic([[part.detach() for part in look] for look in fake], batch.labels)
         of_real = critic(real, batch.real_labels)
         loss_of_critic = adversarial.hinge_discriminator(of_real, of_fake)
@@ -119,7 +124,8 @@ def distance(setting: Setting) -> Callable[[torch.Tensor, torch.Tensor], torch.T
     if phase.distance == "huber":
         return perceptual.pseudo_huber
     network = setting.features[NETWORK[phase.distance]]
-    return functools.partial(perceptual.perceptual, network, pixel_weight=phase.pixel_weight, side=phase.resize)
+    features = perceptual.johnson if phase.distance == "johnson" else perceptual.perceptual
+    return functools.partial(features, network, pixel_weight=phase.pixel_weight, side=phase.resize)
 
 
 def last_layer(model: nn.Module) -> nn.Parameter:

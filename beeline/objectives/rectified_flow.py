@@ -38,7 +38,7 @@ class RectifiedFlow:
     @property
     def few_step(self) -> FewStep:
         """Euler's method, on any levels."""
-        return FewStep(num_steps=self.config.num_steps, rule="line", trained_steps=None)
+        return FewStep(num_steps=self.config.num_steps, rule="line", line="ve", trained_steps=None)
 
     def backward(
         self, student: Learner, critic: Learner | None, batch: Batch, generator: torch.Generator

@@ -18,7 +18,7 @@ from beeline.perceptual import perceptual
 from beeline.torchvision_shim import import_torchvision
 
 LITE0, DEIT = "tf_efficientnet_lite0", "deit_base_distilled_patch16_224"
-STRIDES = {"vgg16": (1, 2, 4, 8, 16), LITE0: (4, 8, 16, 32), DEIT: (4, 8, 16, 32)}
+STRIDES = {"vgg16": (1, 2, 4, 8, 16), LITE0: (4, 8, 16, 32), DEIT: (16,) * 4}
 CHANNELS = {"vgg16": (64, 128, 256, 512, 512), LITE0: (24, 40, 112, 320), DEIT: (768,) * 4}
 Backbone = VGG16 | TimmBackbone
 
@@ -94,6 +94,7 @@ def test_shapes(name: str, side: int, backbone: Callable[[str], Backbone]) -> No
     wanted = [(2, width, side // stride, side // stride) for width, stride in zip(CHANNELS[name], STRIDES[name], strict=True)]
     assert [tuple(tap.shape) for tap in taps] == wanted
     assert network.tap_channels == CHANNELS[name]
+    assert network.tap_strides == STRIDES[name]
     assert all(tap.isfinite().all() for tap in taps)
     assert network.name == name
 
@@ -101,7 +102,7 @@ def test_shapes(name: str, side: int, backbone: Callable[[str], Backbone]) -> No
 def test_sides_may_differ(backbone: Callable[[str], Backbone]) -> None:
     with torch.inference_mode():
         taps = backbone(DEIT).taps(torch.zeros(1, 3, 32, 96))
-    assert [tuple(tap.shape[2:]) for tap in taps] == [(8, 24), (4, 12), (2, 6), (1, 3)]
+    assert [tuple(tap.shape[2:]) for tap in taps] == [(2, 6)] * 4
 
 
 def plain(name: str, network: TimmBackbone, **arguments: Any) -> Any:

@@ -16,7 +16,7 @@ PLACES = 8 * 8 + 4 * 4 + 4 * 4  # the probe's taps have strides 1, 2, 2
 class Pyramid(torch.nn.Module):
     """A frozen stand-in for a pretrained backbone: four taps at strides 4, 8, 16 and 32."""
 
-    tap_channels, tap_weights = (6, 8, 10, 12), None
+    tap_channels, tap_strides, tap_weights = (6, 8, 10, 12), (4, 8, 16, 32), None
 
     def __init__(self) -> None:
         super().__init__()

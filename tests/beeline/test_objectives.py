@@ -61,6 +61,12 @@ def gradients(model: torch.nn.Module) -> torch.Tensor:
     return torch.cat([gradient.flatten() for gradient in found])
 
 
+def segment(x1: torch.Tensor, z: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    """Points of the segment from x1 to 80 z."""
+    sigma = sigma[:, None, None, None]
+    return (1 - sigma / 80) * x1 + sigma * z
+
+
 def formula(name: str, model: Denoiser, rows: Batch) -> torch.Tensor:
     """The loss of an objective, by its definition."""
     x1, z, generator = rows.x1, rows.noise, seeded()
@@ -75,7 +81,7 @@ def formula(name: str, model: Denoiser, rows: Batch) -> torch.Tensor:
         denoised = model((x_t / (1 - t)).float(), (t / (1 - t)).flatten().float())
         return ((x_t - denoised) / t - (z - x1)).square().mean()
     sigma = draw_levels(len(x1), num_steps=6, law="schedule", steps=None, generator=generator)
-    return (model(x1 + sigma[:, None, None, None] * z, sigma) - x1).square().mean()
+    return (model(segment(x1, z, sigma), sigma) - x1).square().mean()
 
 
 @pytest.mark.parametrize(
@@ -114,7 +120,7 @@ def test_the_adversarial_phase_leaves_both_gradients(student: Denoiser, colour_p
     assert rows.noise is not None
     assert rows.real is not None
     sigma = draw_levels(4, num_steps=6, law="schedule", steps=None, generator=seeded())
-    images = twin(rows.x1 + sigma[:, None, None, None] * rows.noise, sigma)
+    images = twin(segment(rows.x1, rows.noise, sigma), sigma)
     lines = perceptual(colour_probe, images, rows.x1, pixel_weight=0.1).mean()
     fooling = -judge(judge.look(images, seeded()), None)[0].mean()
     norms = [torch.autograd.grad(loss, last_layer(twin), retain_graph=True)[0].norm() for loss in (lines, fooling)]
@@ -159,8 +165,8 @@ def test_needs_follow_the_switches() -> None:
     adversarial = needs(replace(PHASE, distance="probe", adversarial_weight=1.0), "tf_efficientnet_lite0", "probe", "scratch")
     assert adversarial == objectives.Needs(pairs=True, images=True, features=("probe", "tf_efficientnet_lite0"))
     with pytest.raises(BeelineError, match="does not follow the line"):
-        LinesMatching.needs(replace(CONFIG, line="lerp"), PHASE)
-    with pytest.raises(BeelineError, match="LPIPS is asked for at 8 pixels"):
+        LinesMatching.needs(replace(CONFIG, line="ve"), PHASE)
+    with pytest.raises(BeelineError, match="the distance 'lpips' is asked for at 8 pixels"):
         LinesMatching.needs(CONFIG, replace(PHASE, distance="lpips", resize=8))
     critics = replace(CONFIG.discriminator, networks=("tf_efficientnet_lite0",), resize=100)
     with pytest.raises(BeelineError, match="resize is 100; pretrained backbones see multiples of 32"):

@@ -17,7 +17,7 @@ def images(seed: int, channels: int = 1) -> torch.Tensor:
 class Pixels:
     """A feature network that sees the image, and the image at twice its size."""
 
-    tap_channels, tap_weights = (2, 2), None
+    tap_channels, tap_strides, tap_weights = (2, 2), (1, 1), None
 
     def taps(self, images: torch.Tensor) -> list[torch.Tensor]:
         return [images, images.repeat_interleave(2, dim=2)]
