@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import shutil
 import subprocess
 import threading
@@ -30,11 +31,11 @@ class Peak:
 
 
 class Watch:
-    """The peaks on one node since `begin`, of the processes of one Ray job."""
+    """The peaks on one node since `begin`, of the processes of one Ray job and of its driver, if that is there."""
 
-    def __init__(self, job: str) -> None:
+    def __init__(self, job: str, driver: int | None) -> None:
         self.mark = f"RAY_JOB_ID={job}".encode()
-        self.ours: dict[int, bool] = {}
+        self.ours: dict[int, bool] = {os.getpid(): False} | ({driver: True} if driver else {})
         self.process = self.gpu = 0.0
         self._lock = threading.Lock()
         threading.Thread(target=self._sample, daemon=True).start()
@@ -71,7 +72,7 @@ class Watch:
                 self.gpu = max(self.gpu, *map(float, told.split()))
 
     def _processes(self) -> Iterator[Path]:
-        """The job's workers: its number is in their environment."""
+        """The driver, and the job's workers: its number is in their environment."""
         there = {int(path.name): path for path in Path("/proc").iterdir() if path.name.isdigit()}
         self.ours = {pid: ours for pid, ours in self.ours.items() if pid in there}
         for pid, path in there.items():
@@ -95,8 +96,10 @@ class Memory:
             if node not in self._watches:
                 where = NodeAffinitySchedulingStrategy(node, soft=False)
                 remote: Any = ray.remote(num_cpus=0)(Watch)
-                job = ray.get_runtime_context().get_job_id()
-                self._watches[node] = remote.options(name=f"memory/{node[:8]}", scheduling_strategy=where).remote(job)
+                me = ray.get_runtime_context()
+                driver = os.getpid() if node == me.get_node_id() else None
+                options = {"name": f"memory/{node[:8]}", "scheduling_strategy": where}
+                self._watches[node] = remote.options(**options).remote(me.get_job_id(), driver)
         self._watches = {node: watch for node, watch in self._watches.items() if node in alive}
         self._ask("begin")
 
@@ -108,7 +111,9 @@ class Memory:
 
     def _ask(self, what: str) -> list[Any]:
         found = []
-        for watch in self._watches.values():
-            with contextlib.suppress(RayError):
+        for node, watch in list(self._watches.items()):
+            try:
                 found.append(ray.get(getattr(watch, what).remote(), timeout=30))
+            except RayError:  # it was killed, for want of memory perhaps: the next stage gets another
+                del self._watches[node]
         return found

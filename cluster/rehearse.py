@@ -173,7 +173,7 @@ class Rehearsal:
 def machine(around: Surroundings, gpus: float) -> dict[str, Any]:
     """A machine of the cluster that has GPUs, where `gpus` of them are asked for."""
     able = gpus > 0 and any(node.gpus > 0 for node in [*around.nodes, *around.promised])
-    remote = ray.remote(num_cpus=0, num_gpus=min(1.0, gpus) if able else 0)(describe)
+    remote = ray.remote(num_cpus=0, num_gpus=min(1.0, gpus) if able else 0, max_calls=1)(describe)
     return ray.get(remote.options(name="describe").remote(torch.device("cuda" if able else "cpu")))
 
 

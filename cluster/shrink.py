@@ -117,7 +117,7 @@ def _evaluate(config: EvaluateConfig, scale: Scale, cpu: bool) -> EvaluateConfig
     if cpu:
         nfe = tuple(dict.fromkeys(HEUN if nfe >= HEUN else 1 for nfe in config.nfe))
         small |= {"batch_size": CPU_BATCH, "shard_size": scale.samples // 2, "samples": 2, "nfe": nfe}
-        small |= {"steps": _ends(config.steps), "reference": ""}
+        small |= {"steps": _ends(config.steps)}
     else:
         small |= {"shard_size": min(config.batch_size, config.shard_size)}
     return _pool(config, scale, cpu, **small)
