@@ -18,6 +18,7 @@ from trainers.trials import folder_name
 
 # What `_SUCCESS` of a stage counts, the first that is there, and how one of it is called.
 COUNTED = {"images_seen": "image", "evaluations": "evaluation", "pairs": "pair", "images": "image", "trials": "trial"}
+WRAPPED = ("health_check_failure", "controller_failure", "cause", "__cause__")  # where Ray's errors keep what led to them
 LONGEST = 300  # characters of a reason
 
 
@@ -81,7 +82,7 @@ def reason(error: BaseException) -> str:
     while True:
         failures = getattr(root, "worker_failures", None)
         inner = next(iter(failures.values()), None) if isinstance(failures, dict) else None
-        inner = inner or getattr(root, "cause", None) or root.__cause__
+        inner = inner or next((found for name in WRAPPED if (found := getattr(root, name, None))), None)
         if not isinstance(inner, BaseException):
             break
         root = inner
