@@ -17,7 +17,14 @@ from trainers import loop
 from trainers.trials import folder_name
 
 # What `_SUCCESS` of a stage counts, the first that is there, and how one of it is called.
-COUNTED = {"images_seen": "image", "evaluations": "evaluation", "pairs": "pair", "images": "image", "trials": "trial"}
+COUNTED = {
+    "images_seen": "image",
+    "evaluations": "evaluation",
+    "pairs": "pair",
+    "images": "image",
+    "trials": "trial",
+    "iterations": "iteration",
+}
 WRAPPED = ("health_check_failure", "controller_failure", "cause", "__cause__")  # where Ray's errors keep what led to them
 LONGEST = 300  # characters of a reason
 
@@ -57,10 +64,15 @@ def with_figures(row: Outcome, here: Workspace) -> Outcome:
         each = [statistics.median(1 / found["images_per_s"] for found in rows) for rows in warm]
         waits = statistics.fmean(found["data_wait"] for rows in warm for found in rows)
         note = f"phases {_seconds(each[0])} and {_seconds(each[1])}" if len(each) > 1 else row.note
-        row = replace(row, unit="image", seconds_per_unit=statistics.fmean(each), data_wait=waits, note=note)
+        row = replace(row, seconds_per_unit=statistics.fmean(each), data_wait=waits, note=note)
+        if key == "trials":
+            seen = row.units * here.recipe.sweep.iterations * here.recipe.students["lmm"].batch_size
+            row = replace(row, unit="image", units=seen)
     elif PER_EVALUATION in done:
         note = f"{_seconds(done[PER_LOOK])} to look at a sample"
         row = replace(row, seconds_per_unit=done[PER_EVALUATION], note=note)
+    elif "reading_seconds" in done:  # of all actors, from opening images to published shards
+        row = replace(row, seconds_per_unit=done["reading_seconds"] / done["images"])
     elif row.stage == "pairs":
         each = [shard["sampling_seconds"] / shard["pairs"] for shard in read_manifest(folder) if shard["sampling_seconds"]]
         evaluations = done["evaluations"] / done["pairs"]

@@ -35,14 +35,12 @@ from cluster.outcome import Outcome, reason, text, with_figures
 from cluster.readiness import room
 from cluster.shrink import CPU_BATCH, shrunk, verification
 from cluster.steps import Step, steps
-from cluster.workspace import REHEARSAL, Workspace
+from cluster.workspace import RECORD, REHEARSAL, Workspace
 from pipeline.command import ensure_ray, run_command
 from pipeline.stage import SUCCESS
 from pipeline.storage import Folder
 from pipeline.verify_pairs import verify_pairs
 from trainers import checkpoints, loop
-
-RECORD = f"{REHEARSAL}.json"
 
 
 def rehearse(
@@ -111,7 +109,8 @@ class Rehearsal:
     def __init__(self, there: Workspace, here: Folder, recipe: Recipe, *, mode: str) -> None:
         self.there, self.here, self.recipe = there, here, recipe
         self.rows: list[Outcome] = []
-        self.asked = {need.stage: need for need in needs(recipe, Workspace(here.uri, recipe), "train")}
+        how = "import" if there.teacher else "train"
+        self.asked = {need.stage: need for need in needs(recipe, Workspace(here.uri, recipe), how)}
         self.about: dict[str, Any] = {"recipe": recipe.name, "mode": mode, "complete": False, "machine": {"gpu": None}}
         self._write()
         ensure_ray()

@@ -1,7 +1,7 @@
 """How fast machines compute, and who says so: this workspace, a benchmark of ours, or a share of a data sheet's peak.
 
-What was measured in the workspace comes first, then benchmarks/results of the same kind of device, of the network that is
-nearest in size. Only where there is neither is a speed assumed, and then it says that it is.
+What was measured in the workspace, or in its rehearsal, comes first, then benchmarks/results of the same kind of device, of the
+network that is nearest in size. Only where there is neither is a speed assumed, and then it says that it is.
 """
 
 from __future__ import annotations

@@ -35,6 +35,8 @@ class Job:
     count: Callable[[], float] = lambda: 0.0
     """The operations; counting them may take seconds."""
     seconds: float = 0.0
+    source: str = ""
+    """How the seconds are known."""
     processes: int
     gpus: float
     threads: int
@@ -82,7 +84,11 @@ def stages(recipe: Recipe, there: Workspace, teacher: str) -> list[Stage]:
 
 def _images(recipe: Recipe, there: Workspace) -> Stage:
     config, count = recipe.images, there.images
-    job = replace(_pool(config, None, shard_count(count, config.shard_size)), seconds=count / IMAGES_PER_CORE)
+    seen = there.rehearsed.get("images")
+    each, source = 1 / IMAGES_PER_CORE, f"assumed: {IMAGES_PER_CORE:g} images/s are decoded by a core"
+    if seen and seen.each:
+        each, source = seen.each, f"measured: {seen.source}, {1 / seen.each:,.0f} images/s for each actor"
+    job = replace(_pool(config, None, shard_count(count, config.shard_size)), seconds=count * each, source=source)
     shape = (config.channels, config.resolution, config.resolution)
     stored = store_bytes("image", shape, "uint8", count, config.shard_size, {"images": {}})
     note = "" if count else f"how many there are in {config.source} is not known here: what depends on them is left out"

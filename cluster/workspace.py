@@ -27,8 +27,18 @@ from trainers import checkpoints, loop
 from trainers.train_teacher import imported_from
 
 PUBLISHED = {"cifar10": 50_000, "cifar10_uncond": 50_000, "cifar10_small": 50_000, "afhqv2": 15_803, "imagenet64": 1_281_167}
-REHEARSAL = "rehearsal"
+REHEARSAL, RECORD = "rehearsal", "rehearsal.json"
 CALIBRATED = 12  # evaluations of a calibrated solver that is yet to be found
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rehearsed:
+    """A stage that works in a rehearsal: seconds for each unit, if known, speeds, and the kind of device that had them."""
+
+    each: float | None
+    speeds: tuple[dict[str, Any], ...]
+    device: str
+    source: str
 
 
 class Workspace:
@@ -137,18 +147,34 @@ class Workspace:
 
     def _of_rehearsal(self) -> list[Measured]:
         """What a rehearsal measured (cluster/rehearse.py), on the kind of device that it ran on."""
-        record: dict[str, Any] = self.json(REHEARSAL, f"{REHEARSAL}.json") or {"stages": []}
         found = []
-        for row in record["stages"]:
-            for speed in row["speeds"]:
-                device = kind_of(record["machine"]) if speed["on_gpu"] else CPU
+        for row in self.rehearsed.values():
+            for speed in row.speeds:
                 task = Task(**{field.name: speed[field.name] for field in dataclasses.fields(Task)})
-                source = f"{self.place}/{REHEARSAL}/{REHEARSAL}.json, {row['stage']}, {where(record['machine'])}"
-                rate = functools.partial(float, speed["flops_per_s"])
-                found.append(
-                    Measured(task=task, rate=rate, source=source, ours=True, on_gpu=speed["on_gpu"], device=device or "unknown")
-                )
+                rate, on_gpu = functools.partial(float, speed["flops_per_s"]), bool(speed["on_gpu"])
+                device = row.device if on_gpu else CPU
+                found.append(Measured(task=task, rate=rate, source=row.source, ours=True, on_gpu=on_gpu, device=device))
         return found
+
+    @functools.cached_property
+    def rehearsed(self) -> dict[str, Rehearsed]:
+        """The stages that worked in the workspace's rehearsal, by name."""
+        record: dict[str, Any] = self.json(REHEARSAL, RECORD) or {"stages": []}
+        try:
+            return {
+                row["stage"]: Rehearsed(
+                    each=row["seconds_per_unit"],
+                    speeds=tuple(row["speeds"]),
+                    device=kind_of(record["machine"]) or "unknown",
+                    source=f"{self.place}/{REHEARSAL}/{RECORD}, {row['stage']}, {where(record['machine'])}",
+                )
+                for row in record["stages"]
+                if row["ok"]
+            }
+        except (KeyError, TypeError) as error:
+            raise BeelineError(
+                f"{self.place}/{REHEARSAL}/{RECORD} is not a rehearsal's record ({error!r}); rehearse again, or remove it"
+            ) from error
 
     def _of_evaluation(self, name: str) -> list[Measured]:
         """How fast a model was sampled to be measured, and its samples were looked at."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -51,6 +52,7 @@ class ImageShards:
     def work(self, number: int) -> dict[str, Any]:
         """Make and publish the shards of a pass; the row counts their images and names the corrupt ones, whose shards are left
         out."""
+        begun = time.monotonic()
         shards = [shard_rows(k, self.config.shard_size, len(self.order)) for k in self.passes[number]]
         positions = np.concatenate([np.asarray(rows) for rows in shards])
         wanted = self.order[positions]
@@ -69,7 +71,7 @@ class ImageShards:
             if sound[part].all():
                 labels = self.source.labels[wanted[part]]
                 self.folder.write(shard_name(k), encode("image", images[part], labels, rows, self.plan))
-        return {"images": len(wanted), "corrupt": json.dumps(corrupt)}
+        return {"images": len(wanted), "reading_seconds": time.monotonic() - begun, "corrupt": json.dumps(corrupt)}
 
 
 def passes_for(shards: Sequence[int], source: Source, config: ImagesConfig) -> list[list[int]]:
@@ -110,8 +112,10 @@ def ingest_images(workspace: str, recipe: tyro.conf.Suppress[str], images: Image
     passes = passes_for(left, source, images)
     arguments = {"workspace": place, "plan": stage.plan, "config": images, "passes": passes}
     corrupt: list[str] = []
+    seconds = 0.0
     for row in run_pool(ImageShards, arguments, range(len(passes)), images, name="images"):
         progress.add(row["images"])
+        seconds += row["reading_seconds"]
         corrupt += json.loads(row["corrupt"])
     stage.folder.clean()
     if corrupt:
@@ -121,7 +125,7 @@ def ingest_images(workspace: str, recipe: tyro.conf.Suppress[str], images: Image
             f"them are kept. Mend these and run the command again, or take them out of the source and remove "
             f"{stage.folder} to start without them"
         )
-    stage.finish(images=count, shards=shard_count(count, images.shard_size))
+    stage.finish(images=count, shards=shard_count(count, images.shard_size), reading_seconds=round(seconds, 3))
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ def train_probes(workspace: str, recipe: tyro.conf.Suppress[str], probe: ProbeCo
                 "asked for; train it longer (--probe.iterations) in another workspace, or lower --probe.min-accuracy"
             )
         publish_model(place / "probe" / which, files)
-    stage.finish(accuracies=accuracies)
+    stage.finish(accuracies=accuracies, iterations=len(jobs) * probe.iterations)
 
 
 def _train(workspace: Folder, network: ProbeNetworkConfig, config: ProbeConfig, images: dict) -> tuple[dict[str, bytes], float]:

@@ -20,10 +20,10 @@ from beeline.errors import BeelineError
 from beeline.recipes import RECIPES, cifar10
 from cluster import substitutes
 from cluster.outcome import LONGEST, Outcome, reason, text
-from cluster.rehearse import RECORD, all_steps, clear
+from cluster.rehearse import all_steps, clear
 from cluster.shrink import shrunk
 from cluster.speeds import Task, speed
-from cluster.workspace import REHEARSAL, Workspace
+from cluster.workspace import RECORD, REHEARSAL, Workspace
 from pipeline.stage import publish_model
 from pipeline.storage import Folder
 
