@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import statistics
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -49,14 +50,15 @@ class Outcome:
     speeds: tuple[dict[str, Any], ...] = ()
 
 
-def with_figures(row: Outcome, here: Workspace) -> Outcome:
-    """The row of a stage that works, with what its records in the rehearsal's workspace say."""
-    folder = here.place / row.stage
-    done = here.json(row.stage, SUCCESS) or {}
-    key = next((key for key in COUNTED if key in done), None)
+def with_figures(row: Outcome, folders: Sequence[str], here: Workspace) -> Outcome:
+    """The row of a stage that works, with what the records in its folders of the rehearsal's workspace say."""
+    folder = here.place / folders[0]
+    records = [found for name in folders if (found := here.json(name, SUCCESS))]
+    key = next((key for key in COUNTED if records and key in records[0]), None)
     if key is None:
         return row
-    row = replace(row, unit=COUNTED[key], units=int(done[key]), seconds_per_unit=row.seconds / max(1, int(done[key])))
+    done, units = records[0], sum(int(found[key]) for found in records)
+    row = replace(row, unit=COUNTED[key], units=units, seconds_per_unit=row.seconds / max(1, units))
     log = loop.read_log(folder if key != "trials" else folder / folder_name(0))
     if log:
         phases = [[found for found in log if found.get("phase", 0) == number] for number in (0, 1)]
@@ -69,8 +71,8 @@ def with_figures(row: Outcome, here: Workspace) -> Outcome:
             seen = row.units * here.recipe.sweep.iterations * here.recipe.students["lmm"].batch_size
             row = replace(row, unit="image", units=seen)
     elif PER_EVALUATION in done:
-        note = f"{_seconds(done[PER_LOOK])} to look at a sample"
-        row = replace(row, seconds_per_unit=done[PER_EVALUATION], note=note)
+        each, looking = (statistics.median(found[name] for found in records) for name in (PER_EVALUATION, PER_LOOK))
+        row = replace(row, seconds_per_unit=each, note=f"{_seconds(looking)} to look at a sample")
     elif "reading_seconds" in done:  # of all actors, from opening images to published shards
         row = replace(row, seconds_per_unit=done["reading_seconds"] / done["images"])
     elif row.stage == "pairs":
@@ -80,7 +82,8 @@ def with_figures(row: Outcome, here: Workspace) -> Outcome:
                       note=f"{evaluations:g} evaluations each")  # fmt: skip
     speeds = tuple(
         dataclasses.asdict(found.task) | {"flops_per_s": found.rate(), "on_gpu": found.on_gpu}
-        for found in here.speeds(row.stage)
+        for name in folders
+        for found in here.speeds(name)
     )
     return replace(row, speeds=speeds)
 

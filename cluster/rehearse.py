@@ -34,7 +34,7 @@ from cluster.nodes import Surroundings, look_at_cluster, needs
 from cluster.outcome import Outcome, reason, text, with_figures
 from cluster.readiness import room
 from cluster.shrink import CPU_BATCH, shrunk, verification
-from cluster.steps import Step, steps
+from cluster.steps import Step, evaluation, made_by, models, steps
 from cluster.workspace import RECORD, REHEARSAL, Workspace
 from pipeline.command import ensure_ray, run_command
 from pipeline.stage import SUCCESS
@@ -71,16 +71,24 @@ def rehearse(
             f"rehearsal: on CPUs: gloo, fp32, nothing compiled, {CPU_BATCH} images a batch and rank; no GPU's speed", flush=True
         )
     rehearsal = Rehearsal(there, here, small, mode="cpu" if cpu else "full")
-    for step in all_steps(there, here, small, random=weights == "random"):
+    for step in all_steps(there, here, small, rehearsal.works, random=weights == "random"):
         rehearsal.attempt(step)
     rehearsal.finish()
 
 
-def all_steps(there: Workspace, here: Folder, recipe: Recipe, *, random: bool) -> Iterator[Step]:
-    """Those of run_pipeline.py, a check of the pairs, and a resumed training."""
+def all_steps(there: Workspace, here: Folder, recipe: Recipe, works: Callable[[str], bool], *, random: bool) -> Iterator[Step]:
+    """Those of run_pipeline.py, a check of the pairs, and a resumed training. Students are measured together, those that
+    `works` says there are."""
     yield from substitutes.pretrained(there, here, recipe, random=random)
     main, given = f"students/{recipe.students['lmm'].name}", substitutes.teacher(there, here)
-    for step in steps(here.uri, recipe, each=True):
+    for step in steps(here.uri, recipe):
+        if step.name == "evaluation":
+            found = models(recipe)
+            students = {name: schedules for name, schedules in found.items() if name != "teacher" and works(made_by(name))}
+            yield evaluation(here.uri, recipe, {"teacher": found["teacher"]}, "evaluation/teacher")
+            if students:
+                yield evaluation(here.uri, recipe, students, "evaluation/students")
+            continue
         yield given if given and step.name == given.name else step
         if step.name == "pairs":
             check = partial(verify_pairs, here.uri, recipe.name, verification(recipe.pairs))
@@ -120,8 +128,7 @@ class Rehearsal:
 
     def attempt(self, step: Step) -> None:
         """Run a step unless what it needs has failed; note what it took, and print its line."""
-        failed = {row.stage for row in self.rows if not row.ok}
-        missing = [name for name in step.after if name in failed]
+        missing = [name for name in step.after if not self.works(name)]
         trouble = f"not tried, for want of {', '.join(missing)}" if missing else self._no_room(step.name)
         begun, note = time.monotonic(), ""
         row = Outcome(stage=step.name, ok=not trouble, reason=trouble)
@@ -135,11 +142,15 @@ class Rehearsal:
             seconds, peak = time.monotonic() - begun, self.memory.end()
             row = replace(row, seconds=round(seconds, 2), peak_mb=peak.process, gpu_mb=peak.gpu, note=note)
             if row.ok:
-                row = with_figures(row, Workspace(self.here.uri, self.recipe))
+                row = with_figures(row, step.folders or (step.name,), Workspace(self.here.uri, self.recipe))
         self.rows.append(row)
         print(f"rehearsal: {text(row)}", flush=True)
         self._write()
         gc.collect()
+
+    def works(self, stage: str) -> bool:
+        """Whether a stage has not failed so far."""
+        return all(row.ok for row in self.rows if row.stage == stage)
 
     def _no_room(self, name: str) -> str:
         """Why the cluster could never run the stage, or ""."""

@@ -42,14 +42,16 @@ class Scale:
     """That are measured, of each row."""
     held_out: int
     """Pairs that are sampled for evaluation alone."""
-    actors: int = 2
+    actors: int
 
 
 GPU = Scale(
-    iterations=12, log_every=3, probe_iterations=50, images=2048, image_shard=512, batches=6, samples=1000, held_out=32
+    iterations=12, log_every=3, probe_iterations=50,
+    images=2048, image_shard=512, batches=6, samples=1000, held_out=32, actors=2,
 )  # fmt: skip
 CPU = Scale(
-    iterations=2, log_every=1, probe_iterations=10, images=32, image_shard=16, batches=4, samples=6, held_out=2
+    iterations=2, log_every=1, probe_iterations=10,
+    images=32, image_shard=16, batches=4, samples=6, held_out=2, actors=1,
 )  # fmt: skip
 CPU_BATCH = 2  # batch norms want two
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from beeline.config import LmmConfig, Recipe
@@ -22,9 +22,12 @@ from trainers.train_teacher import train_teacher
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Step:
-    """One call. `name` is the folder that it writes; `after` are the steps whose results it reads."""
+    """One call. `after` are the steps whose results it reads."""
 
     name: str
+    """The folder that it writes."""
+    folders: tuple[str, ...] = ()
+    """Those with a `_SUCCESS`, where they are others."""
     run: Callable[[], str | None]
     """Returns what there is to say beyond that it works."""
     after: tuple[str, ...] = ()
@@ -32,8 +35,8 @@ class Step:
     """It may run at the same time as the steps before and after it that say so."""
 
 
-def steps(workspace: str, recipe: Recipe, *, each: bool = False) -> Iterator[Step]:
-    """All steps, one for the measurement of all models; with `each` one for each model."""
+def steps(workspace: str, recipe: Recipe) -> Iterator[Step]:
+    """All of them."""
     name, main = recipe.name, recipe.students["lmm"]
 
     def step(folder: str, call: Callable[..., Any], *arguments: object, after: tuple[str, ...], beside: bool = False) -> Step:
@@ -46,14 +49,21 @@ def steps(workspace: str, recipe: Recipe, *, each: bool = False) -> Iterator[Ste
     yield step("pairs", gen_pairs, recipe.pairs, after=("teacher",))
     for lmm in recipe.students.values():
         yield step(f"students/{lmm.name}", train_lmm, lmm, after=_inputs(lmm), beside=lmm != main)
-    after = ("images", "probe", "pairs", _made_by(recipe.sweep.init))
+    after = ("images", "probe", "pairs", made_by(recipe.sweep.init))
     yield step(f"sweeps/{recipe.sweep.name}", sweep_lmm, recipe.sweep, main, recipe.evaluate, after=after)
-    found = models(recipe)
-    probes = ("probe",) if set(recipe.evaluate.features) & PROBES.keys() else ()
-    for group in [{model: schedules} for model, schedules in found.items()] if each else [found]:
-        folder = f"evaluation/{next(iter(group))}" if each else "evaluation"
-        yield step(folder, measure, recipe.evaluate, group, after=("images", *probes, *map(_made_by, group)))
+    yield evaluation(workspace, recipe, models(recipe))
     yield Step(name="report", run=functools.partial(report, workspace, name))
+
+
+def evaluation(workspace: str, recipe: Recipe, found: Mapping[str, tuple[str, ...]], name: str = "evaluation") -> Step:
+    """The measurement of models, at these step schedules, by one pool."""
+    probes = ("probe",) if set(recipe.evaluate.features) & PROBES.keys() else ()
+    return Step(
+        name=name,
+        run=functools.partial(measure, workspace, recipe.name, recipe.evaluate, found),
+        after=tuple(dict.fromkeys(("images", *probes, *map(made_by, found)))),
+        folders=tuple(f"evaluation/{model}" for model in found),
+    )
 
 
 def models(recipe: Recipe) -> dict[str, tuple[str, ...]]:
@@ -74,9 +84,9 @@ def _inputs(lmm: LmmConfig) -> tuple[str, ...]:
     """The steps whose results a student is trained on."""
     needs = all_needs(lmm)
     read = {"images": needs.images, "probe": "probe" in needs.features, "teacher": needs.teacher, "pairs": needs.pairs}
-    return *(name for name, wanted in read.items() if wanted), _made_by(lmm.init)
+    return *(name for name, wanted in read.items() if wanted), made_by(lmm.init)
 
 
-def _made_by(model: str) -> str:
+def made_by(model: str) -> str:
     """The step that makes the model in folder `model`: teacher, students/<name>, students/<name>/reconstruction."""
     return "/".join(model.split("/")[:2])
