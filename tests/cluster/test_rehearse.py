@@ -27,7 +27,7 @@ from cluster.workspace import RECORD, REHEARSAL, Workspace
 from pipeline.stage import publish_model
 from pipeline.storage import Folder
 
-FEATURES = ("probe", "dinov2_vits14")  # Inception and the large DINOv2 would take minutes
+FEATURES = ("probe", "inception")  # the large DINOv2 would take minutes
 NARROW = ("--teacher.network.model-channels", "32", "--evaluate.features", *FEATURES)
 BACKBONES = ("vgg16", "tf_efficientnet_lite0", "deit_base_distilled_patch16_224")
 STUDENTS = ("lmm", "sot", "l2", "kd", "rf")
@@ -69,7 +69,7 @@ def test_every_stage_works_with_two_ranks(rehearsed: tuple[Path, str]) -> None:
     rows = {row["stage"]: row for row in record["stages"]}
     students = [f"students/{name}" for name in STUDENTS]
     assert list(rows) == [
-        *(f"weights/{name}" for name in (*BACKBONES, "dinov2_vits14")),
+        *(f"weights/{name}" for name in (*BACKBONES, "inception")),
         *("images", "probe", "teacher", "pairs", "pairs, verified"),
         *("students/lmm", "students/lmm, resumed", *students[1:], "sweeps/sot"),
         *("evaluation/teacher", "evaluation/students", "report"),
@@ -87,7 +87,7 @@ def test_every_stage_works_with_two_ranks(rehearsed: tuple[Path, str]) -> None:
 
 def test_stand_ins_are_named_and_what_is_there_is_not_replaced(rehearsed: tuple[Path, str]) -> None:
     workspace, said = rehearsed
-    names = [f"weights/{name}" for name in (*BACKBONES[1:], "dinov2_vits14")]
+    names = [f"weights/{name}" for name in (*BACKBONES[1:], "inception")]
     assert json.loads((workspace / REHEARSAL / RECORD).read_text())["substitutes"] == dict.fromkeys(names, "random weights")
     assert f"stand-ins: {names[0]}: random weights; " in said
     files = [workspace / part / "weights/vgg16/model.safetensors" for part in ("", REHEARSAL)]
