@@ -53,7 +53,10 @@ def build(config: NetworkConfig) -> Denoiser:
 
 
 def dump(model: Denoiser | Probe, about: Mapping[str, Any]) -> dict[str, bytes]:
-    """The checkpoint's files, name to bytes; the same model gives the same bytes. `about` is free-form provenance."""
+    """The checkpoint's files, name to bytes; the same model gives the same bytes. `about` is free-form provenance.
+
+    Raises BeelineError for weights that are not finite.
+    """
     if isinstance(model, Denoiser):
         few_step = None if model.few_step is None else to_dict(model.few_step)
         config = {"kind": "denoiser", "network": to_dict(model.network_config), "few_step": few_step}
@@ -61,6 +64,8 @@ def dump(model: Denoiser | Probe, about: Mapping[str, Any]) -> dict[str, bytes]:
         network = to_dict(model.config) | {"channels": model.channels, "num_classes": model.num_classes}
         config = {"kind": "probe", "network": network}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    if bad := not_finite(tensors):
+        raise BeelineError(f"the model is not published: {bad}; train it again at a lower learning rate, or in fp32")
     text = json.dumps({"format": FORMAT, **config, "about": about}, indent=2)
     return {WEIGHTS: safetensors.torch.save(tensors), CONFIG: text.encode()}
 
@@ -68,7 +73,8 @@ def dump(model: Denoiser | Probe, about: Mapping[str, Any]) -> dict[str, bytes]:
 def restore(files: Mapping[str, bytes], where: str) -> Denoiser | Probe:
     """The model in eval mode, frozen, from its files; `where` is named in errors.
 
-    Raises BeelineError for a format or kind this version does not know, damaged files, and weights of another shape.
+    Raises BeelineError for a format or kind this version does not know, damaged files, weights of another shape, and weights
+    that are not finite.
     """
     try:
         config = json.loads(files[CONFIG])
@@ -86,7 +92,15 @@ def restore(files: Mapping[str, bytes], where: str) -> Denoiser | Probe:
         model.load_state_dict(tensors)
     except RuntimeError as error:
         raise BeelineError(f"{where}: the weights do not fit the network that {CONFIG} describes: {error}") from error
+    if bad := not_finite(tensors):
+        raise BeelineError(f"{where}/{WEIGHTS} is not used: {bad}; make or copy it again")
     return model.eval().requires_grad_(False)
+
+
+def not_finite(tensors: Mapping[str, torch.Tensor]) -> str:
+    """What is wrong with weights that hold NaN or infinity; "" for none."""
+    bad = [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
+    return f"{len(bad)} of its tensors hold NaN or infinity, {bad[0]} for example" if bad else ""
 
 
 def _build_from(config: Mapping[str, Any]) -> Denoiser | Probe:
@@ -134,8 +148,12 @@ def solver_levels(data: bytes, weights_sha256: str, where: str) -> tuple[float, 
 
 
 def digest(files: Mapping[str, bytes]) -> str:
-    """SHA-256 of the weights: what plans record of the model they used."""
-    return digest_of(files[WEIGHTS])
+    """SHA-256 of weights, network and, for students, the way of sampling: what plans record of the model they used. Where it
+    came from ("about") is no part of it. Raises ValueError if config.json is not JSON."""
+    config = json.loads(files[CONFIG])
+    parts = {key: config.get(key) for key in ("format", "kind", "network", "few_step")}
+    described = json.dumps({**parts, WEIGHTS: digest_of(files[WEIGHTS])}, sort_keys=True)
+    return hashlib.sha256(described.encode()).hexdigest()
 
 
 def digest_of(weights: bytes) -> str:

@@ -12,6 +12,11 @@ weights from the recorded state; the names of both are those of beeline's own ne
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from beeline.entry import guard
+
+    guard()
+
 import argparse
 import collections
 import dataclasses
@@ -19,7 +24,6 @@ import hashlib
 import io
 import pickle
 import re
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,7 +34,9 @@ import torch
 from beeline.checkpoint import CONFIG, WEIGHTS, build, dump
 from beeline.config import NetworkConfig, from_dict
 from beeline.denoiser import Denoiser
-from beeline.errors import BeelineError
+from beeline.entry import run_main
+from beeline.errors import BeelineError, plain
+from beeline.places import local_path
 
 LICENCE = (
     "EDM's released weights are under CC BY-NC-SA 4.0: non-commercial use only, and so is what is derived from them "
@@ -248,20 +254,24 @@ def edm_import(file: Path, out: Path) -> None:
         if (out / name).exists():
             raise BeelineError(f"{out / name} exists already and is left alone; choose another --out or move it away")
     files = convert(file)
-    out.mkdir(parents=True, exist_ok=True)
-    for name in (WEIGHTS, CONFIG):
-        temporary = out / f"{name}.tmp"
-        temporary.write_bytes(files[name])
-        temporary.replace(out / name)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for name in (WEIGHTS, CONFIG):
+            temporary = out / f"{name}.tmp"
+            temporary.write_bytes(files[name])
+            temporary.replace(out / name)
+    except OSError as error:
+        raise BeelineError(f"{out} cannot be written ({plain(error)}); choose another --out") from error
     print(f"{out}: {sum(map(len, files.values())) / 2**20:,.1f} MiB. {LICENCE}")
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """The command."""
     parser = argparse.ArgumentParser(prog="python -m beeline.edm_import", description="Convert a released EDM checkpoint.")
-    parser.add_argument("file", type=Path, help="the pickle, as downloaded")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the model, for example runs/cifar10/teacher")
-    try:
-        edm_import(**vars(parser.parse_args()))
-    except BeelineError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+    parser.add_argument("file", type=local_path, help="the pickle, as downloaded")
+    parser.add_argument("--out", type=local_path, required=True, help="folder for the model, for example runs/cifar10/teacher")
+    edm_import(**vars(parser.parse_args()))
+
+
+if __name__ == "__main__":
+    run_main(main)

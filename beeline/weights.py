@@ -9,6 +9,11 @@ weights_only reader, which runs none of a file's code. A folder is written weigh
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from beeline.entry import guard
+
+    guard()
+
 import argparse
 import hashlib
 import http.client
@@ -17,7 +22,6 @@ import importlib.util
 import json
 import os
 import re
-import sys
 import urllib.request
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,8 +33,10 @@ import torch
 
 from beeline.backbones import BACKBONES, VGG16, TimmBackbone, build_backbone
 from beeline.checkpoint import CONFIG, FORMAT, WEIGHTS
+from beeline.entry import run_main
 from beeline.errors import BeelineError
 from beeline.measuring import MEASURING, DinoV2, Inception, build_measuring
+from beeline.places import local_path
 
 Network = VGG16 | TimmBackbone | Inception | DinoV2
 
@@ -290,16 +296,14 @@ def main() -> None:
         "fetch", help="download, check and convert", description=f"Backbones: {', '.join(SOURCES)}."
     )
     fetching.add_argument("names", nargs="*", metavar="NAME", help="backbones to fetch (default: all)")
-    fetching.add_argument("--out", type=Path, required=True, help="folder for the model folders, for example weights")
+    fetching.add_argument("--out", type=local_path, required=True, help="folder for the model folders, for example weights")
     fetching.add_argument(
-        "--downloads", type=Path, help="folder of the original files; what is there is not downloaded (default: torch.hub's)"
+        "--downloads",
+        type=local_path,
+        help="folder of the original files; what is there is not downloaded (default: torch.hub's)",
     )
-    try:
-        fetch(**vars(parser.parse_args()))
-    except BeelineError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+    fetch(**vars(parser.parse_args()))
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

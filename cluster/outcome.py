@@ -11,8 +11,8 @@ from typing import Any
 
 from cluster.workspace import Workspace
 from evaluation.evaluate import PER_EVALUATION, PER_LOOK
-from pipeline.command import find_user_error
 from pipeline.manifest import read_manifest
+from pipeline.runtime import find_user_error
 from pipeline.stage import SUCCESS
 from trainers import loop
 from trainers.trials import folder_name

@@ -235,11 +235,11 @@ def _machines(recipe: Recipe, there: Workspace, teacher: str) -> list[Line]:
         try:
             around = look_at_cluster(address)
         except BeelineError as error:
-            return [Line("cluster", str(error), "Start it, mend RAY_ADDRESS, or unset it to use this machine")]
+            return [Line("cluster", str(error), "See the message")]
         lines = [Line("cluster", f"{address}: {around}"), Line("versions", around.versions, around.mismatch)]
     else:
         gpus = torch.cuda.device_count()
-        cpus = max(4, os.cpu_count() or 1)  # as pipeline.command.ensure_ray tells Ray
+        cpus = max(4, os.cpu_count() or 1)  # as pipeline.runtime tells Ray
         around = Surroundings(nodes=[Node(cpus, gpus)])
         lines = [Line("machine", f"this one, {os.cpu_count()} cores, {gpus} GPUs")]
     lines += [line for need in alike(asked) if (line := room(need, around)).fix]

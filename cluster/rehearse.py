@@ -10,6 +10,11 @@ estimate.py takes its speeds from rehearsal/rehearsal.json.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from beeline.entry import guard
+
+    guard()
+
 import dataclasses
 import gc
 import shutil
@@ -34,9 +39,10 @@ from cluster.nodes import Surroundings, look_at_cluster, needs
 from cluster.outcome import Outcome, reason, text, with_figures
 from cluster.readiness import room
 from cluster.shrink import CPU_BATCH, shrunk, verification
-from cluster.steps import Step, evaluation, made_by, models, steps
+from cluster.steps import Step, check_recipe, evaluation, made_by, models, steps
 from cluster.workspace import RECORD, REHEARSAL, Workspace
-from pipeline.command import ensure_ray, run_command
+from pipeline.command import run_command
+from pipeline.runtime import ensure_ray
 from pipeline.stage import SUCCESS
 from pipeline.storage import Folder
 from pipeline.verify_pairs import verify_pairs
@@ -61,6 +67,7 @@ def rehearse(
     if ranks < 0:
         raise BeelineError(f"--ranks is {ranks}; expected the number of training processes, or 0 for those of the recipe")
     there, small = Workspace(workspace, recipe), shrunk(recipe, cpu=cpu, ranks=ranks)
+    check_recipe(recipe)
     if there.trouble:
         raise BeelineError(there.trouble)
     here = there.place / REHEARSAL

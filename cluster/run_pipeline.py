@@ -8,6 +8,11 @@ Finished stages are skipped, interrupted ones continue.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from beeline.entry import guard
+
+    guard()
+
 import itertools
 import time
 from collections.abc import Sequence
@@ -17,8 +22,9 @@ import ray
 import tyro
 
 from beeline.config import Recipe
-from cluster.steps import Step, steps
-from pipeline.command import ensure_ray, run_command
+from cluster.steps import Step, check_recipe, steps
+from pipeline.command import run_command
+from pipeline.runtime import ensure_ray
 from pipeline.storage import Folder
 
 
@@ -28,9 +34,9 @@ def run_pipeline(workspace: str, recipe: Annotated[Recipe, tyro.conf.arg(name=""
     Args:
         workspace: Local folder or s3://bucket/prefix.
     """
-    start = time.monotonic()
+    start, place = time.monotonic(), Folder(workspace).uri  # tasks run in folders of their own
+    check_recipe(recipe)
     ensure_ray()
-    place = Folder(workspace).uri  # tasks run in folders of their own
     for side_by_side, group in itertools.groupby(steps(place, recipe), key=lambda step: step.side_by_side):
         if side_by_side:
             run_together(list(group))

@@ -5,19 +5,22 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Annotated, Any
 
 from beeline.config import LmmConfig, Recipe
+from beeline.errors import BeelineError
 from beeline.measuring import PROBES
+from beeline.settings import Range, check
 from evaluation.evaluate import measure
 from evaluation.report import report
+from evaluation.rows import parse_steps
 from pipeline.gen_pairs import gen_pairs
 from pipeline.ingest_images import ingest_images
 from trainers.student import RECONSTRUCTION, all_needs, running
-from trainers.sweep_lmm import sweep_lmm
-from trainers.train_lmm import train_lmm
+from trainers.sweep_lmm import check_sweep, sweep_lmm
+from trainers.train_lmm import check_sides, check_student, train_lmm
 from trainers.train_probe import train_probes
-from trainers.train_teacher import train_teacher
+from trainers.train_teacher import check_teacher, train_teacher
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,9 +69,30 @@ def evaluation(workspace: str, recipe: Recipe, found: Mapping[str, tuple[str, ..
     )
 
 
+def check_recipe(recipe: Recipe) -> None:
+    """Raise BeelineError for settings that a later stage would refuse, whatever the workspace holds."""
+    images, network, main = recipe.images, recipe.teacher.network, recipe.students["lmm"]
+    if (images.resolution, images.channels) != (network.img_resolution, network.img_channels):
+        raise BeelineError(
+            f"images has {images.channels} channels at {images.resolution} pixels, teacher.network {network.img_channels} at "
+            f"{network.img_resolution}. Make the two agree"
+        )
+    check_teacher(recipe.teacher)
+    for student in recipe.students.values():
+        check_student(student)
+        check_sides(student, images.resolution)
+    check_sweep(recipe.sweep, main)
+    for name, schedules in {"few_steps": recipe.few_steps, "evaluate.steps": recipe.evaluate.steps}.items():
+        for text in schedules:
+            check(f"the last step in {name}", parse_steps(text)[-1], Annotated[int, Range(0, main.num_steps - 1)])
+
+
 def models(recipe: Recipe) -> dict[str, tuple[str, ...]]:
     """The models to measure, and the step schedules of each student: several where it has learned lines of all levels."""
-    found = {"teacher": (), **{f"students/{lmm.name}": _schedules(recipe, lmm) for lmm in recipe.students.values()}}
+    found = {
+        "teacher": recipe.evaluate.steps,
+        **{f"students/{lmm.name}": _schedules(recipe, lmm) for lmm in recipe.students.values()},
+    }
     main = recipe.students["lmm"]
     if main.reconstruction.iterations:
         found[f"students/{main.name}/{RECONSTRUCTION}"] = recipe.few_steps

@@ -18,9 +18,9 @@ from cluster import counting
 from cluster.speeds import CPU, Measured, Task, kind_of, where
 from cluster.steps import models
 from evaluation.evaluate import PER_EVALUATION, PER_LOOK
-from pipeline.images import open_source
 from pipeline.manifest import read_manifest
 from pipeline.shards import shard_count, shard_name, shard_rows
+from pipeline.sources import open_source
 from pipeline.stage import PLAN, SUCCESS
 from pipeline.storage import Folder
 from trainers import checkpoints, loop
@@ -88,7 +88,7 @@ class Workspace:
             return int(plan["images"]["count"]), ""
         if config.source == "digits" or os.path.exists(config.source):
             try:
-                return len(open_source(config).labels), ""
+                return len(open_source(config).names), ""
             except BeelineError:
                 return 0, ""
         if config.source == RECIPES[self.recipe.name](0).images.source:

@@ -9,6 +9,11 @@ from paper.py.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from beeline.entry import guard
+
+    guard()
+
 import json
 import math
 import re

@@ -164,7 +164,8 @@ def test_straightness(made: Folder, device: torch.device, line: Any) -> None:
     same(np.array(on_gpu[1]), np.array(on_cpu[1]))
 
 
-def test_calibration(made: Folder, device: torch.device) -> None:
+def test_calibration(made: Folder, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibrate, "REFERENCE_STEPS", 6)
     teacher = beeline.load(f"{made}/teacher").to(device)
     bench = calibrate.Bench(teacher, 6, 0, batch_size=4)
     levels, error = calibrate.search(lambda tried: bench.adams(tried).rms, calibrate.uniform_levels(4), 4, 0)

@@ -5,6 +5,11 @@ python trainers/train_teacher.py digits --teacher.workers.count 2
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from beeline.entry import guard
+
+    guard()
+
 import copy
 from typing import Any
 
@@ -13,6 +18,7 @@ import torch
 import tyro
 
 from beeline.augment import LABELS, augment, mirrored
+from beeline.buildable import check_network
 from beeline.checkpoint import CONFIG, build, dump, ema_update
 from beeline.config import TeacherConfig, to_dict
 from beeline.denoiser import edm_loss
@@ -88,16 +94,10 @@ def train_teacher(workspace: str, recipe: tyro.conf.Suppress[str], teacher: Teac
     Args:
         workspace: Local folder or s3://bucket/prefix.
     """
+    check_teacher(teacher)
     place = Folder(workspace)
     images = require(place, "images", recipe)
-    network = teacher.network
-    check_fits(place, images, network, "teacher.network")
-    check_batch(teacher.batch_size, teacher.workers, teacher.accumulate)
-    if teacher.augment and network.augment_dim != LABELS:
-        raise BeelineError(
-            f"teacher.augment is {teacher.augment}, but the network takes {network.augment_dim} augmentation labels; set "
-            f"teacher.network.augment_dim to {LABELS}"
-        )
+    check_fits(place, images, teacher.network, "teacher.network")
     if imported := imported_from(place / "teacher"):
         print(f"teacher: imported from {imported}; it is used as it is", flush=True)
         return
@@ -113,6 +113,17 @@ def train_teacher(workspace: str, recipe: tyro.conf.Suppress[str], teacher: Teac
         cadence=loop.Cadence(log_every=teacher.log_every, checkpoint_every=teacher.checkpoint_every, keep=teacher.keep),
     )
     stage.finish(images_seen=teacher.iterations * teacher.batch_size)
+
+
+def check_teacher(teacher: TeacherConfig) -> None:
+    """Raise BeelineError for settings that do not go together, whatever the workspace holds."""
+    check_batch(teacher.batch_size, teacher.workers, teacher.accumulate)
+    if teacher.augment and teacher.network.augment_dim != LABELS:
+        raise BeelineError(
+            f"teacher.augment is {teacher.augment}, but the network takes {teacher.network.augment_dim} augmentation "
+            f"labels; set teacher.network.augment_dim to {LABELS}"
+        )
+    check_network("teacher.network", teacher.network)
 
 
 def imported_from(folder: Folder) -> str | None:

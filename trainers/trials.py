@@ -161,6 +161,8 @@ class PerSchedule(TrialScheduler):
         self._asha(trial).on_trial_add(tune_controller, trial)
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        if not math.isfinite(result[METRIC]):  # ASHA would let NaN pass: it is not below any bound
+            return TrialScheduler.STOP
         return self._asha(trial).on_trial_result(tune_controller, trial, result)
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:

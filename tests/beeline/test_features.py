@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -47,6 +49,10 @@ def test_a_short_training_learns_digits(digits: tuple[torch.Tensor, torch.Tensor
     assert 0.9 < accuracy <= 1
     assert not probe.training
     assert not any(parameter.requires_grad for parameter in probe.parameters())
+
+
+def test_weights_that_are_not_finite_have_no_accuracy(digits: tuple[torch.Tensor, torch.Tensor]) -> None:
+    assert math.isnan(train_probe(fresh_probe(0), *digits, iterations=5, batch_size=32, lr=1e30, seed=0))
 
 
 def test_random_labels_cannot_be_held_out_accurately(digits: tuple[torch.Tensor, torch.Tensor]) -> None:
