@@ -70,7 +70,7 @@ def train_probes(workspace: str, recipe: tyro.conf.Suppress[str], probe: ProbeCo
             )
     for which in PROBES:
         publish_model(place / "probe" / which, files[which])
-    stage.finish(accuracies=accuracies)
+    stage.finish(accuracies=accuracies, iterations=len(jobs) * probe.iterations)
 
 
 def _train(workspace: Folder, network: ProbeNetworkConfig, config: ProbeConfig, images: dict) -> tuple[dict[str, bytes], float]:
