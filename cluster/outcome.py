@@ -13,7 +13,6 @@ from cluster.workspace import Workspace
 from evaluation.evaluate import PER_EVALUATION, PER_LOOK
 from pipeline.manifest import read_manifest
 from pipeline.runtime import find_user_error
-from pipeline.stage import SUCCESS
 from trainers import loop
 from trainers.trials import folder_name
 
@@ -53,7 +52,7 @@ class Outcome:
 def with_figures(row: Outcome, folders: Sequence[str], here: Workspace) -> Outcome:
     """The row of a stage that works, with what the records in its folders of the rehearsal's workspace say."""
     folder = here.place / folders[0]
-    records = [found for name in folders if (found := here.json(name, SUCCESS))]
+    records = [found for name in folders if (found := here.success(name))]
     key = next((key for key in COUNTED if records and key in records[0]), None)
     if key is None:
         return row

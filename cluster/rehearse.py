@@ -126,7 +126,8 @@ class Rehearsal:
         self.rows: list[Outcome] = []
         how = "import" if there.teacher else "train"
         self.asked = {need.stage: need for need in needs(recipe, Workspace(here.uri, recipe), how)}
-        self.about: dict[str, Any] = {"recipe": recipe.name, "mode": mode, "complete": False, "machine": {"gpu": None}}
+        self.about: dict[str, Any] = {"recipe": recipe.name, "mode": mode, "complete": False}
+        self.about["machine"] = describe(torch.device("cpu"))
         self._write()
         ensure_ray()
         self.around = look_at_cluster(ray.get_runtime_context().gcs_address)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+import re
 import statistics
 from collections.abc import Callable
 from typing import Any
 
 from beeline.checkpoint import CONFIG, SOLVER, WEIGHTS
 from beeline.config import PairsConfig, Recipe
-from beeline.errors import BeelineError
+from beeline.errors import BeelineError, reading
+from beeline.layout import check_layout
 from beeline.recipes import RECIPES
 from beeline.samplers import evaluations
 from cluster import counting
@@ -19,15 +21,20 @@ from cluster.speeds import CPU, Measured, Task, kind_of, where
 from cluster.steps import models
 from evaluation.evaluate import PER_EVALUATION, PER_LOOK
 from pipeline.manifest import read_manifest
+from pipeline.records import LAYOUTS, SUCCESS, plan_in, success_in
 from pipeline.shards import shard_count, shard_name, shard_rows
 from pipeline.sources import open_source
-from pipeline.stage import PLAN, SUCCESS
 from pipeline.storage import Folder
 from trainers import checkpoints, loop
 from trainers.train_teacher import imported_from
 
 PUBLISHED = {"cifar10": 50_000, "cifar10_uncond": 50_000, "cifar10_small": 50_000, "afhqv2": 15_803, "imagenet64": 1_281_167}
 REHEARSAL, RECORD = "rehearsal", "rehearsal.json"
+SPEED = {"kind": str, "size": float, "precision": str, "compiled": bool, "flops_per_s": float, "on_gpu": bool}
+LAYOUT = {  # of a rehearsal's record (beeline/layout.py), as far as plans use it
+    "machine": {"cpu": str, "threads": 1, "gpu?": str},
+    "stages": [{"stage": str, "ok": bool, "seconds_per_unit?": float, "speeds": [SPEED]}],
+}
 CALIBRATED = 12  # evaluations of a calibrated solver that is yet to be found
 
 
@@ -52,14 +59,18 @@ class Workspace:
         except BeelineError as error:
             self.trouble = str(error)
 
-    def json(self, folder: str, name: str) -> Any:
-        """The JSON file, or None."""
-        return None if self.trouble else (self.place / folder).read_json(name)
+    def plan(self, folder: str) -> dict[str, Any] | None:
+        """The plan of a stage, or None."""
+        return None if self.trouble else plan_in(self.place / folder, LAYOUTS.get(folder, {}))
+
+    def success(self, folder: str) -> dict[str, Any]:
+        """What a finished stage says of itself; {} of others."""
+        return (None if self.trouble else success_in(self.place / folder)) or {}
 
     @functools.cache  # noqa: B019  (a workspace lives as long as the command)
     def complete(self, folder: str) -> bool:
         """Whether the stage says that it is finished."""
-        return self.json(folder, SUCCESS) is not None
+        return not self.trouble and success_in(self.place / folder) is not None
 
     @functools.cached_property
     def teacher(self) -> bool:
@@ -70,6 +81,15 @@ class Workspace:
     def imported(self) -> str | None:
         """The file that the teacher was imported from."""
         return imported_from(self.place / "teacher") if self.teacher else None
+
+    @functools.cached_property
+    def network(self) -> dict[str, Any]:
+        """What the teacher's config.json says of its network."""
+        folder = self.place / "teacher"
+        with reading(f"{folder}/{CONFIG} does not describe a network", "make or copy the model again"):
+            config = folder.read_json(CONFIG)
+            check_layout(config, {"network": {}})
+            return config["network"]
 
     @functools.cached_property
     def images(self) -> int:
@@ -83,7 +103,7 @@ class Workspace:
 
     @functools.cached_property
     def _images(self) -> tuple[int, str]:
-        plan, config = self.json("images", PLAN), self.recipe.images
+        plan, config = self.plan("images"), self.recipe.images
         if plan:
             return int(plan["images"]["count"]), ""
         if config.source == "digits" or os.path.exists(config.source):
@@ -98,12 +118,20 @@ class Workspace:
     @functools.cached_property
     def calibrated(self) -> bool:
         """Whether the teacher has a calibrated solver."""
-        return self.json("teacher", SOLVER) is not None
+        return self.levels_found is not None
 
     @property
     def levels(self) -> int:
         """Evaluations of the calibrated solver, found or assumed."""
-        return len(self.json("teacher", SOLVER)["levels"]) if self.calibrated else CALIBRATED
+        return self.levels_found or CALIBRATED
+
+    @functools.cached_property
+    def levels_found(self) -> int | None:
+        """Evaluations of the calibrated solver, if there is one."""
+        folder = self.place / "teacher"
+        with reading(f"{folder}/{SOLVER} is damaged", f"make it again: python -m beeline.calibrate {folder}"):
+            found = None if self.trouble else folder.read_json(SOLVER)
+            return None if found is None else len(found["levels"])
 
     def weights(self, name: str) -> bool:
         """Whether a pretrained network is there."""
@@ -126,7 +154,7 @@ class Workspace:
     def trials(self, folder: str) -> set[int]:
         """Numbers of a sweep's trials that have ended."""
         names = [] if self.trouble else (self.place / folder).sizes()
-        return {int(name[6:10]) for name in names if name.startswith("trial-")}
+        return {int(found[1]) for name in names if (found := re.fullmatch(r"trial-(\d+)\.json", name))}
 
     def measured(self) -> list[Measured]:
         """The throughputs that its pairs, logs and measurements hold, of the recipe's settings, then those of its rehearsal."""
@@ -159,27 +187,25 @@ class Workspace:
     @functools.cached_property
     def rehearsed(self) -> dict[str, Rehearsed]:
         """The stages that worked in the workspace's rehearsal, by name."""
-        record: dict[str, Any] = self.json(REHEARSAL, RECORD) or {"stages": []}
-        try:
-            return {
-                row["stage"]: Rehearsed(
-                    each=row["seconds_per_unit"],
-                    speeds=tuple(row["speeds"]),
-                    device=kind_of(record["machine"]) or "unknown",
-                    source=f"{self.place}/{REHEARSAL}/{RECORD}, {row['stage']}, {where(record['machine'])}",
-                )
-                for row in record["stages"]
-                if row["ok"]
-            }
-        except (KeyError, TypeError) as error:
-            raise BeelineError(
-                f"{self.place}/{REHEARSAL}/{RECORD} is not a rehearsal's record ({error!r}); rehearse again, or remove it"
-            ) from error
+        folder = self.place / REHEARSAL
+        with reading(f"{folder}/{RECORD} is not as a rehearsal writes it", "rehearse again, or remove it"):
+            record: dict[str, Any] = (None if self.trouble else folder.read_json(RECORD)) or {"stages": []}
+            check_layout(record, LAYOUT if record["stages"] else {})
+        return {
+            row["stage"]: Rehearsed(
+                each=row["seconds_per_unit"],
+                speeds=tuple(row["speeds"]),
+                device=kind_of(record["machine"]) or "unknown",
+                source=f"{folder}/{RECORD}, {row['stage']}, {where(record['machine'])}",
+            )
+            for row in record["stages"]
+            if row["ok"]
+        }
 
     def _of_evaluation(self, name: str) -> list[Measured]:
         """How fast a model was sampled to be measured, and its samples were looked at."""
         config, images = self.recipe.evaluate, self.recipe.images
-        done = self.json(f"evaluation/{name}", SUCCESS) or {}
+        done = self.success(f"evaluation/{name}")
         size, units = counting.evaluation(self.recipe.teacher.network), config.gpus or config.threads
         looking = sum(counting.look_at(network, self.recipe.probe, images)[0] for network in config.features)
         each = {"sampling": (size, done.get(PER_EVALUATION)), "looking": (looking, done.get(PER_LOOK))}
@@ -197,14 +223,14 @@ class Workspace:
     def _of_pairs(self) -> list[Measured]:
         config = self.recipe.pairs
         rows = [row for row in read_manifest(self.place / "pairs") if row.get("sampling_seconds")]
-        plan = self.json("pairs", PLAN)
+        plan = self.plan("pairs")
         if not rows or not plan:
             return []
         speed = statistics.median(row["pairs"] / row["sampling_seconds"] for row in rows)  # an actor's first shard may compile
         made, size = plan["pairs"], counting.evaluation(self.recipe.teacher.network)
         each = plan.get("evaluations", evaluations("heun", config.num_steps))
         units = config.gpus or config.threads
-        task = Task(kind="sampling", size=size, precision=made["precision"], compiled=made["compiled"])
+        task = Task(kind="sampling", size=size, precision=made.get("precision"), compiled=made.get("compiled"))
         source = (
             f"{self.place}/pairs/manifest.parquet, {speed:,.2f} pairs per actor-second over {len(rows)} shards, "
             f"taking actors to have had what the settings say: {_each(config.gpus, config.threads)}"
@@ -220,7 +246,8 @@ class Workspace:
         rows, workers = loop.read_log(self.place / folder), config.workers
         size, made = counting.evaluation(recipe.teacher.network), []
         for number in (0, 1):
-            rates = [row["images_per_s"] for row in rows if row.get("phase", 0) == number and row.get("images_per_s")]
+            speeds = [row.get("images_per_s") for row in rows if row.get("phase", 0) == number]
+            rates = [speed for speed in speeds if isinstance(speed, int | float) and speed > 0]
             rates = rates[1:] or rates
             if not rates:
                 continue
