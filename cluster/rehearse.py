@@ -99,9 +99,9 @@ def all_steps(there: Workspace, here: Folder, recipe: Recipe, works: Callable[[s
         yield given if given and step.name == given.name else step
         if step.name == "pairs":
             check = partial(verify_pairs, here.uri, recipe.name, verification(recipe.pairs))
-            yield Step(name="pairs, verified", run=check, after=("pairs",))
+            yield Step(name="pairs (verified)", run=check, after=("pairs",))
         if step.name == main:
-            yield Step(name=f"{main}, resumed", run=partial(resume, here / main, step.run), after=(main,))
+            yield Step(name=f"{main} (resumed)", run=partial(resume, here / main, step.run), after=(main,))
 
 
 def resume(folder: Folder, train: Callable[[], Any]) -> str:
@@ -126,7 +126,8 @@ class Rehearsal:
         self.rows: list[Outcome] = []
         how = "import" if there.teacher else "train"
         self.asked = {need.stage: need for need in needs(recipe, Workspace(here.uri, recipe), how)}
-        self.about: dict[str, Any] = {"recipe": recipe.name, "mode": mode, "complete": False, "machine": {"gpu": None}}
+        self.about: dict[str, Any] = {"recipe": recipe.name, "mode": mode, "complete": False}
+        self.about["machine"] = describe(torch.device("cpu"))
         self._write()
         ensure_ray()
         self.around = look_at_cluster(ray.get_runtime_context().gcs_address)

@@ -89,10 +89,8 @@ def check_recipe(recipe: Recipe) -> None:
 
 def models(recipe: Recipe) -> dict[str, tuple[str, ...]]:
     """The models to measure, and the step schedules of each student: several where it has learned lines of all levels."""
-    found = {
-        "teacher": recipe.evaluate.steps,
-        **{f"students/{lmm.name}": _schedules(recipe, lmm) for lmm in recipe.students.values()},
-    }
+    students = {f"students/{lmm.name}": _schedules(recipe, lmm) for lmm in recipe.students.values()}
+    found = {"teacher": recipe.evaluate.steps} | students
     main = recipe.students["lmm"]
     if main.reconstruction.iterations:
         found[f"students/{main.name}/{RECONSTRUCTION}"] = recipe.few_steps

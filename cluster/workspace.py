@@ -30,6 +30,11 @@ from trainers.train_teacher import imported_from
 
 PUBLISHED = {"cifar10": 50_000, "cifar10_uncond": 50_000, "cifar10_small": 50_000, "afhqv2": 15_803, "imagenet64": 1_281_167}
 REHEARSAL, RECORD = "rehearsal", "rehearsal.json"
+SPEED = {"kind": str, "size": float, "precision": str, "compiled": bool, "flops_per_s": float, "on_gpu": bool}
+LAYOUT = {  # of a rehearsal's record (beeline/layout.py), as far as plans use it
+    "machine": {"cpu": str, "threads": 1, "gpu?": str},
+    "stages": [{"stage": str, "ok": bool, "seconds_per_unit?": float, "speeds": [SPEED]}],
+}
 CALIBRATED = 12  # evaluations of a calibrated solver that is yet to be found
 
 
@@ -58,9 +63,9 @@ class Workspace:
         """The plan of a stage, or None."""
         return None if self.trouble else plan_in(self.place / folder, LAYOUTS.get(folder, {}))
 
-    def success(self, folder: str) -> dict[str, Any] | None:
-        """What a finished stage says of itself, or None."""
-        return None if self.trouble else success_in(self.place / folder)
+    def success(self, folder: str) -> dict[str, Any]:
+        """What a finished stage says of itself; {} of others."""
+        return (None if self.trouble else success_in(self.place / folder)) or {}
 
     @functools.cache  # noqa: B019  (a workspace lives as long as the command)
     def complete(self, folder: str) -> bool:
@@ -182,28 +187,25 @@ class Workspace:
     @functools.cached_property
     def rehearsed(self) -> dict[str, Rehearsed]:
         """The stages that worked in the workspace's rehearsal, by name."""
-        found = None if self.trouble else (self.place / REHEARSAL).read_json(RECORD)
-        record: dict[str, Any] = found or {"stages": []}
-        try:
-            return {
-                row["stage"]: Rehearsed(
-                    each=row["seconds_per_unit"],
-                    speeds=tuple(row["speeds"]),
-                    device=kind_of(record["machine"]) or "unknown",
-                    source=f"{self.place}/{REHEARSAL}/{RECORD}, {row['stage']}, {where(record['machine'])}",
-                )
-                for row in record["stages"]
-                if row["ok"]
-            }
-        except (KeyError, TypeError) as error:
-            raise BeelineError(
-                f"{self.place}/{REHEARSAL}/{RECORD} is not a rehearsal's record ({error!r}); rehearse again, or remove it"
-            ) from error
+        folder = self.place / REHEARSAL
+        with reading(f"{folder}/{RECORD} is not as a rehearsal writes it", "rehearse again, or remove it"):
+            record: dict[str, Any] = (None if self.trouble else folder.read_json(RECORD)) or {"stages": []}
+            check_layout(record, LAYOUT if record["stages"] else {})
+        return {
+            row["stage"]: Rehearsed(
+                each=row["seconds_per_unit"],
+                speeds=tuple(row["speeds"]),
+                device=kind_of(record["machine"]) or "unknown",
+                source=f"{folder}/{RECORD}, {row['stage']}, {where(record['machine'])}",
+            )
+            for row in record["stages"]
+            if row["ok"]
+        }
 
     def _of_evaluation(self, name: str) -> list[Measured]:
         """How fast a model was sampled to be measured, and its samples were looked at."""
         config, images = self.recipe.evaluate, self.recipe.images
-        done = self.success(f"evaluation/{name}") or {}
+        done = self.success(f"evaluation/{name}")
         size, units = counting.evaluation(self.recipe.teacher.network), config.gpus or config.threads
         looking = sum(counting.look_at(network, self.recipe.probe, images)[0] for network in config.features)
         each = {"sampling": (size, done.get(PER_EVALUATION)), "looking": (looking, done.get(PER_LOOK))}

@@ -154,8 +154,8 @@ class Measurement:
         return [*(Fidelity(self.name, row, count) for row in self.rows), *lines]
 
     def publish(self, setup: Setup, seconds: Mapping[str, float]) -> None:
-        """Metrics and sheets, and the `seconds` of sampling and looking; then the files that only published rows needed go.
-        What another command still measures stays."""
+        """Metrics and sheets, and the `seconds` of its samples; then what was only needed for published rows goes. What another
+        command still measures stays."""
         folder = self.stage.folder
         results.publish(setup, self.name, self.rows, self.stage.plan, self.straight)
         for name in results.temporary(folder):

@@ -52,8 +52,8 @@ class Source(Protocol):
 
 
 def open_source(config: ImagesConfig) -> Source:
-    """The source that `config.source` names, or a part of it. Raises BeelineError where there is none, or where it is
-    damaged or unclear."""
+    """The source that `config.source` names, or a part of it. Raises BeelineError where there is none, or where it is damaged
+    or unclear."""
     source = _whole(config)
     return Part(source, config.limit) if 0 < config.limit < len(source.names) else source
 

@@ -70,14 +70,14 @@ def test_every_stage_works_with_two_ranks(rehearsed: tuple[Path, str]) -> None:
     students = [f"students/{name}" for name in STUDENTS]
     assert list(rows) == [
         *(f"weights/{name}" for name in (*BACKBONES, "inception")),
-        *("images", "probe", "teacher", "pairs", "pairs, verified"),
-        *("students/lmm", "students/lmm, resumed", *students[1:], "sweeps/sot"),
+        *("images", "probe", "teacher", "pairs", "pairs (verified)"),
+        *("students/lmm", "students/lmm (resumed)", *students[1:], "sweeps/sot"),
         *("evaluation/teacher", "evaluation/students", "report"),
     ]
     assert all(row["ok"] and row["peak_mb"] > 50 for row in rows.values())
     table = said.split(f"rehearsal of cifar10, {workspace}/{REHEARSAL}/{RECORD}\n")[1]
     assert [line.split()[:2] for line in table.splitlines()[: len(rows)]] == [["works", name.split()[0]] for name in rows]
-    assert "the same weights to the last bit" in rows["students/lmm, resumed"]["note"]
+    assert "the same weights to the last bit" in rows["students/lmm (resumed)"]["note"]
     assert [rows[name]["unit"] for name in ("teacher", "pairs", "evaluation/teacher")] == ["image", "pair", "evaluation"]
     assert all(0 <= rows[name]["data_wait"] < 1 and rows[name]["seconds_per_unit"] > 0 for name in ("teacher", *students))
     assert (record["mode"], record["complete"], record["machine"]["gpu"]) == ("cpu", True, None)
