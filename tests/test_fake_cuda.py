@@ -254,13 +254,13 @@ def trained(place: Folder, device: torch.device, config: LmmConfig) -> None:
     folder = place / f"students/{config.name}"
     session = loop.Session(folder=folder, device=device)
     first = task(session)
-    assert loop.run(first, session, replace(CADENCE, validate_every=2))
+    assert loop.run(first, session, replace(CADENCE, validate_every=config.validate_every))
     assert all(tensor.is_cuda for average in first.averages for tensor in average.state_dict().values())
     weights = folder.read("model.safetensors")
     for step in checkpoints.steps(folder):
         state = checkpoints.load(folder, step)
         session = loop.Session(folder=folder, device=device, restored=state)
-        assert loop.run(task(session), session, replace(CADENCE, checkpoint_every=100, validate_every=2))
+        assert loop.run(task(session), session, replace(CADENCE, checkpoint_every=100, validate_every=config.validate_every))
         assert folder.read("model.safetensors") == weights
     beeline.load(f"{folder}")
 
