@@ -3,8 +3,28 @@
 This package is the mathematics: PyTorch and NumPy, no Ray, no object storage, no GPU assumed.
 """
 
-from beeline.checkpoint import load
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from beeline.errors import BeelineError
-from beeline.samplers import generate
+
+if TYPE_CHECKING:
+    from beeline.checkpoint import load
+    from beeline.samplers import generate
 
 __all__ = ["BeelineError", "generate", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import `load` and `generate` when they are first used: PyTorch takes seconds, and a command must be able to handle
+    Ctrl-C before that."""
+    if name == "load":
+        from beeline.checkpoint import load
+
+        return load
+    if name == "generate":
+        from beeline.samplers import generate
+
+        return generate
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,15 +9,20 @@ from the shorter ones found. The smallest that reaches Heun's own error on held-
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from beeline.entry import guard
+
+    guard()
+
 import argparse
 import dataclasses
 import hashlib
 import json
-import sys
+import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -26,10 +31,13 @@ from beeline.adams import CORRECTOR, PREDICTOR, adams
 from beeline.arrays import spread
 from beeline.checkpoint import SOLVER, WEIGHTS, load
 from beeline.denoiser import Denoiser
-from beeline.errors import BeelineError
+from beeline.entry import run_main
+from beeline.errors import BeelineError, plain
 from beeline.noise import stream, stream_seed, x0
+from beeline.places import local_path
 from beeline.samplers import batches, evaluations, solve
 from beeline.schedule import SIGMA_MAX, SIGMA_MIN
+from beeline.settings import MAX_STEPS, Range, Seed, Size, Some, Steps, Whole, check
 
 REFERENCE_STEPS = 128  # of Heun: the reference
 FORMAT = 1
@@ -76,6 +84,8 @@ class Bench:
         classes = torch.from_numpy(spread(count, max(teacher.label_dim, 1))).to(self.device)
         self.labels = classes if teacher.label_dim else None
         self.reference = self.run(lambda noise, labels: self._heun(noise, labels, REFERENCE_STEPS))
+        if not bool(self.reference.isfinite().all()):
+            raise BeelineError("the teacher makes NaN or infinite images, which no levels cure; check the teacher's training")
 
     @torch.inference_mode()
     def run(self, solver: Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]) -> torch.Tensor:
@@ -134,6 +144,20 @@ def refined(levels: np.ndarray, count: int) -> np.ndarray:
     return np.exp(np.interp(np.linspace(0, 1, count), old, np.log(levels)))
 
 
+def check_settings(
+    *, counts: Sequence[int], heun_steps: int, noises: int, held_out: int, trials: int, seed: int, batch_size: int
+) -> None:
+    """Raise BeelineError for settings that `calibrate` cannot take."""
+    check("--evaluations", tuple(counts), Some[Annotated[int, Range(4, MAX_STEPS)]])
+    if list(counts) != sorted(set(counts)):
+        raise BeelineError(f"evaluations are {list(counts)}; expected rising numbers from 4 on")
+    check("--heun-steps", heun_steps, Steps)
+    for name, value in {"--noises": noises, "--held-out": held_out, "--batch-size": batch_size}.items():
+        check(name, value, Size)
+    check("--trials", trials, Whole)
+    check("--seed", seed, Seed)
+
+
 def calibrate(
     teacher: Denoiser,
     *,
@@ -150,8 +174,9 @@ def calibrate(
     The search sees `noises` noises; every figure reported comes from `held_out` others. It ends at the first count that
     reaches Heun's error with `heun_steps`, on the whole and in the tail.
     """
-    if min(counts) < 4 or list(counts) != sorted(set(counts)):
-        raise BeelineError(f"evaluations are {list(counts)}; expected rising numbers from 4 on")
+    check_settings(
+        counts=counts, heun_steps=heun_steps, noises=noises, held_out=held_out, trials=trials, seed=seed, batch_size=batch_size
+    )
     start = time.monotonic()
     seen = Bench(teacher, noises, stream_seed(seed, "calibrate"), batch_size)
     unseen = Bench(teacher, held_out, stream_seed(seed, "held out"), batch_size)
@@ -219,7 +244,7 @@ def main() -> None:
         prog="python -m beeline.calibrate", description="Find noise levels for the Adams solver.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )  # fmt: skip
-    parser.add_argument("folder", type=Path, help="the teacher's folder, for example runs/digits/teacher")
+    parser.add_argument("folder", type=local_path, help="the teacher's folder, for example runs/digits/teacher")
     parser.add_argument(
         "--evaluations", dest="counts", type=int, nargs="+", default=[8, 10, 12, 14], help="numbers to try, rising"
     )
@@ -231,20 +256,21 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=256)
     arguments = vars(parser.parse_args())
     folder = arguments.pop("folder")
+    teacher = load(folder).to("cuda" if torch.cuda.is_available() else "cpu")
+    if teacher.few_step is not None:
+        raise BeelineError(f"{folder} holds a student; only teachers are solved")
+    if not os.access(folder, os.W_OK):
+        raise BeelineError(f"{folder} cannot be written; {SOLVER} goes there. Change its permissions, or copy the model")
+    found = calibrate(teacher, **arguments)
+    found["model_sha256"] = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
     try:
-        teacher = load(folder).to("cuda" if torch.cuda.is_available() else "cpu")
-        if teacher.few_step is not None:
-            raise BeelineError(f"{folder} holds a student; only teachers are solved")
-        found = calibrate(teacher, **arguments)
-        found["model_sha256"] = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
         (folder / f"{SOLVER}.tmp").write_text(json.dumps(found, indent=2))
         (folder / f"{SOLVER}.tmp").replace(folder / SOLVER)
         _plot(found, folder / "solver.png")
-        print(f"{folder / SOLVER}: {found['evaluations']} evaluations in place of {found['heun']['evaluations']}")
-    except BeelineError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+    except OSError as error:
+        raise BeelineError(f"{folder / SOLVER} cannot be written ({plain(error)}); free some space and run it again") from error
+    print(f"{folder / SOLVER}: {found['evaluations']} evaluations in place of {found['heun']['evaluations']}")
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -20,6 +20,7 @@ from beeline.errors import BeelineError
 from beeline.lines import Line
 from beeline.noise import stream_seed, x0
 from beeline.schedule import check_steps, edm_sigmas
+from beeline.settings import Index, Settings, Some, Steps
 
 Solver = Literal["heun", "euler", "calibrated"]
 FewStepRule = Literal["same_noise", "line", "fresh_noise"]
@@ -59,7 +60,7 @@ def evaluations(solver: Literal["heun", "euler"], num_steps: int) -> int:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FewStep:
+class FewStep(Settings):
     """How a student is sampled: what it learned on, and so what may be asked of it. Kept in the student's config.json.
 
     `num_steps`: levels of the EDM schedule that step indices refer to. `trained_steps`: the indices the student was
@@ -67,10 +68,10 @@ class FewStep:
     line whose points it learned on (beeline.lines).
     """
 
-    num_steps: int
+    num_steps: Steps
     rule: FewStepRule = "line"
     line: Line = "lerp"
-    trained_steps: tuple[int, ...] | None = None
+    trained_steps: Some[Index] | None = None
 
     def __post_init__(self) -> None:
         for name, kind in (("rule", FewStepRule), ("line", Line)):

@@ -31,8 +31,8 @@ from beeline.weights import dump_backbone
 from benchmarks.machine import describe, synchronize, write
 from evaluation.jobs import Bench, RealImages, Setup
 from evaluation.reference import groups
-from pipeline.command import ensure_ray
 from pipeline.pool import run_pool
+from pipeline.runtime import ensure_ray
 from pipeline.shards import encode, shard_count, shard_name, shard_rows
 from pipeline.storage import Folder
 

@@ -9,6 +9,7 @@ umask 077 # the token and the logs are for this user
 # Whoever reaches a head without a token can run code on it. The token is that of RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or
 # ~/.ray/auth_token, made here once; other shells need RAY_AUTH_MODE=token to use it.
 export RAY_AUTH_MODE=token
+export RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 # so that Ray's own ports are open to this machine alone
 export RAY_ROTATION_MAX_BYTES="${RAY_ROTATION_MAX_BYTES:-52428800}" RAY_ROTATION_BACKUP_COUNT="${RAY_ROTATION_BACKUP_COUNT:-2}"
 
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
@@ -32,7 +33,7 @@ trap 'exit 143' TERM
 ray get-auth-token --generate >/dev/null
 cd "$root"
 # The agent, which starts the jobs, takes any port: with its usual one in use, by another Ray, say, no job would ever start.
-ray start --head --block --port="${PORT:-6379}" --dashboard-host="${dashboard%:*}" --dashboard-port="${dashboard#*:}" \
+ray start --head --block --node-ip-address=127.0.0.1 --port="${PORT:-6379}" --dashboard-host="${dashboard%:*}" --dashboard-port="${dashboard#*:}" \
     --dashboard-agent-listen-port=0 --metrics-export-port="${METRICS_PORT:-8080}" --temp-dir="$folder" \
     --disable-usage-stats "$@" >"$folder/head.log" 2>&1 &
 head=$!

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import platform
-import socket
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -13,14 +12,14 @@ from typing import Any
 import ray
 import ray._raylet
 from ray._common.usage.usage_lib import get_cluster_metadata
-from ray._private import services
 from ray.core.generated.autoscaler_pb2 import ClusterConfig  # pyright: ignore[reportAttributeAccessIssue]
 from ray.core.generated.gcs_pb2 import GcsNodeInfo  # pyright: ignore[reportAttributeAccessIssue]
 from ray.exceptions import RayError
 
 from beeline.config import PoolConfig, Recipe
-from beeline.errors import BeelineError
+from beeline.errors import BeelineError, plain
 from cluster.workspace import Workspace
+from pipeline.runtime import find_head
 
 TIMEOUT = 5  # seconds
 _raylet: Any = ray._raylet
@@ -60,14 +59,8 @@ class Surroundings:
 
 def look_at_cluster(address: str) -> Surroundings:
     """What RAY_ADDRESS leads to. Raises BeelineError where nobody answers within seconds."""
-    if "://" in address:
-        raise BeelineError(f"RAY_ADDRESS is {address}; expected HOST:PORT of the head (by default port 6379), or auto")
+    place = find_head(address)
     try:
-        place = services.canonicalize_bootstrap_address(address)
-        if place is None:
-            raise BeelineError(f"RAY_ADDRESS is {address!r}, and no Ray runs on this machine")
-        host, port = services.extract_ip_port(place)
-        socket.create_connection((host, int(port)), timeout=TIMEOUT).close()  # Ray's own client would try for a minute
         client = _raylet.GcsClient(address=place)
         alive, end = {}, time.monotonic() + TIMEOUT
         while not alive and time.monotonic() < end:  # a head that has just been started does not know itself yet
@@ -79,7 +72,7 @@ def look_at_cluster(address: str) -> Surroundings:
         )
         told = client.internal_kv_get(key, namespace=space, timeout=TIMEOUT)
     except (OSError, ValueError, RuntimeError, RayError) as error:
-        raise BeelineError(f"the Ray cluster at {address} does not answer ({' '.join(str(error).split())})") from error
+        raise BeelineError(f"the Ray cluster at {address} does not answer ({plain(error)})") from error
     if not alive:
         raise BeelineError(f"the head at {address} answers, but it has no node: it has just been started, or is about to end")
     nodes = [Node(_of(node.resources_total, "CPU"), _of(node.resources_total, "GPU")) for node in alive.values()]

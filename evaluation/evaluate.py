@@ -11,6 +11,11 @@ out, to the last bit, for any number of actors, after any number of kills.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from beeline.entry import guard
+
+    guard()
+
 import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -23,6 +28,7 @@ from beeline.config import EvaluateConfig, to_dict
 from beeline.errors import BeelineError
 from beeline.frechet import Moments
 from beeline.measuring import PROBES
+from beeline.settings import ModelPath, Some, check
 from evaluation import results
 from evaluation.jobs import (
     HELD_OUT,
@@ -38,11 +44,12 @@ from evaluation.jobs import (
     Sheet,
     sound,
 )
-from evaluation.reference import KEPT, groups, merge_reference, reference, reference_folder
+from evaluation.reference import KEPT, check_reference, groups, merge_reference, reference, reference_folder
 from evaluation.rows import Row, rows_for
 from pipeline import metrics
-from pipeline.command import Progress, run_command
+from pipeline.command import run_command
 from pipeline.pool import run_pool
+from pipeline.progress import Progress
 from pipeline.stage import Stage, check_fits, fingerprint, require, require_measuring, require_model, require_probe
 from pipeline.storage import Folder
 
@@ -51,7 +58,7 @@ def evaluate(
     workspace: str,
     recipe: tyro.conf.Suppress[str],
     evaluate: Annotated[EvaluateConfig, tyro.conf.arg(name="")],
-    model: tuple[str, ...] = ("teacher",),
+    model: Some[ModelPath] = ("teacher",),
 ) -> None:
     """Measure models against <workspace>/images.
 
@@ -59,13 +66,37 @@ def evaluate(
         workspace: Local folder or s3://bucket/prefix.
         model: Folders of the models: teacher, students/<name>, students/<name>/ema-<half-life>.
     """
+    check("--model", model, Some[ModelPath])
     measure(workspace, recipe, evaluate, {name: evaluate.steps for name in model})
 
 
 def measure(workspace: str, recipe: str, config: EvaluateConfig, models: Mapping[str, tuple[str, ...]]) -> None:
     """Measure several models with one pool; `models` gives each student the step schedules to sample it at."""
     place = Folder(workspace)
+    for name in models:
+        check("--model", name, ModelPath)
     images = require(place, "images", recipe)
+    networks, moments, given = check_measurable(place, recipe, config, images)
+    count = config.count or images["images"]["count"]
+    setup = Setup(
+        workspace=place, recipe=recipe, config=config, images=images, pairs=_pairs(place, recipe), count=count, moments=moments
+    )
+    digests = {name: digest for name, (digest, _) in networks.items()}
+    found = [_measurement(setup, name, replace(config, steps=steps), digests, given) for name, steps in models.items()]
+    work = [measurement for measurement in found if measurement.stage.begin(more=bool(measurement.rows))]
+    if not work:
+        return
+    _prepare_and_sample(setup, work, digests)
+    _judge(setup, work)
+    for measurement in work:
+        measurement.publish(setup)
+
+
+def check_measurable(
+    place: Folder, recipe: str, config: EvaluateConfig, images: Mapping[str, Any]
+) -> tuple[dict[str, tuple[str, int]], Moments | None, str]:
+    """The measuring networks (`_networks`), and the given reference with its SHA-256. Raises BeelineError where they are
+    missing, do not go together, or have more features than there are samples."""
     moments, given = _given_reference(config)
     networks = _networks(place, config, recipe)
     count = config.count or images["images"]["count"]
@@ -75,21 +106,9 @@ def measure(workspace: str, recipe: str, config: EvaluateConfig, models: Mapping
                 f"{count} samples are too few for a distance in the {dimensions} features of {name}; take more than "
                 f"{dimensions} (--count), or measure in other features (--features)"
             )
-    setup = Setup(
-        workspace=place, recipe=recipe, config=config, images=images, pairs=_pairs(place, recipe), count=count, moments=moments
-    )
-    digests = {name: digest for name, (digest, _) in networks.items()}
-    work = [
-        found
-        for name, steps in models.items()
-        if (found := _measurement(setup, name, replace(config, steps=steps), digests, given)) is not None
-    ]
-    if not work:
-        return
-    _prepare_and_sample(setup, work, digests)
-    _judge(setup, work)
-    for measurement in work:
-        measurement.publish(setup)
+        if name == "inception" and moments is not None:
+            check_reference(moments, name, dimensions)
+    return networks, moments, given
 
 
 @dataclasses.dataclass
@@ -136,7 +155,7 @@ class Measurement:
         for name in results.temporary(folder):
             folder.remove(name)
         folder.clean()
-        published = folder.read_json(results.METRICS)["rows"]
+        published = (results.metrics_in(folder) or {"rows": []})["rows"]
         for row in published:
             metrics.gauge("evaluation_figure", row["mean"], model=self.name, sampler=row["sampler"], metric=row["metric"])
         measured = {row["sampler"]: row["nfe"] for row in published}
@@ -179,7 +198,7 @@ def _given_reference(config: EvaluateConfig) -> tuple[Moments | None, str]:
     try:
         return Moments.from_npz(data), hashlib.sha256(data).hexdigest()
     except ValueError as error:
-        raise BeelineError(f"{config.reference}: {error}") from error
+        raise BeelineError(f"{config.reference}: {error}; give EDM's statistics, an .npz file as published") from error
 
 
 def _pairs(place: Folder, recipe: str) -> dict[str, Any] | None:
@@ -191,10 +210,8 @@ def _pairs(place: Folder, recipe: str) -> dict[str, Any] | None:
         return None
 
 
-def _measurement(
-    setup: Setup, name: str, config: EvaluateConfig, networks: Mapping[str, str], given: str
-) -> Measurement | None:
-    """What is left of this model; None, with a line said, if everything asked for is there."""
+def _measurement(setup: Setup, name: str, config: EvaluateConfig, networks: Mapping[str, str], given: str) -> Measurement:
+    """What is left to measure of this model; nothing is written yet."""
     model, digest = require_model(setup.workspace, name, setup.recipe)
     check_fits(setup.workspace, setup.images, model.network_config, name)
     rows = rows_for(model, config)
@@ -209,8 +226,6 @@ def _measurement(
     stage = Stage(setup.workspace, f"evaluation/{name}", plan)
     measured = results.measured(stage.folder)
     left = [row for row in rows if row.label not in measured]
-    if not stage.begin(more=bool(left)):
-        return None
     # Students of single levels mean nothing at other levels.
     straight = model.few_step is None or model.few_step.trained_steps is None
     return Measurement(name, stage, left, straight)
@@ -271,10 +286,12 @@ def _left(folder: Folder, jobs: Sequence[Any]) -> list[Any]:
 
 
 def _run(setup: Setup, what: str, jobs: list[Any]) -> None:
-    progress = Progress(what, sum(job.evaluations + 1 for job in jobs), "network evaluations")
     arguments = {"setup": setup, "jobs": jobs}
-    for done in run_pool(Bench, arguments, range(len(jobs)), setup.config, name=what):
-        progress.add(done["evaluations"] + 1)
+    evaluations = sum(job.evaluations for job in jobs) if any(isinstance(job, Samples) for job in jobs) else 0
+    total, unit = (evaluations, "network evaluations") if evaluations else (len(jobs), "measurements")
+    with Progress(what, total, unit) as progress:
+        for done in run_pool(Bench, arguments, range(len(jobs)), setup.config, name=what):
+            progress.add(done["evaluations"] if evaluations else 1)
 
 
 if __name__ == "__main__":

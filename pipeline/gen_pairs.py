@@ -8,6 +8,11 @@ docs/pair-store.md says what is in them; `python pipeline/verify_pairs.py digits
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from beeline.entry import guard
+
+    guard()
+
 import functools
 import time
 import zlib
@@ -28,9 +33,10 @@ from beeline.inference import prepare
 from beeline.samplers import batches, evaluations, sample_from
 from beeline.schedule import edm_sigmas
 from pipeline import storage
-from pipeline.command import Progress, run_command
+from pipeline.command import run_command
 from pipeline.manifest import Manifest
 from pipeline.pool import run_pool
+from pipeline.progress import Progress
 from pipeline.shards import MAX_SHARD_BYTES, encode, shard_count, shard_name, shard_rows, survey
 from pipeline.stage import Stage, require_model
 from pipeline.storage import Folder
@@ -59,6 +65,19 @@ def stored(x1: np.ndarray, dtype: str) -> np.ndarray:
     if dtype == "uint8":
         return ((x1 + 1) * 127.5).round().clip(0, 255).astype(np.uint8)
     return x1.astype(dtype, copy=False)
+
+
+def check_images(x1: np.ndarray, rows: range, config: PairsConfig, teacher_sha256: str) -> None:
+    """Raise BeelineError, naming the teacher, unless x1 (n, C, H, W) of the pairs `rows` is finite, also as it is stored."""
+    largest = np.finfo(np.float16).max if config.dtype == "float16" else np.inf
+    bad = ~(np.abs(x1) < largest).reshape(len(x1), -1).all(axis=1)
+    if bad.any():
+        cure = "choose --pairs.precision bf16 or fp32" if config.precision == "fp16" else "check the teacher's training"
+        raise BeelineError(
+            f"the teacher (SHA-256 {teacher_sha256[:12]}...) makes NaN or infinite images in precision {config.precision}: "
+            f"{int(bad.sum()):,} of the pairs {rows[0]:,} to {rows[-1]:,}, the first is {rows[int(bad.argmax())]:,}. "
+            f"Their shard is not stored; {cure}"
+        )
 
 
 def load_sampler(workspace: Folder, recipe: str, plan: dict[str, Any], config: PairsConfig) -> Denoiser:
@@ -112,6 +131,7 @@ class PairShards:
         waited, labels = start - self._idle_since, pair_labels(rows, self.teacher.label_dim)
         x0 = noise.x0(self.config.seed, rows, self.teacher.image_shape)
         x1 = make_pairs(self.teacher, x0, labels, self.config)
+        check_images(x1, rows, self.config, self.plan["teacher_sha256"])
         self._idle_since = time.monotonic()
         return (x0, x1, labels), {"sampling_seconds": self._idle_since - start, "waiting_seconds": waited}
 
@@ -126,8 +146,6 @@ def calibrated_levels(teacher: Folder) -> tuple[float, ...]:
 
 def plan_of(config: PairsConfig, teacher: Denoiser, digest: str, levels: Sequence[float] | None) -> dict[str, Any]:
     """The plan of a store: what its bytes depend on. Raises BeelineError for sizes that cannot be."""
-    if config.count < 1 or config.shard_size < 1 or config.batch_size < 1:
-        raise BeelineError(f"count {config.count}, shard_size {config.shard_size}, batch_size {config.batch_size}: all from 1")
     pair_bytes = int(np.prod(teacher.image_shape)) * np.dtype(config.dtype).itemsize
     if config.shard_size * pair_bytes > MAX_SHARD_BYTES:
         raise BeelineError(
@@ -165,13 +183,13 @@ def gen_pairs(workspace: str, recipe: tyro.conf.Suppress[str], pairs: PairsConfi
         f"{stage.plan['evaluations']} evaluations each{_spent(manifest, pairs)}",
         flush=True,
     )
-    progress = Progress("pairs", left, "pairs")
     load = functools.partial(load_sampler, place, recipe, stage.plan, pairs)
     arguments = {"folder": stage.folder, "plan": stage.plan, "config": pairs, "load": load}
     try:
-        for row in run_pool(PairShards, arguments, found.todo, pairs, name="pairs", overlap=True):
-            manifest.add(row)
-            progress.add(row["pairs"], _spent(manifest, pairs))
+        with Progress("pairs", left, "pairs") as progress:
+            for row in run_pool(PairShards, arguments, found.todo, pairs, name="pairs", overlap=True):
+                manifest.add(row)
+                progress.add(row["pairs"], _spent(manifest, pairs))
     finally:
         if manifest.rows:
             manifest.publish()

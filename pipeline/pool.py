@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,8 +12,9 @@ import ray
 import ray.data
 
 from beeline.config import PoolConfig
+from beeline.errors import BeelineError
 from pipeline import metrics
-from pipeline.command import ensure_ray
+from pipeline.runtime import ensure_ray, quiet_data
 
 GROW_ABOVE = 0.5  # tasks in flight, of those that all actors could run at once; full pools are at 1 or 2
 
@@ -29,13 +31,15 @@ def run_pool(
     """Call `worker(**arguments).work(item)` for each item on an actor pool; yield the rows (dicts) as they come.
 
     One item is one task: a dead actor's items are retried on another. Workers write their own results, under names and
-    with bytes that depend on the item alone, so a retry can do no harm. With `overlap` a worker is called from two
+    with bytes that depend on the item alone, so a retry can do no harm. A BeelineError of a worker, its constructor's too, is
+    raised here, and ends the work: what may pass, storage has tried again by itself. With `overlap` a worker is called from two
     threads at once and sees to it itself what may run side by side. Rows say which node they come from. Ray's dashboard and
     the metrics show the pool under `name`.
     """
     if not items:
         return
     ensure_ray()
+    quiet_data()
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
@@ -59,11 +63,18 @@ def run_pool(
         num_gpus=pool.gpus,
     )
     rows.set_name(name)
-    yield from rows.iter_rows()
+    for outcome in rows.iter_rows():
+        row = pickle.loads(outcome["outcome"])
+        if isinstance(row, BeelineError):
+            raise row
+        yield row
 
 
 class _Shell:
-    """The actor: one worker, told how many threads it may use, its rows and its time counted in the cluster's metrics."""
+    """The actor: one worker, told how many threads it may use, its rows and its time counted in the cluster's metrics.
+
+    A BeelineError goes to the driver in place of a row: raised here, it would arrive as text, after Ray's tracebacks.
+    """
 
     def __init__(self, name: str, worker: type, arguments: dict[str, Any], pool: PoolConfig) -> None:
         import torch
@@ -74,15 +85,26 @@ class _Shell:
         self.name, self.price = name, pool.price
         self._counted, self._lock = time.monotonic(), threading.Lock()
         torch.set_num_threads(pool.threads)
-        self.worker = worker(**arguments)
         self.node = ray.get_runtime_context().get_node_id()[:8]
+        self.error: BeelineError | None = None
+        try:
+            self.worker = worker(**arguments)
+        except BeelineError as error:
+            self.error = error
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[bytes]]:
         (item,) = batch["item"]
-        row = self.worker.work(int(item))
+        try:
+            outcome = self.error or self._row(int(item))
+        except BeelineError as error:
+            outcome = error
+        return {"outcome": [pickle.dumps(outcome)]}
+
+    def _row(self, item: int) -> dict[str, Any]:
+        row = self.worker.work(item)
         seconds = self._seconds()
         metrics.count(self.name, row | {"actor_seconds": seconds, "cost": seconds / 3600 * self.price})
-        return {key: [value] for key, value in (row | {"node": self.node}).items()}
+        return row | {"node": self.node}
 
     def _seconds(self) -> float:
         """Since the last call, or the start."""

@@ -7,7 +7,8 @@ import contextlib
 import functools
 import json
 import os
-import re
+import socket
+import time
 import uuid
 from typing import Any
 
@@ -16,34 +17,32 @@ import pyarrow as pa
 import pyarrow.fs
 from botocore.exceptions import BotoCoreError, ClientError
 
-from beeline.errors import BeelineError, StorageError
+from beeline.errors import BeelineError, StorageError, plain, reading
+from beeline.places import resolve
 
 JOB_MARK = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for the entrypoint of a submitted job
 READ_ATTEMPTS = 10  # the waits double from 25 ms: half a minute in all
 WRITE_ATTEMPTS = 12  # the waits double up to 20 s: some three minutes in all
+LEFT_OVER_SECONDS = 24 * 3600  # no write takes as long
 FAILURES = (OSError, BotoCoreError, ClientError)
 
 
 class Folder:
-    """A place for files: "runs/digits", "/data/x" or "s3://bucket/prefix". Picklable; `folder / "name"` is a sub-folder.
+    """A place for files: "runs/digits", "/data/x" or "s3://bucket/prefix" (beeline/places.py says what else is one). Picklable;
+    `folder / "name"` is a sub-folder.
 
     Reads go through pyarrow.fs, writes through fsspec: on S3 s3fs reads at a third of pyarrow's speed, and pyarrow would
     write large files in parts. Both take the standard AWS_* variables (AWS_ENDPOINT_URL too) or instance profiles.
     """
 
     def __init__(self, uri: str) -> None:
-        if re.match(r"\w+://[^/]*@", uri):
-            raise BeelineError(
-                "the workspace's URI holds credentials, which would end in logs and plans; set AWS_ACCESS_KEY_ID and "
-                "AWS_SECRET_ACCESS_KEY, or use a profile or role, and give s3://bucket/prefix alone"
-            )
-        if "://" not in uri and not os.path.isabs(uri) and JOB_MARK in os.environ:
+        self.uri = resolve(uri)
+        self.is_local = "://" not in self.uri
+        if self.is_local and JOB_MARK in os.environ and not uri.startswith(("/", "~", "file:")):
             raise BeelineError(
                 f"the workspace {uri!r} is relative, and a submitted job runs in a temporary copy of the working directory: "
                 "what is made there would be lost. Give --workspace an absolute path that all machines share, or s3://bucket/prefix"
             )
-        self.uri = uri.rstrip("/") if "://" in uri else os.path.abspath(uri)
-        self.is_local = "://" not in self.uri
 
     def __truediv__(self, name: str) -> Folder:
         return Folder(f"{self.uri}/{name}")
@@ -66,7 +65,7 @@ class Folder:
             if self.is_local:
                 path = os.path.join(self.uri, name)
                 os.makedirs(os.path.dirname(path), exist_ok=True)
-                temporary = os.path.join(os.path.dirname(path), f".{uuid.uuid4().hex}.tmp")
+                temporary = os.path.join(os.path.dirname(path), _temporary_name())
                 try:
                     with open(temporary, "wb") as file:
                         file.write(data)
@@ -81,7 +80,7 @@ class Folder:
                 fs.pipe_file(f"{path}/{name}", data, **_one_put(self.uri, data))
         except FAILURES as error:
             raise StorageError(
-                f"{self}/{name} cannot be written: {_plain(error)}. Check the workspace's path, permissions, credentials and "
+                f"{self}/{name} cannot be written: {plain(error)}. Check the workspace's path, permissions, credentials and "
                 "free space, then run the command again: what is there is kept"
             ) from error
 
@@ -98,7 +97,7 @@ class Folder:
             raise FileNotFoundError(f"{self}/{name}") from error
         except FAILURES as error:
             raise StorageError(
-                f"{self}/{name} cannot be read: {_plain(error)}. Check the bucket's name, permissions and credentials"
+                f"{self}/{name} cannot be read: {plain(error)}. Check the bucket's name, permissions and credentials"
             ) from error
 
     def read(self, name: str) -> bytes:
@@ -107,16 +106,16 @@ class Folder:
             try:
                 return file.read()
             except FAILURES as error:
-                raise StorageError(f"{self}/{name} cannot be read: {_plain(error)}") from error
+                raise StorageError(f"{self}/{name} cannot be read: {plain(error)}") from error
 
     def read_json(self, name: str) -> Any:
         """The file's JSON, or None where it does not exist. Raises BeelineError where it is damaged."""
         try:
-            return json.loads(self.read(name))
+            data = self.read(name)
         except FileNotFoundError:
             return None
-        except ValueError as error:
-            raise BeelineError(f"{self}/{name} is not valid JSON ({error}); remove it and run the command again") from error
+        with reading(f"{self}/{name} is not valid JSON", "remove it and run the command again"):
+            return json.loads(data)
 
     def sizes(self) -> dict[str, int]:
         """Names and sizes in bytes of the files directly in this folder, sorted by name; leftovers of writes excluded."""
@@ -136,7 +135,7 @@ class Folder:
             return []
         except FAILURES as error:
             raise StorageError(
-                f"{self} cannot be listed: {_plain(error)}. Check the bucket's name, permissions and credentials"
+                f"{self} cannot be listed: {plain(error)}. Check the bucket's name, permissions and credentials"
             ) from error
         return [entry for entry in entries if entry.type == kind and entry.base_name]
 
@@ -148,9 +147,7 @@ class Folder:
         except FileNotFoundError:
             return
         except FAILURES as error:
-            raise StorageError(
-                f"{self}/{name} cannot be removed: {_plain(error)}. Check permissions and credentials"
-            ) from error
+            raise StorageError(f"{self}/{name} cannot be removed: {plain(error)}. Check permissions and credentials") from error
 
     def remove_all(self) -> None:
         """Remove the files directly in this folder, and the folder."""
@@ -158,15 +155,42 @@ class Folder:
             self.remove(name)
         if self.is_local:
             self.clean()
-            with contextlib.suppress(OSError):  # somebody put a folder there
+            with contextlib.suppress(OSError):  # removed by another, or with a file in it that another is writing
                 os.rmdir(self.uri)
 
     def clean(self) -> None:
-        """Remove the temporary files that killed writers left. Only for a folder that nobody is writing to."""
-        if self.is_local and os.path.isdir(self.uri):
-            for name in os.listdir(self.uri):
-                if name.endswith(".tmp"):
-                    os.unlink(os.path.join(self.uri, name))
+        """Remove the temporary files that killed writers left, and no other writer's."""
+        if not self.is_local or not os.path.isdir(self.uri):
+            return
+        for name in os.listdir(self.uri):
+            path = os.path.join(self.uri, name)
+            with contextlib.suppress(OSError):  # its writer, or another cleaner, was faster
+                if name.endswith(".tmp") and _is_left_over(path):
+                    os.unlink(path)
+
+
+def _temporary_name() -> str:
+    return f".{uuid.uuid4().hex}.{_machine()}.{os.getpid()}.tmp"
+
+
+def _machine() -> str:
+    """Where process ids mean the same: the host's name and, as containers may share it, the namespace of process ids."""
+    with contextlib.suppress(OSError):
+        return f"{socket.gethostname()}-{os.stat('/proc/self/ns/pid').st_ino}"
+    return socket.gethostname()
+
+
+def _is_left_over(path: str) -> bool:
+    """Whether the writer of a temporary file is gone: its process, if it was one of this machine, else by the file's age."""
+    host, _, process = os.path.basename(path).removesuffix(".tmp").split(".", 2)[-1].rpartition(".")
+    if host == _machine() and process.isdecimal():
+        try:
+            os.kill(int(process), 0)
+        except ProcessLookupError:
+            return True
+        except PermissionError:
+            pass
+    return time.time() - os.stat(path).st_mtime > LEFT_OVER_SECONDS
 
 
 @functools.cache
@@ -212,8 +236,3 @@ def _count_retries(fs: Any) -> None:
 def retries() -> int:
     """How often this process has had to repeat a request of a write to S3."""
     return len(_retried)
-
-
-def _plain(error: BaseException) -> str:
-    """An error's text on one line, without the full stop that our sentence adds."""
-    return " ".join(str(error).split()).removesuffix(".")

@@ -128,6 +128,20 @@ def files(folder: Path, pattern: str) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.glob(pattern))}
 
 
+LOOPBACK = {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
+
+
+def listening(processes: list[psutil.Process]) -> set[str]:
+    """The addresses at which processes listen."""
+    found = set()
+    for process in processes:
+        try:
+            found |= {place.laddr.ip for place in process.net_connections("inet") if place.status == psutil.CONN_LISTEN}
+        except psutil.Error:
+            continue
+    return found
+
+
 def wait_for(condition: Callable[[], bool], seconds: float, what: str) -> None:
     """Poll until `condition` holds."""
     deadline = time.monotonic() + seconds

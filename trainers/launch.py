@@ -21,7 +21,7 @@ from beeline.config import WorkersConfig
 from beeline.errors import BeelineError, StorageError
 from beeline.numerics import set_numerics
 from pipeline import metrics
-from pipeline.command import ensure_ray
+from pipeline.runtime import ensure_ray
 from pipeline.storage import Folder
 from trainers import checkpoints, loop
 from trainers.tracking import Tracker, open_trackers
@@ -58,7 +58,7 @@ def launch(
     with tempfile.TemporaryDirectory(prefix="beeline-train-") as scratch:
         finished = False
         while not finished:
-            trainer = ray.train.torch.TorchTrainer(
+            trainer = _Trainer(
                 _rank,
                 train_loop_config=config,
                 scaling_config=ray.train.ScalingConfig(
@@ -77,6 +77,12 @@ def launch(
             finished = bool(trainer.fit().return_value)
             if not finished:
                 print("training: a machine is about to leave; going on with the others", flush=True)
+
+
+class _Trainer(ray.train.torch.TorchTrainer):
+    """Leaves Ctrl-C to the command (beeline/entry.py): Ray's handler of it would end this process with status 1."""
+
+    def _register_sigint_handler(self, controller: Any) -> None: ...
 
 
 class FinalErrors(ray.train.UserCallback):

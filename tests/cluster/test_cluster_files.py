@@ -18,11 +18,11 @@ import jsonschema
 import psutil
 import pytest
 import yaml
-from harness import ROOT, free_port, parse_command, wait_for
+from harness import LOOPBACK, ROOT, free_port, listening, parse_command, wait_for
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from cluster import spot_notice
-from pipeline import command
+from pipeline import runtime
 from pipeline.stage import MADE_BY
 
 FILES = sorted(path for path in (ROOT / "cluster").rglob("*") if path.suffix in (".yaml", ".sh") or path.name == "Dockerfile")
@@ -200,7 +200,7 @@ def test_kubernetes_names_agree(ray_cluster: dict[str, Any]) -> None:
     name, spec = ray_cluster["metadata"]["name"], ray_cluster["spec"]
     secret, monitor = documents("kuberay/s3-secret.yaml")[0], documents("kuberay/podmonitor.yaml")[0]["spec"]
     assert all(value.startswith("your-") for value in secret["stringData"].values()), "keys in the repository"
-    assert {key for key in settings() if key.startswith("AWS_")} <= set(command.FOLLOWING)
+    assert {key for key in settings() if key.startswith("AWS_")} <= set(runtime.FOLLOWING)
     known = {("configMapRef", documents("kuberay/raycluster.yaml")[0]["metadata"]["name"])}
     known.add(("secretRef", secret["metadata"]["name"]))
     for container in containers(ray_cluster):
@@ -314,6 +314,11 @@ def test_a_local_head_takes_jobs_with_the_token(tmp_path: Path) -> None:
         with urllib.request.urlopen(f"http://127.0.0.1:{metrics}/metrics", timeout=30) as answer:
             assert b"ray_" in answer.read()
         family = psutil.Process(process.pid).children(recursive=True)
+        assert listening(family)
+        assert listening(family) <= LOOPBACK
+        join = "from pipeline.runtime import ensure_ray, shutdown; ensure_ray(); shutdown()"
+        address = {"RAY_ADDRESS": f"127.0.0.1:{environment['PORT']}", "RAY_AUTH_MODE": "token"}
+        subprocess.run([sys.executable, "-c", join], cwd=ROOT, env=environment | address, check=True, timeout=120)
     finally:
         process.terminate()
         process.wait(60)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import subprocess
 from pathlib import Path
 from unittest.mock import patch
 
@@ -15,7 +17,7 @@ from hypothesis import strategies as st
 import pipeline.reader
 from beeline import noise
 from beeline.errors import BeelineError
-from pipeline import shards
+from pipeline import shards, storage
 from pipeline.reader import ShardReader
 from pipeline.stage import Stage, differences, require
 from pipeline.storage import Folder
@@ -48,12 +50,51 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_leftovers_of_killed_writers_are_not_seen_and_are_cleaned(tmp_path: Path) -> None:
+    """Those of processes that are gone, on this machine, and of a day before; never what another is writing."""
     folder = Folder(str(tmp_path))
     folder.write("part", b"x")
-    (tmp_path / "part.123.tmp").write_bytes(b"half")
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    mine = storage._temporary_name()
+    others = mine.replace(f".{os.getpid()}.", f".{dead.pid}.")
+    elsewhere = others.replace(storage._machine(), "another-machine.example")
+    old, older_version = f"old{elsewhere}", ".0123456789abcdef.tmp"
+    for name in (mine, others, elsewhere, old, older_version):
+        (tmp_path / name).write_bytes(b"half")
+    for name in (old, older_version):
+        os.utime(tmp_path / name, (0, 0))
     assert folder.sizes() == {"part": 1}
     folder.clean()
-    assert [p.name for p in tmp_path.iterdir()] == ["part"]
+    assert {path.name for path in tmp_path.iterdir()} == {"part", mine, elsewhere}
+
+
+def test_two_may_clean_and_remove_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = Folder(str(tmp_path))
+    (tmp_path / ".old.tmp").write_bytes(b"half")
+    os.utime(tmp_path / ".old.tmp", (0, 0))
+    names = os.listdir(tmp_path)
+    folder.clean()
+    monkeypatch.setattr("os.listdir", lambda path: names)  # as another has seen the folder before
+    folder.clean()
+    folder.remove("part-00000.parquet")
+
+
+def test_a_folder_as_a_file_url(tmp_path: Path) -> None:
+    folder = Folder(f"file://{tmp_path}/with%20space")
+    (folder / "sub").write("name", b"data")
+    assert folder.uri == f"{tmp_path}/with space"
+    assert folder.is_local
+    assert (folder / "sub").read("name") == b"data"
+    assert (folder / "sub").sizes() == {"name": 4}
+    assert folder.folders() == ["sub"]
+
+
+def test_a_job_needs_a_place_that_outlives_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(storage.JOB_MARK, "{}")
+    for place in (str(tmp_path), f"file://{tmp_path}", "~/x", "s3://bucket/x"):
+        Folder(place)
+    with pytest.raises(BeelineError, match="is relative"):
+        Folder("runs/digits")
 
 
 @given(count=st.integers(1, 200), size=st.integers(1, 60))
