@@ -24,6 +24,7 @@ from pipeline.storage import Folder
 METRICS, SAMPLES, NEAREST = "metrics.json", "samples.png", "nearest.png"
 LIBRARIES = ("torch", "torchvision", "torch-fidelity", "timm", "numpy", "scipy", "ray", "beeline")
 SHOWN_NEAREST = 20
+TEMPORARY = ("part-", "draw-", "pairs-")  # beginnings of the names of what rows are made of
 FIGURE = {
     "model": str, "nfe": 1, "steps?": [0], "sampler": str, "metric": str, "n": 1, "mean": float, "std": float, "min": float,
     "draws": [float],

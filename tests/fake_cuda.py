@@ -91,6 +91,8 @@ class _Mode(TorchDispatchMode):
 class _Generator(torch.Generator):
     """A CPU's generator that says whose it was asked for."""
 
+    said: torch.device
+
     def __new__(cls, device: Any = "cpu") -> _Generator:
         made = super().__new__(cls)
         made.said = GPU if _is_gpu(device) else CPU
