@@ -18,6 +18,7 @@ import collections
 import hashlib
 import json
 import time
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,6 +30,7 @@ from beeline.errors import BeelineError, one_line
 from beeline.noise import stream
 from beeline.settings import MAX_SHARDS
 from pipeline.command import run_command
+from pipeline.manifest import Manifest
 from pipeline.pool import run_pool
 from pipeline.progress import Progress
 from pipeline.shards import encode, shard_count, shard_name, shard_rows, survey
@@ -86,16 +88,25 @@ class ImageShards:
             except CorruptImage as error:
                 sound[i] = False
                 corrupt.append(str(error))
-        start = 0
+        start, written = 0, []
         for k, rows in zip(self.passes[number], shards, strict=True):
             part = slice(start, start := start + len(rows))
             if sound[part].all():
                 labels = self.source.classes.labels[wanted[part]]
-                self.folder.write(shard_name(k), encode("image", images[part], labels, rows, self.plan))
+                data = encode("image", images[part], labels, rows, self.plan)
+                self.folder.write(shard_name(k), data)
+                written.append(
+                    {"shard": k, "bytes": len(data), "crc32": zlib.crc32(data), "published": round(time.time() * 1000)}
+                )
         changes = dict(self.source.pixels.changes)
         self.source.pixels.changes.clear()
-        row = {"images": len(wanted), "corrupt": json.dumps(corrupt), "changes": json.dumps(changes)}
-        return row | {"reading_seconds": time.monotonic() - begun}
+        return {
+            "images": len(wanted),
+            "reading_seconds": time.monotonic() - begun,
+            "written": json.dumps(written),
+            "corrupt": json.dumps(corrupt),
+            "changes": json.dumps(changes),
+        }
 
 
 def passes_for(shards: Sequence[int], source: Source, config: ImagesConfig) -> list[list[int]]:
@@ -155,7 +166,8 @@ def _make(stage: Stage, place: Folder, source: Source, images: ImagesConfig) -> 
     for name in stage.folder.sizes():
         if name.startswith("part-") and name not in expected:  # of a source with more images, some of them corrupt
             stage.folder.remove(name)
-    left = survey(stage.folder, stage.plan, count, images.shard_size).todo
+    found = survey(stage.folder, stage.plan, count, images.shard_size)
+    manifest, left = Manifest(stage.folder, found.sizes), found.todo
     total = sum(len(shard_rows(k, images.shard_size, count)) for k in left)
     passes = passes_for(left, source, images)
     arguments = {"workspace": place, "plan": stage.plan, "config": images, "passes": passes}
@@ -168,6 +180,9 @@ def _make(stage: Stage, place: Folder, source: Source, images: ImagesConfig) -> 
             seconds += row["reading_seconds"]
             corrupt += json.loads(row["corrupt"])
             changes.update(json.loads(row["changes"]))
+            for entry in json.loads(row["written"]):
+                manifest.add(entry)
+    manifest.publish()
     for change, number in sorted(changes.items()):
         print(f"images: {number:,} of them {change}", flush=True)
     return corrupt, seconds

@@ -158,8 +158,8 @@ def test_straightness(made: Folder, device: torch.device, line: Any) -> None:
     x1, noise = (torch.randn(8, 1, 8, 8, generator=generator) for _ in range(2))
     labels, sigmas = torch.arange(8) % 4, edm_sigmas(4)
     on_cpu = straightness(model, x1, noise, labels, sigmas, line=line), trajectories(model, noise, labels, num_steps=4)
-    model = model.to(device)
     x1, noise, labels = (one.to(device) for one in (x1, noise, labels))
+    model.to(device)
     on_gpu = straightness(model, x1, noise, labels, sigmas, line=line), trajectories(model, noise, labels, num_steps=4)
     same(on_gpu[0], on_cpu[0])
     same(np.array(on_gpu[1]), np.array(on_cpu[1]))
@@ -255,13 +255,13 @@ def trained(place: Folder, device: torch.device, config: LmmConfig) -> None:
     folder = place / f"students/{config.name}"
     session = loop.Session(folder=folder, device=device)
     first = task(session)
-    assert loop.run(first, session, replace(CADENCE, validate_every=2))
+    assert loop.run(first, session, replace(CADENCE, validate_every=config.validate_every))
     assert all(tensor.is_cuda for average in first.averages for tensor in average.state_dict().values())
     weights = folder.read("model.safetensors")
     for step in checkpoints.steps(folder):
         state = checkpoints.load(folder, step)
         session = loop.Session(folder=folder, device=device, restored=state)
-        assert loop.run(task(session), session, replace(CADENCE, checkpoint_every=100, validate_every=2))
+        assert loop.run(task(session), session, replace(CADENCE, checkpoint_every=100, validate_every=config.validate_every))
         assert folder.read("model.safetensors") == weights
     beeline.load(f"{folder}")
 
