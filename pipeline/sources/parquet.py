@@ -197,8 +197,8 @@ def _check_sizes(groups: Sequence[pq.RowGroupMetaData], file: str) -> None:
     few = all(group.num_rows >= 0 for group in groups) and rows <= max(size, FEW)
     if not few or unpacked > max(MAX_BYTES, MAX_RATIO * size):
         raise BeelineError(
-            f"{file} has {size:,} bytes and claims {rows:,} rows, and row groups of up to {unpacked:,} bytes; it is damaged, or "
-            "was not written for images"
+            f"{file} has {size:,} bytes and claims {rows:,} rows, and row groups of up to {unpacked:,} bytes; it is damaged, "
+            "or was not written for images"
         )
 
 
