@@ -22,7 +22,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -37,6 +37,7 @@ from beeline.noise import stream, stream_seed, x0
 from beeline.places import local_path
 from beeline.samplers import batches, evaluations, solve
 from beeline.schedule import SIGMA_MAX, SIGMA_MIN
+from beeline.settings import MAX_STEPS, Range, Seed, Size, Some, Steps, Whole, check
 
 REFERENCE_STEPS = 128  # of Heun: the reference
 FORMAT = 1
@@ -83,6 +84,8 @@ class Bench:
         classes = torch.from_numpy(spread(count, max(teacher.label_dim, 1))).to(self.device)
         self.labels = classes if teacher.label_dim else None
         self.reference = self.run(lambda noise, labels: self._heun(noise, labels, REFERENCE_STEPS))
+        if not bool(self.reference.isfinite().all()):
+            raise BeelineError("the teacher makes NaN or infinite images, which no levels cure; check the teacher's training")
 
     @torch.inference_mode()
     def run(self, solver: Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]) -> torch.Tensor:
@@ -141,6 +144,20 @@ def refined(levels: np.ndarray, count: int) -> np.ndarray:
     return np.exp(np.interp(np.linspace(0, 1, count), old, np.log(levels)))
 
 
+def check_settings(
+    *, counts: Sequence[int], heun_steps: int, noises: int, held_out: int, trials: int, seed: int, batch_size: int
+) -> None:
+    """Raise BeelineError for settings that `calibrate` cannot take."""
+    check("--evaluations", tuple(counts), Some[Annotated[int, Range(4, MAX_STEPS)]])
+    if list(counts) != sorted(set(counts)):
+        raise BeelineError(f"evaluations are {list(counts)}; expected rising numbers from 4 on")
+    check("--heun-steps", heun_steps, Steps)
+    for name, value in {"--noises": noises, "--held-out": held_out, "--batch-size": batch_size}.items():
+        check(name, value, Size)
+    check("--trials", trials, Whole)
+    check("--seed", seed, Seed)
+
+
 def calibrate(
     teacher: Denoiser,
     *,
@@ -157,8 +174,9 @@ def calibrate(
     The search sees `noises` noises; every figure reported comes from `held_out` others. It ends at the first count that
     reaches Heun's error with `heun_steps`, on the whole and in the tail.
     """
-    if min(counts) < 4 or list(counts) != sorted(set(counts)):
-        raise BeelineError(f"evaluations are {list(counts)}; expected rising numbers from 4 on")
+    check_settings(
+        counts=counts, heun_steps=heun_steps, noises=noises, held_out=held_out, trials=trials, seed=seed, batch_size=batch_size
+    )
     start = time.monotonic()
     seen = Bench(teacher, noises, stream_seed(seed, "calibrate"), batch_size)
     unseen = Bench(teacher, held_out, stream_seed(seed, "held out"), batch_size)

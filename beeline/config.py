@@ -7,10 +7,51 @@ continuation. Every other field is part of the result's identity: changed agains
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import typing
 from collections.abc import Mapping
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
+from beeline.settings import (
+    MAX_PROCESSES,
+    MAX_SHARDS,
+    MAX_SHOWN,
+    MAX_SIDE,
+    MAX_SIZE,
+    MAX_STEPS,
+    MAX_TRIALS,
+    Amount,
+    Channels,
+    Classes,
+    Count,
+    Cpus,
+    Divisible,
+    Gpus,
+    HalfLife,
+    Index,
+    ModelPath,
+    Name,
+    NameOrNone,
+    OneOf,
+    Positive,
+    Processes,
+    Range,
+    Restarts,
+    Seed,
+    Settings,
+    Share,
+    ShareBelow1,
+    Side,
+    Size,
+    Some,
+    StepList,
+    Steps,
+    Text,
+    Threads,
+    Whole,
+)
+
+GROUPS = 4  # of a probe's normalisation
 T = TypeVar("T")
 
 
@@ -48,139 +89,162 @@ def from_dict(cls: type[T], values: Mapping[str, Any]) -> T:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class NetworkConfig:
+class NetworkConfig(Settings):
     """A denoiser's network, in the terms of EDM's configs."""
 
     kind: Literal["ddpmpp", "ncsnpp", "adm"]
-    img_resolution: int
-    img_channels: int
-    label_dim: int = 0
-    augment_dim: int = 0
-    model_channels: int = 128
-    channel_mult: tuple[int, ...] = (2, 2, 2)
-    channel_mult_emb: int = 4
-    num_blocks: int = 4
-    attn_resolutions: tuple[int, ...] = (16,)
-    dropout: float = 0.0
+    img_resolution: Side
+    img_channels: Channels
+    label_dim: Classes = 0
+    augment_dim: Annotated[int, Range(0, 1000)] = 0
+    model_channels: Annotated[Channels, Divisible(4)] = 128
+    channel_mult: Some[Annotated[int, Range(1, 64)]] = (2, 2, 2)
+    channel_mult_emb: Annotated[int, Range(1, 64)] = 4
+    num_blocks: Annotated[int, Range(1, 100)] = 4
+    attn_resolutions: tuple[Side, ...] = (16,)
+    dropout: ShareBelow1 = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        levels, halved = len(self.channel_mult), 2 ** (len(self.channel_mult) - 1)
+        self.require(
+            self.img_resolution % halved == 0,
+            "img_resolution",
+            f"a multiple of {halved}, since channel_mult {self.channel_mult} makes {levels} levels, each half as large",
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ProbeNetworkConfig:
+class ProbeNetworkConfig(Settings):
     """A probe: one convolution per entry of `widths`."""
 
-    widths: tuple[int, ...]
-    strides: tuple[int, ...]
-    kernel: int = 3
+    widths: Some[Channels]
+    strides: Some[Annotated[int, Range(1, 16)]]
+    kernel: Annotated[int, Range(1, 31)] = 3
     activation: Literal["relu", "silu", "gelu"] = "relu"
     norm: bool = True
     """Group normalisation after each convolution. Without it features grow with what is wrong in an image: a distance
     in them does not saturate."""
-    seed: int = 0
+    seed: Seed = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(len(self.strides) == len(self.widths), "strides", f"one for each of the widths {self.widths}")
+        for width in self.widths:
+            self.require(width % GROUPS == 0 or not self.norm, "widths", f"multiples of {GROUPS}, since norm is on")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PoolConfig:
+class PoolConfig(Settings):
     """The actor pool of a stage that reads images, samples or measures."""
 
-    min_actors: int = resource(1)
-    max_actors: int = resource(2)
+    min_actors: Processes = resource(1)
+    max_actors: Processes = resource(2)
     """The pool grows up to here as long as there is work and the cluster, or its autoscaler, has room."""
-    gpus: float = resource(0)
+    gpus: Gpus = resource(0)
     """GPUs of each actor; fractions share one."""
-    cpus: float = resource(0.5)
+    cpus: Cpus = resource(0.5)
     """Ray CPUs that each actor reserves. Below 1 where actors would otherwise take every CPU and starve Ray Data."""
-    threads: int = resource(1)
+    threads: Threads = resource(1)
     """CPU threads of each actor."""
-    price: float = resource(0.0)
+    price: Amount = resource(0.0)
     """What an hour of one actor costs, in any currency; 0 leaves money out of the progress."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(self.max_actors >= self.min_actors, "max_actors", f"at least min_actors, {self.min_actors}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ImagesConfig(PoolConfig):
     """Real images into images/."""
 
-    source: str = "digits"
-    """"digits" (scikit-learn's, built in), a folder of images (sub-folders are classes), a zip in EDM's layout, CIFAR-10's
-    python archive, or Parquet with an image column (a file or a folder of files)."""
-    resolution: int = 8
+    source: Text = "digits"
+    """"digits" (scikit-learn's, built in), a folder or zip of images (sub-folders are classes, or dataset.json lists them),
+    CIFAR's python archive, or Parquet with an image column (a file or a folder of files)."""
+    resolution: Side = 8
     """Side in pixels."""
-    channels: int = 1
+    channels: Annotated[int, OneOf((1, 3))] = 1
     fit: Literal["crop", "stretch", "adm"] = "crop"
     """How other images are fitted: centre square and Lanczos, the whole image stretched, or as ADM prepared ImageNet."""
-    shard_size: int = 1024
+    shard_size: Size = 1024
     """Images per Parquet file."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ProbeConfig:
+class ProbeConfig(Settings):
     """The two probes: features for the losses, and other features for measuring."""
 
     losses: ProbeNetworkConfig
     measure: ProbeNetworkConfig
-    iterations: int = 600
-    batch_size: int = 128
-    lr: float = 4e-3
-    min_accuracy: float = 0.9
+    iterations: Count = 600
+    batch_size: Size = 128
+    lr: Positive = 4e-3
+    min_accuracy: Share = 0.9
     """Held-out accuracy below which the probe is refused: its features would say little."""
-    gpus: float = resource(0)
+    gpus: Gpus = resource(0)
     """GPUs of each of the two trainings."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
+class OptimizerConfig(Settings):
     """Adam or RAdam with linear warm-up, then a constant or cosine learning rate."""
 
     kind: Literal["adam", "radam"] = "adam"
-    lr: float = 1e-3
-    betas: tuple[float, float] = (0.9, 0.999)
-    warmup: int = 0
+    lr: Positive = 1e-3
+    betas: tuple[ShareBelow1, ShareBelow1] = (0.9, 0.999)
+    warmup: Whole = 0
     """Steps of linear warm-up."""
     decay: Literal["constant", "cosine"] = "constant"
     """"cosine" falls to 5 % of `lr` at the last step."""
-    clip: float = 1.0
+    clip: Amount = 1.0
     """Gradient norm above which gradients are scaled down; 0 leaves them as they are."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class WorkersConfig:
+class WorkersConfig(Settings):
     """How training is spread: changing it leaves the artifact's identity, though not its last bits, alone."""
 
-    count: int = 1
+    count: Processes = 1
     """Training processes (DDP ranks); the batch is divided among them."""
-    min_count: int = resource(0)
+    min_count: Annotated[int, Range(0, MAX_PROCESSES)] = resource(0)
     """The fewest to go on with when machines are lost and none takes their place; 0 waits until all are there."""
-    gpus: float = 0
+    gpus: Gpus = 0
     """GPUs of each."""
-    threads: int = 1
+    threads: Threads = 1
     """CPU threads, and Ray CPUs, of each."""
-    max_failures: int = 3
+    max_failures: Restarts = 3
     """Restarts from the last checkpoint before training gives up; -1 never does."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(self.min_count <= self.count, "min_count", f"at most count, {self.count}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TeacherConfig:
+class TeacherConfig(Settings):
     """EDM training of the teacher."""
 
     network: NetworkConfig
-    iterations: int
-    batch_size: int
+    iterations: Count
+    batch_size: Size
     optimizer: OptimizerConfig
-    ema_half_life: float
+    ema_half_life: Amount
     """In iterations."""
-    ema_ramp: float = 0.05
+    ema_ramp: Share = 0.05
     """Limit of the half-life as a share of the iterations so far (EDM's ramp-up); 0 for none."""
     flip: bool = False
     """Mirror images at random: the data set and its mirror image are one."""
-    augment: float = 0.0
+    augment: Share = 0.0
     """Probability of each non-leaking augmentation; needs a network with augment_dim 9. 0 leaves the images as they are."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """"bf16" trains under autocast; weights, their average and the loss stay float32."""
-    seed: int = 0
-    accumulate: int = resource(1)
+    seed: Seed = 0
+    accumulate: Size = resource(1)
     """Parts that each rank's share of the batch is worked off in, where it does not fit the memory."""
-    log_every: int = resource(50)
-    checkpoint_every: int = resource(500)
-    keep: int = resource(2)
+    log_every: Count = resource(50)
+    checkpoint_every: Count = resource(500)
+    keep: Count = resource(2)
     """Checkpoints that are kept; older ones are removed."""
     workers: WorkersConfig = resource(WorkersConfig())
 
@@ -189,14 +253,14 @@ class TeacherConfig:
 class PairsConfig(PoolConfig):
     """Noise-image pairs from the teacher into pairs/."""
 
-    count: int
-    shard_size: int
+    count: Count
+    shard_size: Size
     """Pairs per Parquet file: what one actor makes in one to three minutes, at most 128 MB."""
-    batch_size: int = 256
+    batch_size: Size = 256
     """Pairs sampled at once; part of the identity, since kernels are not exactly batch-invariant."""
     solver: Literal["heun", "calibrated"] = "heun"
     """"heun" is the paper's; "calibrated" takes the levels in the teacher's solver.json (python -m beeline.calibrate)."""
-    num_steps: int = 18
+    num_steps: Steps = 18
     """Heun steps; 2 num_steps - 1 evaluations."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Of the network inside; the solver's state is float64 always."""
@@ -205,53 +269,63 @@ class PairsConfig(PoolConfig):
     dtype: Literal["float32", "float16", "uint8"] = "float32"
     """Of x1 in the store. float16 is off by at most 2.4e-4 within [-1, 1], a fiftieth of the solver's own error; uint8 by
     4e-3, and clipped."""
-    seed: int = 0
+    seed: Seed = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_shards(self, self.count, self.shard_size)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VerifyConfig(PoolConfig):
     """A check of a store of pairs."""
 
-    remake: int = 8
+    remake: Whole = 8
     """Shards, drawn at random, whose noise is made again and compared by its CRC-32."""
-    resample: int = 0
+    resample: Whole = 0
     """Batches, drawn at random, that the teacher samples again."""
-    shown: int = 100
+    shown: Annotated[int, Range(0, MAX_SHOWN)] = 100
     """Pairs on the contact sheet, drawn at random."""
     remove: bool = False
     """Remove what is damaged, so that gen_pairs.py makes it again."""
-    seed: int = 0
+    seed: Seed = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PhaseConfig:
+class PhaseConfig(Settings):
     """One phase of student training. Without `steps` levels follow `levels`; with them (SOT) only those are drawn."""
 
-    iterations: int
+    iterations: Whole
     optimizer: OptimizerConfig
     distance: Literal["l2", "huber", "probe", "lpips", "lpips_avg", "johnson"] = "probe"
     """Of pixels: squared, or pseudo-Huber. Of features: the losses' probe; LPIPS in VGG16, or the same with average pooling
     (as CTM uses it); "johnson", unnormalised VGG16 features (Johnson et al. 2016, whom the LMM paper cites)."""
-    resize: int = 0
+    resize: Annotated[int, Range(0, MAX_SIDE)] = 0
     """Side in pixels at which features are taken; 0 leaves images as they are."""
-    pixel_weight: float = 0.0
+    pixel_weight: Amount = 0.0
     """Weight of the squared pixel distance beside one of features."""
     levels: Literal["schedule", "sigma"] = "schedule"
-    steps: tuple[int, ...] | None = None
-    adversarial_weight: float = 0.0
+    steps: Some[Index] | None = None
+    adversarial_weight: Amount = 0.0
     """Weight of the adversarial term, times its adaptive weight; 0 leaves the discriminator out."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.steps is not None:
+            rising = self.steps[0] == 0 and all(a < b for a, b in itertools.pairwise(self.steps))
+            self.require(rising, "steps", "rising indices from 0, the level of pure noise, for example 0 or 0 8")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DiscriminatorConfig:
+class DiscriminatorConfig(Settings):
     """What learns beside the student: the critics of the adversarial phase."""
 
     optimizer: OptimizerConfig
-    networks: tuple[Literal["probe", "tf_efficientnet_lite0", "deit_base_distilled_patch16_224", "scratch"], ...] = ("probe",)
+    networks: Some[Literal["probe", "tf_efficientnet_lite0", "deit_base_distilled_patch16_224", "scratch"]] = ("probe",)
     """What it looks through, a critic each: the losses' probe, pretrained backbones, or nothing ("scratch")."""
-    resize: int = 224
+    resize: Annotated[int, Range(128, MAX_SIDE), Divisible(32)] = 224
     """Side in pixels that pretrained backbones see: a multiple of 32 from 128 on."""
-    width: int = 64
+    width: Channels = 64
     """Channels of the heads on a probe."""
     augment: tuple[Literal["color", "translation", "cutout"], ...] = ("color", "translation", "cutout")
     mirror: bool = False
@@ -259,27 +333,27 @@ class DiscriminatorConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LmmConfig:
+class LmmConfig(Settings):
     """A student: a reconstruction phase, then an adversarial one. A phase of 0 iterations is left out."""
 
-    name: str = "lmm"
-    objective: str = "beeline.objectives.lmm:LinesMatching"
+    name: Name = "lmm"
+    objective: Text = "beeline.objectives.lmm:LinesMatching"
     """What a step does: a class as package.module:Class. beeline.objectives has kd:Distillation and
     rectified_flow:RectifiedFlow, too."""
-    init: str = "teacher"
+    init: ModelPath = "teacher"
     """Folder of the model whose weights the student starts from: "teacher" or "students/<name>"."""
-    num_steps: int = 18
+    num_steps: Steps = 18
     """Levels of the EDM schedule."""
     line: Literal["ve", "lerp"] = "lerp"
     """"lerp" is the segment from the image to x0: at sigma_max the student trains on exactly what it samples from. "ve" adds
     noise to the image: at sigma_max the input still holds the image, which is missing when the student samples."""
     rule: Literal["same_noise", "line", "fresh_noise"] = "line"
     """Sampling rule: "line" goes with the line "lerp", "same_noise" with "ve"."""
-    batch_size: int = 512
-    ema_half_lives: tuple[float, ...] = (693.0,)
+    batch_size: Size = 512
+    ema_half_lives: Some[HalfLife] = (693.0,)
     """Half-lives of the averages of the weights, in iterations; 693 is the paper's decay of 0.999. The first average is the
     student, the others are published as <name>/ema-<half-life>. Averages go on through the phases."""
-    ema_ramp: float = 0.0
+    ema_ramp: Share = 0.0
     """Limit of a half-life as a share of the iterations so far, so that an average forgets its start (EDM: 0.05). 0 keeps the
     decay constant, as the paper does."""
     phase_switch: Literal["continue", "restart"] = "continue"
@@ -289,61 +363,78 @@ class LmmConfig:
     """"bf16": student and discriminator train under autocast, frozen networks are bf16. Weights, averages, losses: float32."""
     compiled: bool = False
     """Compile student and frozen networks: pays on GPUs and long runs, costs minutes at the start."""
-    seed: int = 0
+    seed: Seed = 0
     reconstruction: PhaseConfig
     adversarial: PhaseConfig
     discriminator: DiscriminatorConfig
-    accumulate: int = resource(1)
+    accumulate: Size = resource(1)
     """Parts that each rank's share of the batch is worked off in, where it does not fit the memory. The adaptive weight and
     the discriminator's batch norms are then of a part."""
-    log_every: int = resource(50)
-    checkpoint_every: int = resource(500)
-    keep: int = resource(2)
+    log_every: Count = resource(50)
+    checkpoint_every: Count = resource(500)
+    keep: Count = resource(2)
     """Checkpoints that are kept; older ones are removed."""
-    validate_every: int = resource(0)
+    validate_every: Whole = resource(0)
     """Iterations between validations: a sheet of samples and a distance in the losses' probe, by which students/<name>/best
     is chosen. 0 leaves them out."""
-    validate_count: int = resource(1024)
+    validate_count: Annotated[int, Range(1, MAX_SIZE)] = resource(1024)
     """Samples of a validation."""
     trackers: tuple[Literal["mlflow", "wandb"], ...] = resource(())
     """Where the log goes beside train.jsonl and TensorBoard."""
     workers: WorkersConfig = resource(WorkersConfig())
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for phase in (self.reconstruction, self.adversarial):
+            below = not phase.iterations or phase.steps is None or phase.steps[-1] < self.num_steps
+            phase.require(below, "steps", f"indices below num_steps, {self.num_steps}")
+        folders = {f"{half_life:g}" for half_life in self.ema_half_lives}
+        distinct = len(folders) == len(self.ema_half_lives)
+        self.require(
+            distinct, "ema_half_lives", "values that differ in their first six digits, since folders are named by them"
+        )
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SweepConfig:
+class SweepConfig(Settings):
     """A sweep over SOT step schedules, learning rates and weights, every trial from one shared student. Each trial is one
     process; as many run side by side as the cluster has room for."""
 
-    name: str = "sot"
-    init: str = "students/lmm/reconstruction"
-    trials: int = resource(8)
+    name: Name = "sot"
+    init: ModelPath = "students/lmm/reconstruction"
+    trials: Annotated[int, Range(1, MAX_TRIALS)] = resource(8)
     """More may be added to a finished sweep: the first ones stay as they are."""
-    schedules: tuple[str, ...] = ("0", "0,1")
+    schedules: Some[StepList] = ("0", "0,1")
     """Step schedules, each as "0,8", in turn: a trial trains on and is measured at them."""
-    learning_rates: tuple[float, float] = (1e-4, 1e-3)
+    learning_rates: tuple[Positive, Positive] = (1e-4, 1e-3)
     """Bounds of the generator's, drawn log-uniformly."""
-    critic_learning_rates: tuple[float, float] = (5e-4, 5e-3)
+    critic_learning_rates: tuple[Positive, Positive] = (5e-4, 5e-3)
     """Bounds of the discriminator's, drawn log-uniformly."""
-    adversarial_weights: tuple[float, ...] = (0.0,)
+    adversarial_weights: Some[Amount] = (0.0,)
     """Of which one is drawn; 0 leaves the discriminator out."""
-    ema_half_lives: tuple[float, ...] = (693.0,)
+    ema_half_lives: Some[HalfLife] = (693.0,)
     """In iterations; of which one is drawn."""
-    iterations: int = 1000
-    rungs: int = 2
+    iterations: Count = 1000
+    rungs: Annotated[int, Range(1, 30)] = 2
     """Measurements of a trial, at equal steps; ASHA stops the worse half at the first, the second, the fourth and so on."""
     features: Literal["probe_losses", "probe", "inception", "dinov2_vitl14", "dinov2_vits14"] = "probe_losses"
     """Where finished trials are judged by the evaluation pool. Best not where students are reported: what is chosen by a
     measure looks better in it than it is."""
-    promote: str = resource("")
+    promote: NameOrNone = resource("")
     """Publish the best trial of `promote_nfe` evaluations as students/<this name>."""
-    promote_nfe: int = resource(1)
-    max_concurrent: int = resource(0)
+    promote_nfe: Steps = resource(1)
+    max_concurrent: Annotated[int, Range(0, MAX_PROCESSES)] = resource(0)
     """Trials side by side; 0 for as many as the cluster has room for."""
-    max_failures: int = resource(3)
+    max_failures: Restarts = resource(3)
     """Restarts of a trial, from its last checkpoint, before it counts as failed."""
-    threads: int = resource(1)
-    gpus: float = resource(0)
+    threads: Threads = resource(1)
+    gpus: Gpus = resource(0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("learning_rates", "critic_learning_rates"):
+            low, high = getattr(self, name)
+            self.require(low <= high, name, "the lower bound, then the upper one")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -351,50 +442,64 @@ class EvaluateConfig(PoolConfig):
     """Figures of models against the real images. Rows (`nfe`, `steps`, `solver`, `rule`) may differ from call to call: what is
     measured already stays, and is not measured again."""
 
-    features: tuple[Literal["probe", "inception", "dinov2_vitl14", "dinov2_vits14", "probe_losses"], ...] = ("probe",)
+    features: Some[Literal["probe", "inception", "dinov2_vitl14", "dinov2_vits14", "probe_losses"]] = ("probe",)
     """Networks to measure in: the measuring probe, pretrained ones, whose weights it takes to fetch first (python -m
     beeline.weights fetch), or the losses' probe, in which students that were trained in it look better than they are."""
-    draws: int = 3
+    draws: Annotated[int, Range(1, 1000)] = 3
     """Independent noise seeds; results are mean, standard deviation and minimum over them."""
-    count: int = 0
+    count: Whole = 0
     """Samples per draw; 0 takes one for each real image, with its label."""
-    shard_size: int = 1024
+    shard_size: Size = 1024
     """Samples per work item."""
-    batch_size: int = 256
-    seed: int = 1000
+    batch_size: Size = 256
+    seed: Seed = 1000
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Of the models that are measured; measuring networks always run in fp32."""
     compiled: bool = False
     """Compile the models: pays on large networks and many samples."""
-    neighbours: int = 10_000
+    neighbours: Count = 10_000
     """Samples, and real images, that precision, recall and their kin look at: their cost grows with its square."""
-    samples: int = 40
+    samples: Annotated[int, Range(1, MAX_SHOWN)] = 40
     """Images of the sample sheet."""
     reference: str = resource("")
     """Statistics of the real images in Inception's features as EDM publishes them (an .npz file with mu and sigma; local path
     or s3://...), instead of those of images/. Its SHA-256 is part of the result."""
-    nfe: tuple[int, ...] = resource((35, 9, 3, 1))
+    nfe: Some[Annotated[int, Range(1, 2 * MAX_STEPS)]] = resource((35, 9, 3, 1))
     """Teacher: evaluations per image."""
     solver: Literal["auto", "heun", "euler", "calibrated"] = resource("auto")
     """Teacher: "auto" is Heun for odd counts from 15 on, Euler below (few-step Heun explodes). "calibrated" takes the levels
     found by beeline.calibrate, whatever `nfe` says."""
-    steps: tuple[str, ...] = resource(("0",))
+    steps: Some[StepList] = resource(("0",))
     """Students: step schedules, each as "0,8"."""
     rule: Literal["trained", "same_noise", "line", "fresh_noise"] = resource("trained")
     """Students: the sampling rule, if not the one they were trained for."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_shards(self, self.count, self.shard_size)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Recipe:
+class Recipe(Settings):
     """Everything that one data set needs, stage by stage. `students` are the main one and its ablations."""
 
-    name: str
+    name: Name
     images: ImagesConfig
     probe: ProbeConfig
     teacher: TeacherConfig
     pairs: PairsConfig
-    students: dict[str, LmmConfig]
-    few_steps: tuple[str, ...]
+    students: dict[Name, LmmConfig]
+    few_steps: Some[StepList]
     """Step schedules at which the student of all levels (the first phase's) is measured."""
     sweep: SweepConfig
     evaluate: EvaluateConfig
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for key, student in self.students.items():
+            student.require(student.name == key, "name", f"{key!r}, as the recipe calls this student")
+
+
+def _check_shards(config: PairsConfig | EvaluateConfig, count: int, shard_size: int) -> None:
+    limit = MAX_SHARDS * shard_size
+    config.require(count <= limit, "count", f"at most {limit:,}, which is {MAX_SHARDS:,} shards of {shard_size:,}")

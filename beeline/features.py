@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import operator
 from typing import Protocol, cast
 
@@ -16,7 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from beeline.config import ProbeNetworkConfig
+from beeline.config import GROUPS, ProbeNetworkConfig
 
 
 class FeatureNetwork(Protocol):
@@ -49,14 +50,12 @@ class Probe(nn.Module):
         super().__init__()
         self.config = config
         self.channels, self.num_classes = channels, num_classes
-        if len(config.strides) != len(config.widths):
-            raise ValueError(f"a probe has one stride per width; found strides {config.strides}, widths {config.widths}")
         widths = (channels, *config.widths)
         self.convs = nn.ModuleList(
             nn.Conv2d(a, b, config.kernel, stride, padding=config.kernel // 2)
             for a, b, stride in zip(widths, config.widths, config.strides, strict=False)
         )
-        self.norms = nn.ModuleList(nn.GroupNorm(4, width) if config.norm else nn.Identity() for width in config.widths)
+        self.norms = nn.ModuleList(nn.GroupNorm(GROUPS, width) if config.norm else nn.Identity() for width in config.widths)
         self.head = nn.Linear(config.widths[-1], num_classes)
 
     @property
@@ -118,13 +117,31 @@ def resized(images: torch.Tensor, side: int) -> torch.Tensor:
     """Images (B, C, H, W) at `side` pixels, bilinear; unchanged if `side` is 0 or what they have."""
     if side in (0, images.shape[-1]):
         return images
-    return F.interpolate(images, (side, side), mode="bilinear", align_corners=False)
+    return bilinear(images, (side, side), align_corners=False)
+
+
+def bilinear(maps: torch.Tensor, size: tuple[int, int], *, align_corners: bool) -> torch.Tensor:
+    """`F.interpolate` of maps (B, C, H, W) to `size`, as two matrix products.
+
+    On a GPU the gradient of `F.interpolate` is either not deterministic or slow; products are neither.
+    """
+    with torch.autocast(maps.device.type, enabled=False):
+        down, across = (_weights(old, new, maps, align_corners) for old, new in zip(maps.shape[2:], size, strict=True))
+        return down.T @ (maps @ across)
+
+
+def _weights(old: int, new: int, like: torch.Tensor, align_corners: bool) -> torch.Tensor:
+    """What linear interpolation from `old` to `new` places makes of the identity: (old, new)."""
+    with torch.no_grad():
+        identity = torch.eye(old, device=like.device)[None]
+        return F.interpolate(identity, new, mode="linear", align_corners=align_corners)[0].to(like.dtype)
 
 
 def train_probe(
     probe: Probe, images: torch.Tensor, labels: torch.Tensor, *, iterations: int, batch_size: int, lr: float, seed: int
 ) -> float:
-    """Train the probe in place on images (n, C, H, W) in [-1, 1]; return its accuracy on the tenth held out.
+    """Train the probe in place on images (n, C, H, W) in [-1, 1]; return its accuracy on the tenth held out, NaN if its logits
+    are not finite.
 
     Augmentation: shifts of up to one pixel and noise of 0.1, so that features see content rather than position.
     """
@@ -148,5 +165,5 @@ def train_probe(
     probe.eval().requires_grad_(False)
     held_out = held_out.to(images.device)
     with torch.inference_mode():
-        found = torch.cat([probe(images[rows]).argmax(1) for rows in held_out.split(1024)])
-    return float((found == labels[held_out]).float().mean())
+        logits = torch.cat([probe(images[rows]) for rows in held_out.split(1024)])
+    return float((logits.argmax(1) == labels[held_out]).float().mean()) if bool(logits.isfinite().all()) else math.nan

@@ -44,8 +44,10 @@ class Moments:
         if not {"mu", "sigma"} <= found.keys():
             raise ValueError(f"an .npz file with {', '.join(found)}; expected mu and sigma")
         mean, covariance = (np.asarray(found[key], np.float64) for key in ("mu", "sigma"))
-        if covariance.shape != 2 * mean.shape or mean.ndim != 1 or not np.allclose(covariance, covariance.T):
+        if covariance.shape != 2 * mean.shape or mean.ndim != 1 or not np.allclose(covariance, covariance.T, equal_nan=True):
             raise ValueError(f"mu has shape {mean.shape}, sigma {covariance.shape}; expected (D,) and a symmetric (D, D)")
+        if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+            raise ValueError("mu or sigma holds NaN or infinity; expected finite numbers")
         return Moments(mean, covariance)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import nn
@@ -20,6 +20,7 @@ from beeline.errors import BeelineError
 from beeline.lines import Line
 from beeline.noise import stream_seed, x0
 from beeline.schedule import check_steps, edm_sigmas
+from beeline.settings import Index, Settings, Some, Steps
 
 Solver = Literal["heun", "euler", "calibrated"]
 FewStepRule = Literal["same_noise", "line", "fresh_noise"]
@@ -59,7 +60,7 @@ def evaluations(solver: Literal["heun", "euler"], num_steps: int) -> int:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FewStep:
+class FewStep(Settings):
     """How a student is sampled: what it learned on, and so what may be asked of it. Kept in the student's config.json.
 
     `num_steps`: levels of the EDM schedule that step indices refer to. `trained_steps`: the indices the student was
@@ -67,10 +68,15 @@ class FewStep:
     line whose points it learned on (beeline.lines).
     """
 
-    num_steps: int
+    num_steps: Steps
     rule: FewStepRule = "line"
     line: Line = "lerp"
-    trained_steps: tuple[int, ...] | None = None
+    trained_steps: Some[Index] | None = None
+
+    def __post_init__(self) -> None:
+        for name, kind in (("rule", FewStepRule), ("line", Line)):
+            if getattr(self, name) not in get_args(kind):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; this version knows {', '.join(get_args(kind))}")
 
     def check(self, steps: Sequence[int]) -> tuple[int, ...]:
         """`steps` as a tuple; BeelineError where the schedule lacks them or the student was never trained on them."""

@@ -27,15 +27,16 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
+from typing import Annotated, Literal
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from beeline.errors import BeelineError
 from beeline.noise import stream_seed
 from beeline.samplers import solve
-from beeline.toy_ot import ot_pairing
+from beeline.settings import Channels, Count, Positive, Range, Settings, Size, Some, Steps
+from beeline.toy_ot import MAX_OT_BATCH, ot_pairing
 
 EDM_UNIT = 2.0  # EDM's constants are for data of standard deviation 0.5; here it is 1, so all noise levels are doubled
 P_MEAN, P_STD = -1.2 + math.log(EDM_UNIT), 1.2
@@ -75,7 +76,7 @@ DISTRIBUTIONS = {"eight_gaussians": eight_gaussians, "two_moons": two_moons, "ch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ToyConfig:
+class ToyConfig(Settings):
     """What is trained, and on what it is judged.
 
     `distributions` and `repeats`: every repeat of every distribution is a network of its own, K = len(distributions) * repeats
@@ -83,27 +84,25 @@ class ToyConfig:
     new data in every iteration. `steps`: of Heun, where a flow is solved in t. `points`: held-out noises of each network.
     """
 
-    distributions: tuple[str, ...] = tuple(DISTRIBUTIONS)
-    repeats: int = 3
-    ot_batches: tuple[int, ...] = (4, 256)
-    iterations: int = 4000
-    batch_size: int = 256
-    pairs: int = 8192
-    width: int = 64
-    lr: float = 2e-3
-    steps: int = 50
-    points: int = 2048
+    distributions: Some[Literal["eight_gaussians", "two_moons", "checkerboard"]] = (
+        "eight_gaussians",
+        "two_moons",
+        "checkerboard",
+    )
+    repeats: Annotated[int, Range(1, 1000)] = 3
+    ot_batches: tuple[Annotated[Size, Range(2, MAX_OT_BATCH)], ...] = (4, 256)
+    iterations: Count = 4000
+    batch_size: Size = 256
+    pairs: Size = 8192
+    width: Channels = 64
+    lr: Positive = 2e-3
+    steps: Steps = 50
+    points: Size = 2048
 
     def __post_init__(self) -> None:
-        """Raise BeelineError for an unknown distribution, a number below 1, or pairs that cannot be cut into batches."""
-        if not self.distributions or not set(self.distributions) <= set(DISTRIBUTIONS):
-            raise BeelineError(f"toy.distributions are {self.distributions}; expected some of: {', '.join(DISTRIBUTIONS)}")
-        for name in ("repeats", "iterations", "batch_size", "pairs", "width", "lr", "steps", "points"):
-            if getattr(self, name) < 1 and not (name == "lr" and self.lr > 0):
-                raise BeelineError(f"toy.{name.replace('_', '-')} is {getattr(self, name)}; expected 1 at least")
-        for batch in self.ot_batches:
-            if batch < 2 or self.pairs % batch:
-                raise BeelineError(f"toy.ot-batches has {batch}; expected sizes from 2 that divide {self.pairs} pairs")
+        super().__post_init__()
+        whole = all(self.pairs % batch == 0 for batch in self.ot_batches)
+        self.require(whole, "ot_batches", f"sizes that divide pairs, {self.pairs}")
 
     @property
     def members(self) -> int:

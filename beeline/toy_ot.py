@@ -24,33 +24,33 @@ Nothing in the prediction is fitted.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
+from typing import Annotated
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 from scipy.special import betainc, betaincinv, ndtri
 
-from beeline.errors import BeelineError
 from beeline.noise import stream
+from beeline.settings import Channels, Range, Settings, Size, Some
+
+MAX_OT_BATCH = 16_384  # the pairing's time grows with its cube
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OtConfig:
+class OtConfig(Settings):
     """Which slopes are measured: all of `dims` by `batches`, each from `points` pairs at least and 4 batches at least."""
 
-    dims: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
-    batches: tuple[int, ...] = (4, 8, 16, 32, 64, 128, 256, 512, 1024)
-    points: int = 8192
+    dims: Some[Channels] = (1, 2, 4, 8, 16, 32, 64)
+    batches: Some[Annotated[int, Range(2, MAX_OT_BATCH)]] = (4, 8, 16, 32, 64, 128, 256, 512, 1024)
+    points: Size = 8192
 
     def __post_init__(self) -> None:
-        """Raise BeelineError for dimensions, batches or points that cannot be."""
-        if not self.dims or min(self.dims) < 1:
-            raise BeelineError(f"ot.dims are {self.dims}; expected dimensions from 1")
-        if not self.batches or min(self.batches) < 2 or list(self.batches) != sorted(set(self.batches)):
-            raise BeelineError(f"ot.batches are {self.batches}; expected rising batch sizes from 2")
-        if self.points < 1:
-            raise BeelineError(f"ot.points is {self.points}; expected at least 1")
+        super().__post_init__()
+        rising = all(a < b for a, b in itertools.pairwise(self.batches))
+        self.require(rising, "batches", "rising batch sizes")
 
 
 def ot_pairing(x0: np.ndarray, x1: np.ndarray) -> np.ndarray:

@@ -26,6 +26,8 @@ import tyro
 
 from beeline.config import Recipe
 from beeline.errors import BeelineError
+from beeline.settings import MAX_PROCESSES, MAX_THREADS, Amount, Range
+from beeline.settings import check as check_value
 from cluster import speeds
 from cluster.readiness import access, check_all, report
 from cluster.speeds import CPU, Measured, Speed
@@ -35,6 +37,9 @@ from pipeline.command import run_command
 from pipeline.storage import Folder
 
 CORES_PER_GPU = 8  # assumed of machines elsewhere
+Gpus = Annotated[int, Range(-1, MAX_PROCESSES)]
+Cores = Annotated[int, Range(0, MAX_PROCESSES * MAX_THREADS)]
+Utilisation = Annotated[float, Range(0, 1, without="low")]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -173,10 +178,10 @@ def estimate(
     workspace: str,
     recipe: Annotated[Recipe, tyro.conf.arg(name="")],
     gpu: str = "",
-    gpus: int = -1,
-    cores: int = 0,
-    price: float = 0.0,
-    utilisation: float = speeds.UTILISATION,
+    gpus: Gpus = -1,
+    cores: Cores = 0,
+    price: Amount = 0.0,
+    utilisation: Utilisation = speeds.UTILISATION,
     teacher_from: Annotated[Literal["auto", "import", "train"], tyro.conf.arg(name="teacher")] = "auto",
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
     check: bool = False,
@@ -194,9 +199,11 @@ def estimate(
         as_json: Print JSON instead of a table.
         check: Check instead that workspace, weights, disk and cluster are ready; exit status 0 only if they are.
     """
+    check_value("--gpus", gpus, Gpus)
+    check_value("--cores", cores, Cores)
+    check_value("--price", price, Amount)
+    check_value("--utilisation", utilisation, Utilisation)
     device = speeds.known(gpu) if gpu else speeds.here()
-    if not 0 < utilisation <= 1 or price < 0:
-        raise BeelineError(f"utilisation is {utilisation}, price {price}; expected a share above 0 and a price from 0")
     gpus = 1 if gpus < 0 else gpus
     if gpus == 0 and device != CPU:
         raise BeelineError(f"--gpus 0 of kind {device}; for machines without GPUs give --gpu cpu")

@@ -28,6 +28,7 @@ from beeline.config import EvaluateConfig, to_dict
 from beeline.errors import BeelineError
 from beeline.frechet import Moments
 from beeline.measuring import PROBES
+from beeline.settings import ModelPath, Some, check
 from evaluation import results
 from evaluation.jobs import (
     HELD_OUT,
@@ -43,7 +44,7 @@ from evaluation.jobs import (
     Sheet,
     sound,
 )
-from evaluation.reference import KEPT, groups, merge_reference, reference, reference_folder
+from evaluation.reference import KEPT, check_reference, groups, merge_reference, reference, reference_folder
 from evaluation.rows import Row, rows_for
 from pipeline import metrics
 from pipeline.command import run_command
@@ -57,7 +58,7 @@ def evaluate(
     workspace: str,
     recipe: tyro.conf.Suppress[str],
     evaluate: Annotated[EvaluateConfig, tyro.conf.arg(name="")],
-    model: tuple[str, ...] = ("teacher",),
+    model: Some[ModelPath] = ("teacher",),
 ) -> None:
     """Measure models against <workspace>/images.
 
@@ -65,13 +66,37 @@ def evaluate(
         workspace: Local folder or s3://bucket/prefix.
         model: Folders of the models: teacher, students/<name>, students/<name>/ema-<half-life>.
     """
+    check("--model", model, Some[ModelPath])
     measure(workspace, recipe, evaluate, {name: evaluate.steps for name in model})
 
 
 def measure(workspace: str, recipe: str, config: EvaluateConfig, models: Mapping[str, tuple[str, ...]]) -> None:
     """Measure several models with one pool; `models` gives each student the step schedules to sample it at."""
     place = Folder(workspace)
+    for name in models:
+        check("--model", name, ModelPath)
     images = require(place, "images", recipe)
+    networks, moments, given = check_measurable(place, recipe, config, images)
+    count = config.count or images["images"]["count"]
+    setup = Setup(
+        workspace=place, recipe=recipe, config=config, images=images, pairs=_pairs(place, recipe), count=count, moments=moments
+    )
+    digests = {name: digest for name, (digest, _) in networks.items()}
+    found = [_measurement(setup, name, replace(config, steps=steps), digests, given) for name, steps in models.items()]
+    work = [measurement for measurement in found if measurement.stage.begin(more=bool(measurement.rows))]
+    if not work:
+        return
+    _prepare_and_sample(setup, work, digests)
+    _judge(setup, work)
+    for measurement in work:
+        measurement.publish(setup)
+
+
+def check_measurable(
+    place: Folder, recipe: str, config: EvaluateConfig, images: Mapping[str, Any]
+) -> tuple[dict[str, tuple[str, int]], Moments | None, str]:
+    """The measuring networks (`_networks`), and the given reference with its SHA-256. Raises BeelineError where they are
+    missing, do not go together, or have more features than there are samples."""
     moments, given = _given_reference(config)
     networks = _networks(place, config, recipe)
     count = config.count or images["images"]["count"]
@@ -81,21 +106,9 @@ def measure(workspace: str, recipe: str, config: EvaluateConfig, models: Mapping
                 f"{count} samples are too few for a distance in the {dimensions} features of {name}; take more than "
                 f"{dimensions} (--count), or measure in other features (--features)"
             )
-    setup = Setup(
-        workspace=place, recipe=recipe, config=config, images=images, pairs=_pairs(place, recipe), count=count, moments=moments
-    )
-    digests = {name: digest for name, (digest, _) in networks.items()}
-    work = [
-        found
-        for name, steps in models.items()
-        if (found := _measurement(setup, name, replace(config, steps=steps), digests, given)) is not None
-    ]
-    if not work:
-        return
-    _prepare_and_sample(setup, work, digests)
-    _judge(setup, work)
-    for measurement in work:
-        measurement.publish(setup)
+        if name == "inception" and moments is not None:
+            check_reference(moments, name, dimensions)
+    return networks, moments, given
 
 
 @dataclasses.dataclass
@@ -136,24 +149,30 @@ class Measurement:
         return [*(Fidelity(self.name, row) for row in self.rows), *lines]
 
     def publish(self, setup: Setup) -> None:
-        """Metrics and sheets; then what was only needed for them goes."""
+        """Metrics and sheets; then what was only needed for published rows goes. What another command still measures stays."""
         folder = self.stage.folder
-        if self.rows:
-            results.publish(setup, self.name, self.rows, self.stage.plan, self.straight)
-        for name in folder.sizes():
-            if name.startswith(("part-", "draw-", "pairs-")):
-                folder.remove(name)
+        results.publish(setup, self.name, self.rows, self.stage.plan, self.straight)
+        for name in results.temporary(folder):
+            folder.remove(name)
         folder.clean()
-        published = folder.read_json(results.METRICS)["rows"]
+        published = (results.metrics_in(folder) or {"rows": []})["rows"]
         for row in published:
             metrics.gauge("evaluation_figure", row["mean"], model=self.name, sampler=row["sampler"], metric=row["metric"])
         measured = {row["sampler"]: row["nfe"] for row in published}
         samples = setup.config.draws * setup.count
-        self.stage.finish(samples=samples * len(measured), evaluations=samples * sum(measured.values()))
+        finish(self.stage, samples=samples * len(measured), evaluations=samples * sum(measured.values()))
+
+
+def finish(stage: Stage, **facts: Any) -> None:
+    """Finish the stage with the files that stay, until they are those that `_SUCCESS` lists: another command may write too."""
+    while True:
+        stage.finish(temporary=results.TEMPORARY, **facts)
+        if stage.is_complete():
+            return
 
 
 def _networks(place: Folder, config: EvaluateConfig, recipe: str) -> dict[str, tuple[str, int]]:
-    """Of each measuring network: the SHA-256 of its weights, and its features."""
+    """The digest (`checkpoint.digest`) of each measuring network, and the number of its features."""
     made = {}
     for name in config.features:
         if name in PROBES:
@@ -179,7 +198,7 @@ def _given_reference(config: EvaluateConfig) -> tuple[Moments | None, str]:
     try:
         return Moments.from_npz(data), hashlib.sha256(data).hexdigest()
     except ValueError as error:
-        raise BeelineError(f"{config.reference}: {error}") from error
+        raise BeelineError(f"{config.reference}: {error}; give EDM's statistics, an .npz file as published") from error
 
 
 def _pairs(place: Folder, recipe: str) -> dict[str, Any] | None:
@@ -191,10 +210,8 @@ def _pairs(place: Folder, recipe: str) -> dict[str, Any] | None:
         return None
 
 
-def _measurement(
-    setup: Setup, name: str, config: EvaluateConfig, networks: Mapping[str, str], given: str
-) -> Measurement | None:
-    """What is left of this model; None, with a line said, if everything asked for is there."""
+def _measurement(setup: Setup, name: str, config: EvaluateConfig, networks: Mapping[str, str], given: str) -> Measurement:
+    """What is left to measure of this model; nothing is written yet."""
     model, digest = require_model(setup.workspace, name, setup.recipe)
     check_fits(setup.workspace, setup.images, model.network_config, name)
     rows = rows_for(model, config)
@@ -209,8 +226,6 @@ def _measurement(
     stage = Stage(setup.workspace, f"evaluation/{name}", plan)
     measured = results.measured(stage.folder)
     left = [row for row in rows if row.label not in measured]
-    if not stage.begin(more=bool(left)):
-        return None
     # Students of single levels mean nothing at other levels.
     straight = model.few_step is None or model.few_step.trained_steps is None
     return Measurement(name, stage, left, straight)
@@ -234,13 +249,23 @@ def _prepare_and_sample(setup: Setup, work: Sequence[Measurement], networks: Map
     if pairs:
         held_out.finish(pairs=PAIRS)
     for stage, parts in references.values():
-        merge_reference(stage.folder, [part.file for part in parts])
+        _merge(stage, [part.file for part in parts], images["images"]["count"])
         for part in parts:
             stage.folder.remove(part.file)
         stage.folder.clean()
-        stage.finish(images=images["images"]["count"])
     for name in networks:
         reference(place, name, setup.moments)  # a reference of another network is refused before samples are judged
+
+
+def _merge(stage: Stage, files: list[str], count: int) -> None:
+    """Make one reference of the groups' files, unless another command has, which then removes them."""
+    try:
+        if not stage.is_complete():
+            merge_reference(stage.folder, files)
+            stage.finish(temporary=("part-",), images=count)
+    except FileNotFoundError as error:
+        if not stage.is_complete():
+            raise BeelineError(f"{error} was removed meanwhile; run the command again") from error
 
 
 def _judge(setup: Setup, work: Sequence[Measurement]) -> None:
@@ -254,9 +279,10 @@ def _judge(setup: Setup, work: Sequence[Measurement]) -> None:
 
 
 def _left(folder: Folder, jobs: Sequence[Any]) -> list[Any]:
-    """The items whose file is not there, or damaged."""
-    there = folder.sizes()
-    return [job for job in jobs if job.file not in there or not sound(folder, job.file)]
+    """The items whose file is not there, or damaged. What belongs to rows that are published meanwhile is left out."""
+    there, published = folder.sizes(), results.measured(folder)
+    left = [job for job in jobs if getattr(job, "row", None) is None or job.row.label not in published]
+    return [job for job in left if job.file not in there or not sound(folder, job.file)]
 
 
 def _run(setup: Setup, what: str, jobs: list[Any]) -> None:

@@ -246,9 +246,13 @@ class Judge:
         return f"draw-{self.row.slug}-{self.draw}.json"
 
     def run(self, bench: Bench) -> None:
-        """Join what was seen of the draw's shards in their order, and measure."""
+        """Join what was seen of the draw's shards in their order, and measure. Parts that are gone belong to a row that another
+        command has published: there is nothing to do, or publishing says so."""
         folder = bench.place("evaluation", self.model)
-        parts = [unpack(folder.read(name), "features") for name in self.parts]
+        try:
+            parts = [unpack(folder.read(name), "features") for name in self.parts]
+        except FileNotFoundError:
+            return
         found: dict[str, float] = {}
         for name in bench.setup.config.features:
             seen = Looks.join([Looks(part[f"{name}.features"], part.get(f"{name}.logits")) for part in parts])
@@ -314,6 +318,8 @@ def sound(folder: Folder, name: str) -> bool:
     """Whether a file that is there can be read; if not, a line says that it will be made again."""
     try:
         json.loads(folder.read(name)) if name.endswith(".json") else unpack(folder.read(name), "features")
+    except FileNotFoundError:
+        return False  # removed meanwhile
     except ValueError as error:
         print(f"{folder}/{name}: unreadable ({error}); it will be made again", flush=True)
         return False

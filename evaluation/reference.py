@@ -40,12 +40,17 @@ def reference(workspace: Folder, network: str, given: Gaussian | None = None) ->
     folder = workspace / reference_folder(network)
     kept = unpack(folder.read(FEATURES), "features")
     moments = given if network == "inception" and given else Statistics.from_npz(folder.read(STATISTICS))
-    if moments.mean.shape[0] != kept["features"].shape[1]:
+    check_reference(moments, network, kept["features"].shape[1])
+    return Reference(moments, kept["features"], kept["rows"])
+
+
+def check_reference(moments: Gaussian, network: str, dimensions: int) -> None:
+    """Raise BeelineError unless `moments` are of as many features as `network` has."""
+    if moments.mean.shape[0] != dimensions:
         raise BeelineError(
-            f"the reference has {moments.mean.shape[0]} features, {network} {kept['features'].shape[1]}; "
+            f"the reference has {moments.mean.shape[0]} features, {network} {dimensions}; "
             "expected statistics of the same network"
         )
-    return Reference(moments, kept["features"], kept["rows"])
 
 
 def merge_reference(folder: Folder, files: list[str]) -> None:

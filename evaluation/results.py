@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import importlib.metadata
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from beeline.arrays import unpack
+from beeline.errors import BeelineError, reading
+from beeline.layout import check_layout
 from beeline.measures import nearest
 from beeline.measuring import RESIZES
 from evaluation.jobs import Fidelity, Judge, Lines, Setup, Sheet
 from evaluation.reference import reference
-from evaluation.rows import Row, noise_seed
+from evaluation.rows import Row, noise_seed, slug_of
 from pipeline.reader import decoded
 from pipeline.sheet import sheet_png
 from pipeline.storage import Folder
@@ -21,28 +24,92 @@ from pipeline.storage import Folder
 METRICS, SAMPLES, NEAREST = "metrics.json", "samples.png", "nearest.png"
 LIBRARIES = ("torch", "torchvision", "torch-fidelity", "timm", "numpy", "scipy", "ray", "beeline")
 SHOWN_NEAREST = 20
+FIGURE = {
+    "model": str, "nfe": 1, "steps?": [0], "sampler": str, "metric": str, "n": 1, "mean": float, "std": float, "min": float,
+    "draws": [float],
+}  # fmt: skip
+CURVES = {"sigmas": [float], "values": [float], "own": [float], "speed": [float]}
+MEANS = {"mean": float, "own_mean": float, "speed_mean": float}
+METRICS_LAYOUT = {
+    "rows": [FIGURE], "order": [{"label": str, "sheet": str}], "straightness?": CURVES | MEANS, "provenance": {},
+}  # fmt: skip
+
+
+def metrics_in(folder: Folder) -> dict[str, Any] | None:
+    """The metrics.json of a model's evaluation, None where there is none. Raises BeelineError for another layout."""
+    with reading(f"{folder}/{METRICS} is not as expected", again(folder)):
+        found = folder.read_json(METRICS)
+        if found is not None:
+            check_layout(found, METRICS_LAYOUT)
+            if not all(re.fullmatch(r"[\w.-]+\.npz", entry["sheet"]) for entry in found["order"]):
+                raise ValueError("a sheet's name is no file's")
+        return found
+
+
+def again(folder: Folder) -> str:
+    """What to do about damaged metrics."""
+    workspace, _, model = str(folder).partition("/evaluation/")
+    command = f"python evaluation/evaluate.py RECIPE --workspace {workspace} --model {model}"
+    return f"remove {folder} and measure again with: {command}"
 
 
 def measured(folder: Folder) -> list[str]:
     """The labels of the rows that are published there, in their order."""
-    found = folder.read_json(METRICS) or {"rows": []}
-    return list(dict.fromkeys(row["sampler"] for row in found["rows"]))
+    return [entry["label"] for entry in _published(folder)["order"]]
 
 
 def publish(setup: Setup, model: str, rows: Sequence[Row], plan: Mapping[str, Any], straight: bool) -> None:
-    """Write the sheets, then metrics.json, of the rows that are there and `rows`, the new ones, and print the new."""
+    """Write metrics.json and the sheets of all rows that are there and of `rows`, the new ones, and print those.
+
+    Each row gets a file of its own first. Another command may measure the same model meanwhile: whoever writes metrics.json
+    last has seen the rows of both.
+    """
     folder = setup.workspace / "evaluation" / model
-    there = folder.read_json(METRICS) or {"rows": [], "order": []}
-    order = [*there["order"], *({"label": row.label, "sheet": Sheet(model, row, 0).file} for row in rows)]
-    sheets = [unpack(folder.read(entry["sheet"]), "samples") for entry in order]
+    for row in rows:
+        if (lines := _figures(setup, folder, model, row)) is not None:
+            folder.write_json(f"row-{row.slug}.json", {"label": row.label, "sheet": Sheet(model, row, 0).file, "rows": lines})
+            print(_said(model, row, lines), flush=True)
+    written = None
+    while (found := _published(folder)) != written:
+        _write(setup, folder, found, plan, straight)
+        written = found
+
+
+def temporary(folder: Folder) -> list[str]:
+    """The files that published rows were made of."""
+    slugs = "|".join(re.escape(slug_of(label)) for label in measured(folder))
+    pattern = re.compile(rf"part-({slugs})-\d+-\d{{5,}}\.npz|draw-({slugs})-\d+\.json|pairs-({slugs})\.json")
+    return [name for name in folder.sizes() if pattern.fullmatch(name)]
+
+
+def _published(folder: Folder) -> dict[str, Any]:
+    """ "rows" and "order" of metrics.json, those of the rows that it lacks at their end."""
+    there = metrics_in(folder) or {"rows": [], "order": []}
+    labels = {entry["label"] for entry in there["order"]}
+    files = [_row_in(folder, name) for name in folder.sizes() if name.startswith("row-")]
+    new = [found for found in files if found is not None and found["label"] not in labels]
+    return {
+        "rows": [*there["rows"], *(line for found in new for line in found["rows"])],
+        "order": [*there["order"], *({key: found[key] for key in ("label", "sheet")} for found in new)],
+    }
+
+
+def _row_in(folder: Folder, name: str) -> dict[str, Any] | None:
+    with reading(f"{folder}/{name} is not as expected", again(folder)):
+        found = folder.read_json(name)
+        if found is not None:
+            check_layout(found, {"label": str, "sheet": str, "rows": [FIGURE]})
+        return found
+
+
+def _write(setup: Setup, folder: Folder, found: Mapping[str, Any], plan: Mapping[str, Any], straight: bool) -> None:
+    sheets = [unpack(folder.read(entry["sheet"]), "samples") for entry in found["order"]]
     _draw_sheets(setup, folder, sheets)
-    new = [line for row in rows for line in _figures(setup, folder, model, row)]
     config = setup.config
     folder.write_json(
         METRICS,
         {
-            "rows": [*there["rows"], *new],
-            "order": order,
+            **found,
             "straightness": folder.read_json(Lines.file) if straight and setup.pairs is not None else None,
             "provenance": {
                 **plan,
@@ -54,8 +121,6 @@ def publish(setup: Setup, model: str, rows: Sequence[Row], plan: Mapping[str, An
             },
         },
     )
-    for row in rows:
-        print(_said(model, row, [line for line in new if line["sampler"] == row.label]), flush=True)
 
 
 def _said(model: str, row: Row, lines: Sequence[Mapping[str, Any]]) -> str:
@@ -66,12 +131,17 @@ def _said(model: str, row: Row, lines: Sequence[Mapping[str, Any]]) -> str:
     return f"{model}, {row.label}: NFE {row.nfe}, {first['metric']} {first['mean']:.3f}{spread}{rest}"
 
 
-def _figures(setup: Setup, folder: Folder, model: str, row: Row) -> list[dict[str, Any]]:
-    """A row of metrics.json for each figure of a row of the table."""
+def _figures(setup: Setup, folder: Folder, model: str, row: Row) -> list[dict[str, Any]] | None:
+    """A row of metrics.json for each figure of a row of the table; None where another command has published the row and has
+    removed what it was made of."""
     judged = [folder.read_json(Judge(model, row, number, ()).file) for number in range(setup.config.draws)]
+    near = folder.read_json(Fidelity(model, row).file) if setup.pairs is not None else {}
+    if None in [*judged, near]:
+        if row.label in measured(folder):
+            return None
+        raise BeelineError(f"{folder}: files of the row {row.label!r} were removed meanwhile; run the command again")
     figures = {metric: [draw[metric] for draw in judged] for metric in judged[0]}
-    if setup.pairs is not None:
-        figures |= {metric: [value] for metric, value in folder.read_json(Fidelity(model, row).file).items()}
+    figures |= {metric: [value] for metric, value in near.items()}
     return [
         {
             "model": model,

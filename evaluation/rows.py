@@ -36,7 +36,12 @@ class Row:
     @property
     def slug(self) -> str:
         """As files name it: heun-18, 0-8."""
-        return self.label.replace(" ", "-").replace(",", "-")
+        return slug_of(self.label)
+
+
+def slug_of(label: str) -> str:
+    """A row's label as files name it."""
+    return label.replace(" ", "-").replace(",", "-")
 
 
 def rows_for(model: Denoiser, config: EvaluateConfig) -> list[Row]:

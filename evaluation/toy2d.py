@@ -16,6 +16,7 @@ if __name__ == "__main__":
 import dataclasses
 import io
 import json
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -36,6 +37,7 @@ from beeline import toy_ot
 from beeline.entry import run_main
 from beeline.errors import BeelineError
 from beeline.noise import stream_seed
+from beeline.settings import Seed, Threads, check, naming_options
 from beeline.toy import Field, ToyConfig, integrate, measure, sliced_w2, train_all
 from beeline.toy_ot import OtConfig
 
@@ -48,8 +50,8 @@ BLUE, ORANGE = "#27496d", "#e08a3c"
 
 def toy2d(
     out: Path = Path("runs/toy2d"),
-    seed: int = 0,
-    threads: int = 1,
+    seed: Seed = 0,
+    threads: Threads = 1,
     toy: ToyConfig = ToyConfig(),  # noqa: B008
     ot: OtConfig = OtConfig(),  # noqa: B008
 ) -> None:
@@ -62,6 +64,8 @@ def toy2d(
         toy: The flows.
         ot: The pairings of appendix A.2.
     """
+    check("--seed", seed, Seed)
+    check("--threads", threads, Threads)
     torch.set_num_threads(threads)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -229,7 +233,8 @@ def draw_ot(rows: list[dict[str, float]], needed: list[dict[str, Any]], ot: OtCo
 
 def main() -> None:
     """The command."""
-    tyro.cli(toy2d)
+    with naming_options(sys.argv[1:]):
+        tyro.cli(toy2d)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,10 @@ from beeline.entry import run_main
 from beeline.errors import BeelineError
 from beeline.places import holds_credentials
 from beeline.recipes import RECIPES
+from beeline.settings import naming_options
 from pipeline.runtime import find_user_error, shutdown
+
+MAX_RECIPE_SEED = 10**18  # recipes make other seeds of it, which fit into 63 bits, too
 
 
 def run_command(stage: Callable[..., Any]) -> NoReturn:
@@ -59,8 +62,8 @@ def _parse_and_run(stage: Callable[..., Any]) -> None:
         print(f"{problem}{usage}", file=sys.stdout if asked_help else sys.stderr)
         sys.exit(0 if asked_help else 2)
     seed = _pop_option(argv, "--seed", "0")
-    if not seed.isdigit():
-        raise BeelineError(f"--seed is {seed!r}; expected a whole number from 0")
+    if not (seed.isascii() and seed.isdigit() and len(seed) < 20 and int(seed) <= MAX_RECIPE_SEED):
+        raise BeelineError(f"--seed is {seed!r}; expected a whole number from 0 to {MAX_RECIPE_SEED:,}")
     recipe = RECIPES[name](int(seed))
     defaults: dict[str, Any] = {
         "recipe": recipe if parameters.get("recipe") and "Recipe" in str(parameters["recipe"].annotation) else name,
@@ -73,7 +76,8 @@ def _parse_and_run(stage: Callable[..., Any]) -> None:
             raise BeelineError(f"--student is {student!r}; this recipe has {', '.join(recipe.students)}")
         defaults["lmm"] = recipe.students[student]
     call = functools.partial(stage, **{key: value for key, value in defaults.items() if key in parameters})
-    tyro.cli(call, args=argv, prog=f"{script} {name} [--seed N]")
+    with naming_options(argv):
+        tyro.cli(call, args=argv, prog=f"{script} {name} [--seed N]")
 
 
 def _pop_option(argv: list[str], option: str, default: str) -> str:

@@ -25,7 +25,7 @@ import torch
 import tyro
 
 from beeline import noise
-from beeline.checkpoint import SOLVER, solver_levels
+from beeline.checkpoint import SOLVER, WEIGHTS, digest_of, solver_levels
 from beeline.config import PairsConfig, to_dict
 from beeline.denoiser import Denoiser
 from beeline.errors import BeelineError
@@ -65,6 +65,19 @@ def stored(x1: np.ndarray, dtype: str) -> np.ndarray:
     if dtype == "uint8":
         return ((x1 + 1) * 127.5).round().clip(0, 255).astype(np.uint8)
     return x1.astype(dtype, copy=False)
+
+
+def check_images(x1: np.ndarray, rows: range, config: PairsConfig, teacher_sha256: str) -> None:
+    """Raise BeelineError, naming the teacher, unless x1 (n, C, H, W) of the pairs `rows` is finite, also as it is stored."""
+    largest = np.finfo(np.float16).max if config.dtype == "float16" else np.inf
+    bad = ~(np.abs(x1) < largest).reshape(len(x1), -1).all(axis=1)
+    if bad.any():
+        cure = "choose --pairs.precision bf16 or fp32" if config.precision == "fp16" else "check the teacher's training"
+        raise BeelineError(
+            f"the teacher (SHA-256 {teacher_sha256[:12]}...) makes NaN or infinite images in precision {config.precision}: "
+            f"{int(bad.sum()):,} of the pairs {rows[0]:,} to {rows[-1]:,}, the first is {rows[int(bad.argmax())]:,}. "
+            f"Their shard is not stored; {cure}"
+        )
 
 
 def load_sampler(workspace: Folder, recipe: str, plan: dict[str, Any], config: PairsConfig) -> Denoiser:
@@ -118,22 +131,21 @@ class PairShards:
         waited, labels = start - self._idle_since, pair_labels(rows, self.teacher.label_dim)
         x0 = noise.x0(self.config.seed, rows, self.teacher.image_shape)
         x1 = make_pairs(self.teacher, x0, labels, self.config)
+        check_images(x1, rows, self.config, self.plan["teacher_sha256"])
         self._idle_since = time.monotonic()
         return (x0, x1, labels), {"sampling_seconds": self._idle_since - start, "waiting_seconds": waited}
 
 
-def calibrated_levels(teacher: Folder, digest: str) -> tuple[float, ...]:
-    """The levels in the teacher's solver.json. Raises BeelineError where there is none for these weights."""
+def calibrated_levels(teacher: Folder) -> tuple[float, ...]:
+    """The levels in the teacher's solver.json. Raises BeelineError where there is none for its weights."""
     try:
-        return solver_levels(teacher.read(SOLVER), digest, str(teacher))
+        return solver_levels(teacher.read(SOLVER), digest_of(teacher.read(WEIGHTS)), str(teacher))
     except FileNotFoundError as error:
         raise BeelineError(f"{teacher}/{SOLVER} is missing; make it with: python -m beeline.calibrate {teacher}") from error
 
 
 def plan_of(config: PairsConfig, teacher: Denoiser, digest: str, levels: Sequence[float] | None) -> dict[str, Any]:
     """The plan of a store: what its bytes depend on. Raises BeelineError for sizes that cannot be."""
-    if config.count < 1 or config.shard_size < 1 or config.batch_size < 1:
-        raise BeelineError(f"count {config.count}, shard_size {config.shard_size}, batch_size {config.batch_size}: all from 1")
     pair_bytes = int(np.prod(teacher.image_shape)) * np.dtype(config.dtype).itemsize
     if config.shard_size * pair_bytes > MAX_SHARD_BYTES:
         raise BeelineError(
@@ -158,7 +170,7 @@ def gen_pairs(workspace: str, recipe: tyro.conf.Suppress[str], pairs: PairsConfi
     """
     place = Folder(workspace)
     teacher, digest = require_model(place, "teacher", recipe)
-    levels = calibrated_levels(place / "teacher", digest) if pairs.solver == "calibrated" else None
+    levels = calibrated_levels(place / "teacher") if pairs.solver == "calibrated" else None
     stage = Stage(place, "pairs", plan_of(pairs, teacher, digest, levels))
     if not stage.begin():
         return

@@ -1,4 +1,4 @@
-"""Real images into images/: uint8 Parquet shards with labels, from any source that images.py knows.
+"""Real images into images/: uint8 Parquet shards with labels, from any source that pipeline/sources knows.
 
     python pipeline/ingest_images.py digits
     python pipeline/ingest_images.py digits --images.source photos/ --images.resolution 32 --images.channels 3
@@ -14,6 +14,7 @@ if __name__ == "__main__":
 
     guard()
 
+import collections
 import hashlib
 import json
 from collections.abc import Sequence
@@ -23,17 +24,20 @@ import numpy as np
 import tyro
 
 from beeline.config import ImagesConfig, to_dict
-from beeline.errors import BeelineError
+from beeline.errors import BeelineError, one_line
 from beeline.noise import stream
+from beeline.settings import MAX_SHARDS
 from pipeline.command import run_command
-from pipeline.images import CorruptImage, Source, open_source
 from pipeline.pool import run_pool
 from pipeline.progress import Progress
 from pipeline.shards import encode, shard_count, shard_name, shard_rows, survey
-from pipeline.stage import Stage
+from pipeline.sources import CorruptImage, Source, open_source
+from pipeline.sources.labels import summary
+from pipeline.stage import PLAN, Stage
 from pipeline.storage import Folder
 
 NAMED = 20  # corrupt images that an error names
+NOTE = 400  # characters of a line about the source
 PASS_BYTES = 512 * 2**20  # images that an actor holds at once, where a source is best read from its start to its end
 
 
@@ -45,6 +49,12 @@ def shuffled(count: int) -> np.ndarray:
     return np.argsort(stream(0, "images", count).bit_generator.random_raw(count), kind="stable")
 
 
+def listing_digest(source: Source, order: np.ndarray) -> str:
+    """SHA-256 of the images' names and classes in the order of images/."""
+    names = "\n".join(source.names[int(i)] for i in order)
+    return hashlib.sha256(names.encode("utf-8", "surrogateescape") + source.classes.labels[order].tobytes()).hexdigest()
+
+
 class ImageShards:
     """Writes the shards of images/; `passes` are the shards that are made together."""
 
@@ -52,11 +62,16 @@ class ImageShards:
         self.folder = workspace / "images"
         self.plan, self.config, self.passes = plan, config, passes
         self.source = open_source(config)
-        self.order = shuffled(len(self.source.labels))
+        self.order = shuffled(len(self.source.names))
+        if listing_digest(self.source, self.order) != plan["images"]["listing_sha256"]:
+            raise BeelineError(
+                f"{config.source} holds other images here than where the command was started; expected the same on all "
+                "machines, unchanged while images/ is made"
+            )
 
     def work(self, number: int) -> dict[str, Any]:
-        """Make and publish the shards of a pass; the row counts their images and names the corrupt ones, whose shards are left
-        out."""
+        """Make and publish the shards of a pass; the row counts their images and what was changed in them, and names the
+        corrupt ones, whose shards are left out."""
         shards = [shard_rows(k, self.config.shard_size, len(self.order)) for k in self.passes[number]]
         positions = np.concatenate([np.asarray(rows) for rows in shards])
         wanted = self.order[positions]
@@ -73,9 +88,11 @@ class ImageShards:
         for k, rows in zip(self.passes[number], shards, strict=True):
             part = slice(start, start := start + len(rows))
             if sound[part].all():
-                labels = self.source.labels[wanted[part]]
+                labels = self.source.classes.labels[wanted[part]]
                 self.folder.write(shard_name(k), encode("image", images[part], labels, rows, self.plan))
-        return {"images": len(wanted), "corrupt": json.dumps(corrupt)}
+        changes = dict(self.source.pixels.changes)
+        self.source.pixels.changes.clear()
+        return {"images": len(wanted), "corrupt": json.dumps(corrupt), "changes": json.dumps(changes)}
 
 
 def passes_for(shards: Sequence[int], source: Source, config: ImagesConfig) -> list[list[int]]:
@@ -95,39 +112,60 @@ def ingest_images(workspace: str, recipe: tyro.conf.Suppress[str], images: Image
         workspace: Local folder or s3://bucket/prefix.
     """
     source = open_source(images)
-    count = len(source.labels)
-    order = shuffled(count)
-    labels, names = source.labels[order], "\n".join(source.names[int(i)] for i in order)
+    count = len(source.names)
+    if (shards := shard_count(count, images.shard_size)) > MAX_SHARDS:
+        raise BeelineError(
+            f"{count:,} images in shards of {images.shard_size:,} make {shards:,} shards; expected at most {MAX_SHARDS:,}. "
+            "Choose a larger --images.shard-size"
+        )
+    for note in (summary(source.classes), *source.notes):
+        print(f"images: {one_line(note, NOTE)}", flush=True)
     plan = {
         "images": to_dict(images, resources=False)
         | {
             "count": count,
-            "num_classes": int(labels.max()) + 1,
+            "num_classes": int(source.classes.labels.max()) + 1,
             "order": "shuffled",
-            "listing_sha256": hashlib.sha256(names.encode() + labels.tobytes()).hexdigest(),  # the order is in it
+            "listing_sha256": listing_digest(source, shuffled(count)),
         }
     }
     place = Folder(workspace)
     stage = Stage(place, "images", plan)
     if not stage.begin():
         return
+    corrupt = _make(stage, place, source, images)
+    stage.folder.clean()
+    if corrupt:
+        stage.folder.remove(PLAN)  # another source may take this place; shards that are kept name their plan themselves
+        shown = "; ".join(sorted(corrupt)[:NAMED]) + ("; ..." if len(corrupt) > NAMED else "")
+        raise BeelineError(
+            f"{len(corrupt):,} of {count:,} images in {images.source} cannot be read: {shown}. Repair them, or take them out "
+            "of the source, and run the command again; shards without them are kept"
+        )
+    stage.finish(images=count, shards=shard_count(count, images.shard_size))
+
+
+def _make(stage: Stage, place: Folder, source: Source, images: ImagesConfig) -> list[str]:
+    """Make the shards that are missing. Returns the corrupt images."""
+    count = len(source.names)
+    expected = {shard_name(k) for k in range(shard_count(count, images.shard_size))}
+    for name in stage.folder.sizes():
+        if name.startswith("part-") and name not in expected:  # of a source with more images, some of them corrupt
+            stage.folder.remove(name)
     left = survey(stage.folder, stage.plan, count, images.shard_size).todo
+    total = sum(len(shard_rows(k, images.shard_size, count)) for k in left)
     passes = passes_for(left, source, images)
     arguments = {"workspace": place, "plan": stage.plan, "config": images, "passes": passes}
     corrupt: list[str] = []
-    with Progress("images", sum(len(shard_rows(k, images.shard_size, count)) for k in left), "images") as progress:
+    changes: collections.Counter[str] = collections.Counter()
+    with Progress("images", total, "images") as progress:
         for row in run_pool(ImageShards, arguments, range(len(passes)), images, name="images"):
             progress.add(row["images"])
             corrupt += json.loads(row["corrupt"])
-    stage.folder.clean()
-    if corrupt:
-        shown = "; ".join(sorted(corrupt)[:NAMED]) + ("; ..." if len(corrupt) > NAMED else "")
-        raise BeelineError(
-            f"{len(corrupt):,} of {count:,} images in {images.source} cannot be read: {shown}. Shards without "
-            f"them are kept. Mend these and run the command again, or take them out of the source and remove "
-            f"{stage.folder} to start without them"
-        )
-    stage.finish(images=count, shards=shard_count(count, images.shard_size))
+            changes.update(json.loads(row["changes"]))
+    for change, number in sorted(changes.items()):
+        print(f"images: {number:,} of them {change}", flush=True)
+    return corrupt
 
 
 if __name__ == "__main__":

@@ -8,20 +8,33 @@ window and the next batch are made in the background, x0 included, which is neve
 from __future__ import annotations
 
 import bisect
+import contextlib
 import functools
 import itertools
 import time
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from beeline.arrays import spread
-from beeline.errors import BeelineError
+from beeline.errors import BeelineError, StorageError
 from beeline.noise import crc32, stream, x0
-from pipeline.shards import READERS, Columns, columns, decode, shard_count, shard_metadata, shard_name, shard_rows
+from pipeline.shards import (
+    READERS,
+    Columns,
+    check_footer,
+    check_group,
+    check_rows,
+    columns,
+    decode,
+    shard_count,
+    shard_metadata,
+    shard_name,
+    shard_rows,
+)
 from pipeline.storage import Folder
 
 WINDOW = 64  # row groups of some 6 MB; this window and the next are in memory
@@ -46,6 +59,7 @@ class ShardReader:
         self.folder, self.seed = folder, seed
         self.count, self.shard_size = int(config["count"]), int(config["shard_size"])
         self.shards = shard_count(self.count, self.shard_size)
+        self.config, self.metadata = dict(config), {}
         self._footer = functools.lru_cache(maxsize=4096)(self._read_footer)
         self._group = functools.lru_cache(maxsize=2 * WINDOW)(self._read_group)
         self._epoch = functools.lru_cache(maxsize=2)(self._shuffled)
@@ -56,7 +70,7 @@ class ShardReader:
         """Seconds that callers of `batch` have waited so far."""
         self._batches, self._ahead = ThreadPoolExecutor(1, "batches"), ThreadPoolExecutor(1, "windows")
         self._loaders, self._draw = ThreadPoolExecutor(LOADERS, "row-groups"), ThreadPoolExecutor(DRAWERS, "noise")
-        self.metadata = self._footer(0)[1]
+        self.metadata: dict[str, Any] = self._footer(0)[1]
         self.group_rows = min(self.metadata["group_rows"], self.shard_size)
         self._groups_of_shard = -(-self.shard_size // self.group_rows)
         last = len(shard_rows(self.shards - 1, self.shard_size, self.count))
@@ -91,6 +105,8 @@ class ShardReader:
             number = bisect.bisect_right(begins, offset) - 1
             window = self._window(epoch, number)
             take = window.order[offset - begins[number] : offset - begins[number] + size]
+            if not len(take):
+                raise BeelineError(f"{self.folder}: row {offset} of {self.count} is in no row group; make the folder again")
             parts.append(_gather(window, take))
             start, size = start + len(take), size - len(take)
         rows = Columns(*(np.concatenate(column) for column in zip(*parts, strict=True)))
@@ -144,31 +160,57 @@ class ShardReader:
 
     def _read_group(self, group: int) -> Columns:
         shard, inner = divmod(group, self._groups_of_shard)
+        first = shard * self.shard_size + inner * self.group_rows
+        rows = range(first, first + self._group_size(group))
         for attempt in itertools.count(1):
             try:
-                footer, metadata = self._footer(shard)
-                with self.folder.open(shard_name(shard)) as source:
-                    file = pq.ParquetFile(source, metadata=footer, page_checksum_verification=True, pre_buffer=True)
-                    return columns(file.read_row_group(inner), metadata)
-            except (pa.ArrowException, OSError, ValueError) as error:
+                with reading(self.folder, shard):
+                    footer, metadata = self._footer(shard)
+                    with self.folder.open(shard_name(shard)) as source:
+                        file = pq.ParquetFile(source, metadata=footer, page_checksum_verification=True, pre_buffer=True)
+                        found = columns(file.read_row_group(inner), metadata)
+                    check_group(found, metadata, rows, inner)
+                    return found
+            except StorageError:
+                raise
+            except BeelineError:
                 if attempt == ATTEMPTS:
-                    raise damaged(self.folder, shard, error) from error
+                    raise
         raise AssertionError
 
     def _read_footer(self, shard: int) -> tuple[pq.FileMetaData, dict[str, Any]]:
-        try:
+        with reading(self.folder, shard):
             with self.folder.open(shard_name(shard)) as source:
                 footer = pq.read_metadata(source)
-            return footer, shard_metadata(footer)
-        except (pa.ArrowException, OSError, ValueError) as error:
-            raise damaged(self.folder, shard, error) from error
+            metadata = shard_metadata(footer)
+            check_plan(metadata, self.config, self.metadata)
+            check_footer(footer, metadata, shard_rows(shard, self.shard_size, self.count))
+            return footer, metadata
 
 
-def damaged(folder: Folder, shard: int, error: Exception) -> BeelineError:
-    """What to say of a shard that cannot be read."""
-    return BeelineError(
-        f"{folder}/{shard_name(shard)} is damaged ({error}); remove it and run the command that makes this folder again"
-    )
+def check_plan(metadata: Mapping[str, Any], config: Mapping[str, Any], first: Mapping[str, Any]) -> None:
+    """Raise ValueError unless a shard is of the plan whose config was asked for, and like the `first` one of the folder."""
+    planned = metadata["plan"].get("pairs", metadata["plan"].get("images", config))
+    other = [key for key, value in config.items() if planned.get(key) != value]
+    other += [
+        key for key in ("column", "shape", "dtype", "group_rows", "plan_fingerprint") if first and metadata[key] != first[key]
+    ]
+    if other:
+        raise ValueError(f"it was made by another plan: {', '.join(other)} differ")
+
+
+@contextlib.contextmanager
+def reading(folder: Folder, shard: int) -> Iterator[None]:
+    """Whatever is wrong with a shard is said in one BeelineError: what a damaged file raises depends on the damage."""
+    try:
+        yield
+    except BeelineError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise BeelineError(
+            f"{folder}/{shard_name(shard)} is damaged ({reason}); remove it and run the command that makes this folder again"
+        ) from error
 
 
 def _gather(window: _Window, take: np.ndarray) -> Columns:
@@ -184,25 +226,39 @@ def _gather(window: _Window, take: np.ndarray) -> Columns:
 
 
 def real_labels(folder: Folder, config: dict[str, Any]) -> np.ndarray:
-    """The labels of images/ in order, int32 (n,); of the shards nothing else is read."""
+    """The labels of images/ in order, int32 (n,); of the shards no image is read."""
+    count, shard_size = int(config["count"]), int(config["shard_size"])
 
     def of(k: int) -> np.ndarray:
-        try:
-            with folder.open(shard_name(k)) as file:
-                return pq.read_table(file, columns=["label"], page_checksum_verification=True)["label"].to_numpy()
-        except (pa.ArrowException, OSError, ValueError) as error:
-            raise damaged(folder, k, error) from error
+        rows = shard_rows(k, shard_size, count)
+        with reading(folder, k), folder.open(shard_name(k)) as source:
+            file = pq.ParquetFile(source, page_checksum_verification=True)
+            metadata = shard_metadata(file.metadata)
+            check_footer(file.metadata, metadata, rows)
+            table = file.read(["index", "label"])
+            indices, labels = (table[name].to_numpy() for name in ("index", "label"))
+            size = metadata["group_rows"]
+            for number, start in enumerate(range(0, len(rows), size)):
+                part = slice(start, start + size)
+                check_rows(indices[part], labels[part], metadata, rows[part], number)
+            return labels.astype(np.int32, copy=False)
 
     with ThreadPoolExecutor(READERS) as readers:
-        return np.concatenate(list(readers.map(of, range(shard_count(int(config["count"]), int(config["shard_size"]))))))
+        return np.concatenate(list(readers.map(of, range(shard_count(count, shard_size)))))
 
 
 def decoded(folder: Folder, k: int) -> Columns:
-    """Shard k whole. Raises BeelineError if it is damaged."""
-    try:
-        return decode(folder.read(shard_name(k)))[0]
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise damaged(folder, k, error) from error
+    """Shard k whole, every checksum verified. Raises BeelineError if it is damaged, or another shard under this name."""
+    with reading(folder, k):
+        found, metadata = decode(folder.read(shard_name(k)))
+        plan = metadata["plan"].get("pairs", metadata["plan"].get("images", {}))
+        if {"count", "shard_size"} <= plan.keys():
+            rows = shard_rows(k, plan["shard_size"], plan["count"])
+            if (found.indices[0], len(found.indices)) != (rows[0], len(rows)):
+                raise ValueError(
+                    f"{len(found.indices)} rows from index {found.indices[0]} on; expected {len(rows)} from {rows[0]}"
+                )
+        return found
 
 
 def some_images(folder: Folder, config: dict[str, Any], most: int) -> tuple[np.ndarray, np.ndarray]:

@@ -3,12 +3,16 @@
 A shard is a Parquet file with columns index (int64), label (int32, -1 for none) and one image column, in row groups of
 about 6 MB, each page with a checksum. Images are uint8 in fixed-size binary, or float16 or float32 in Arrow's
 fixed_shape_tensor (docs/pair-store.md). Resume is list-and-subtract, after looking into each footer that is there.
+
+Pages have checksums in Parquet, its footer has none: one flipped bit there may send a reader to other rows. So the metadata
+holds CRC-32 sums of each row group's rows and images, and of itself; and what is read is compared with the plan.
 """
 
 from __future__ import annotations
 
 import io
 import json
+import zlib
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -17,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from beeline.errors import BeelineError
 from pipeline.stage import fingerprint
 from pipeline.storage import Folder
 
@@ -24,6 +29,7 @@ FORMAT = 2
 ROW_GROUP_BYTES = 6 * 2**20
 MAX_SHARD_BYTES = 128 * 2**20
 READERS = 32  # footers read at once
+OWN_CRC = "metadata_crc32"
 
 
 def shard_name(k: int) -> str:
@@ -51,8 +57,10 @@ def encode(
 ) -> bytes:
     """A shard's bytes. `images` (n, C, H, W), uint8, float16 or float32; `facts` go into the metadata beside the plan."""
     shape = images.shape[1:]
-    images = np.ascontiguousarray(images)
+    images, labels, indices = np.ascontiguousarray(images), np.asarray(labels, np.int32), np.array(list(indices), np.int64)
     row_bytes = images[0].nbytes
+    size = group_rows(row_bytes)
+    groups = [slice(start, start + size) for start in range(0, len(images), size)]
     if images.dtype == np.uint8:
         array = pa.FixedSizeBinaryArray.from_buffers(pa.binary(row_bytes), len(images), [None, pa.py_buffer(images)])
     else:
@@ -62,18 +70,21 @@ def encode(
         "column": column,
         "shape": list(shape),
         "dtype": str(images.dtype),
-        "group_rows": group_rows(row_bytes),
+        "group_rows": size,
+        "rows_crc32": [_crc(indices[group], labels[group]) for group in groups],
+        "images_crc32": [_crc(images[group]) for group in groups],
         "plan": dict(plan),
         "plan_fingerprint": fingerprint(plan),
         **facts,
     }
+    metadata[OWN_CRC] = _own_crc(metadata)
     fields = [
         pa.field("index", pa.int64()),
         pa.field("label", pa.int32()),
         pa.field(column, array.type, metadata={"shape": json.dumps(list(shape)), "dtype": str(images.dtype)}),
     ]
     table = pa.table(
-        [pa.array(list(indices), pa.int64()), pa.array(labels, pa.int32()), array],
+        [pa.array(indices), pa.array(labels), array],
         schema=pa.schema(fields, metadata={"beeline": json.dumps(metadata, sort_keys=True)}),
     )
     sink = io.BytesIO()
@@ -94,20 +105,31 @@ class Columns(NamedTuple):
 
 
 def decode(data: bytes) -> tuple[Columns, dict[str, Any]]:
-    """A shard's rows and metadata from its bytes; page checksums are verified.
+    """A shard's rows and metadata from its bytes; every checksum is verified, of pages, rows, images and metadata.
 
-    Raises pyarrow.ArrowException, OSError or ValueError for anything that is not a whole shard of this format.
+    Raises an exception, of whatever kind, for anything that is not a whole shard of this format.
     """
     file = pq.ParquetFile(io.BytesIO(data), page_checksum_verification=True)
     metadata = shard_metadata(file.metadata)
-    return columns(file.read(), metadata), metadata
+    found = columns(file.read(), metadata)
+    rows = range(int(found.indices[0]), int(found.indices[0]) + len(found.indices))
+    check_footer(file.metadata, metadata, rows)
+    size = metadata["group_rows"]
+    for number, start in enumerate(range(0, len(rows), size)):
+        check_group(Columns(*(column[start : start + size] for column in found)), metadata, rows[start : start + size], number)
+    return found, metadata
 
 
 def columns(table: pa.Table, metadata: Mapping[str, Any]) -> Columns:
-    """The columns of (part of) a shard as arrays."""
+    """The columns of (part of) a shard as arrays. Raises an exception, of whatever kind, where they are not of its types."""
     shape = (len(table), *metadata["shape"])
     column = table[metadata["column"]].combine_chunks()
+    types = table.schema.field("index").type, table.schema.field("label").type
+    if types != (pa.int64(), pa.int32()) or any(column.null_count for column in table.columns):
+        raise ValueError(f"index and label are {types[0]} and {types[1]}, or values are missing; expected int64 and int32")
     if metadata["dtype"] == "uint8":
+        if column.type != pa.binary(int(np.prod(shape[1:]))):
+            raise ValueError(f"images are {column.type}; expected shape {shape[1:]}")
         start = column.offset * column.type.byte_width
         images = np.frombuffer(column.buffers()[1], np.uint8)[start : start + int(np.prod(shape))].reshape(shape)
     else:
@@ -116,15 +138,75 @@ def columns(table: pa.Table, metadata: Mapping[str, Any]) -> Columns:
 
 
 def shard_metadata(footer: pq.FileMetaData) -> dict[str, Any]:
-    """Beeline's metadata in a shard's footer. Raises ValueError if it is not of this format."""
+    """Beeline's metadata in a shard's footer. Raises ValueError if it is not of this format, or has another checksum."""
     metadata = json.loads((footer.metadata or {}).get(b"beeline", b"{}"))
     if metadata.get("format") != FORMAT:
         raise ValueError(f"format {metadata.get('format')!r}, which another version of Beeline made; {FORMAT} is expected")
+    crc = metadata.pop(OWN_CRC, None)  # earlier shards of the format have none
+    if crc is not None and crc != _own_crc(metadata):
+        raise ValueError("its metadata has another CRC-32 than it says")
     return metadata
 
 
-def damage(folder: Folder, name: str, rows: int, plan_fingerprint: str) -> str | None:
-    """What is wrong with a shard that is there, or None: its footer must parse, name this plan and count `rows`.
+def check_footer(footer: pq.FileMetaData, metadata: Mapping[str, Any], rows: range) -> None:
+    """Raise ValueError unless a shard's row groups are those of the indices `rows`."""
+    size, groups = int(metadata["group_rows"]), [footer.row_group(i) for i in range(footer.num_row_groups)]
+    expected = [rows[start : start + size] for start in range(0, len(rows), size)]
+    lengths = [group.num_rows for group in groups]
+    if lengths != [len(part) for part in expected] or footer.num_rows != len(rows):
+        raise ValueError(
+            f"{footer.num_rows} rows in {len(groups)} row groups where {len(rows)} in {len(expected)} were expected"
+        )
+    for group, part in zip(groups, expected, strict=True):
+        statistics = group.column(0).statistics
+        if statistics is not None and statistics.has_min_max and (statistics.min, statistics.max) != (part[0], part[-1]):
+            raise ValueError(f"indices {statistics.min} to {statistics.max} where {part[0]} to {part[-1]} were expected")
+
+
+def check_group(found: Columns, metadata: Mapping[str, Any], rows: range, number: int) -> None:
+    """Raise ValueError unless row group `number` of a shard holds the indices `rows`, and what was written."""
+    check_rows(found.indices, found.labels, metadata, rows, number)
+    if found.images.shape != (len(rows), *metadata["shape"]) or str(found.images.dtype) != metadata["dtype"]:
+        raise ValueError(
+            f"images are {found.images.dtype} {found.images.shape}; expected {metadata['dtype']} {metadata['shape']}"
+        )
+    _compare(metadata, "images_crc32", number, found.images)
+
+
+def check_rows(indices: np.ndarray, labels: np.ndarray, metadata: Mapping[str, Any], rows: range, number: int) -> None:
+    """As `check_group`, without the images."""
+    if not np.array_equal(indices, np.asarray(rows)):
+        raise ValueError(f"{len(indices)} rows from index {indices[:1].tolist()} on; expected {len(rows)} from {rows[:1]}")
+    classes = _classes(metadata["plan"])
+    if len(labels) != len(rows) or (len(labels) and (labels.min() < -1 or labels.max() >= classes)):
+        raise ValueError(f"{len(labels)} labels, up to {labels.max(initial=-1)}; expected {len(rows)} of {classes} classes")
+    _compare(metadata, "rows_crc32", number, indices, labels)
+
+
+def _classes(plan: Mapping[str, Any]) -> float:
+    """The classes that a plan of images/ or pairs/ counts; any number where it counts none."""
+    found = plan.get("num_classes", plan.get("images", {}).get("num_classes"))
+    return float("inf") if found is None else found
+
+
+def _compare(metadata: Mapping[str, Any], key: str, number: int, *arrays: np.ndarray) -> None:
+    if key in metadata and _crc(*arrays) != metadata[key][number]:  # earlier shards of the format have none
+        raise ValueError(f"row group {number} has another CRC-32 than {key} says")
+
+
+def _crc(*arrays: np.ndarray) -> int:
+    crc = 0
+    for array in arrays:
+        crc = zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8), crc)
+    return crc
+
+
+def _own_crc(metadata: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(metadata, sort_keys=True).encode())
+
+
+def damage(folder: Folder, name: str, rows: range, plan_fingerprint: str) -> str | None:
+    """What is wrong with a shard that is there, or None: its footer must parse, name this plan and hold `rows`.
 
     Only the end of the file is read: flipped bits further up are found by whoever reads them, and by verify_pairs.py.
     """
@@ -132,11 +214,18 @@ def damage(folder: Folder, name: str, rows: int, plan_fingerprint: str) -> str |
         with folder.open(name) as file:
             footer = pq.read_metadata(file)
         metadata = shard_metadata(footer)
-    except (pa.ArrowException, ValueError, OSError) as error:
-        return f"unreadable ({error})"
-    if metadata["plan_fingerprint"] != plan_fingerprint:
-        return "made by another plan"
-    return None if footer.num_rows == rows else f"{footer.num_rows} rows where {rows} were expected"
+        if metadata["plan_fingerprint"] != plan_fingerprint:
+            return "made by another plan"
+        check_footer(footer, metadata, rows)
+    except BeelineError:
+        raise
+    except Exception as error:  # what a damaged footer raises depends on the damage
+        return f"unreadable ({_said(error)})"
+    return None
+
+
+def _said(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 class Found(NamedTuple):
@@ -153,7 +242,7 @@ def survey(folder: Folder, plan: Mapping[str, Any], count: int, shard_size: int)
     expected = fingerprint(plan)
 
     def trouble(k: int) -> str | None:
-        return damage(folder, shard_name(k), len(shard_rows(k, shard_size, count)), expected)
+        return damage(folder, shard_name(k), shard_rows(k, shard_size, count), expected)
 
     sizes = {}
     with ThreadPoolExecutor(READERS) as readers:

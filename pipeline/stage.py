@@ -21,9 +21,9 @@ from beeline.errors import BeelineError
 from beeline.features import FeatureNetwork, Probe
 from beeline.measuring import DinoV2, Inception
 from beeline.weights import load_backbone, load_measuring
+from pipeline.records import LAYOUTS, PLAN, SUCCESS, plan_in, success_in
 from pipeline.storage import Folder
 
-PLAN, SUCCESS = "plan.json", "_SUCCESS"
 MADE_BY = {
     "images": "pipeline/ingest_images.py",
     "probe": "trainers/train_probe.py",
@@ -63,7 +63,7 @@ class Stage:
 
         Raises BeelineError if the folder holds another plan's work, or cannot be written.
         """
-        found = self.folder.read_json(PLAN)
+        found = plan_in(self.folder, {})
         if found is None:
             if WEIGHTS in self.folder.sizes():
                 raise BeelineError(
@@ -83,17 +83,23 @@ class Stage:
             return False
         return True
 
+    def withdraw(self) -> None:
+        """Take the plan back: nothing was kept that was made by it, and other settings may take the folder."""
+        self.folder.remove(PLAN)
+
     def is_complete(self) -> bool:
         """Whether `_SUCCESS` is there and every file it lists has the size it had."""
-        done = self.folder.read_json(SUCCESS)
+        done = success_in(self.folder)
         if done is None:
             return False
         sizes = self.folder.sizes()
         return all(sizes.get(name) == size for name, size in done["files"].items())
 
-    def finish(self, **facts: Any) -> None:
-        """Write `_SUCCESS`: `facts`, the seconds since this stage was made and the sizes of its files."""
-        files = {name: size for name, size in self.folder.sizes().items() if name != SUCCESS}
+    def finish(self, *, temporary: tuple[str, ...] = (), **facts: Any) -> None:
+        """Write `_SUCCESS`: `facts`, the seconds since this stage was made and the sizes of its files, but for those whose
+        names begin as `temporary` ones do."""
+        sizes = self.folder.sizes().items()
+        files = {name: size for name, size in sizes if name != SUCCESS and not name.startswith(temporary)}
         seconds = round(time.monotonic() - self._started, 1)
         self.folder.write_json(SUCCESS, {"seconds": seconds, **facts, "files": files})
         print(f"{self.name}: complete in {seconds:.0f} s", flush=True)
@@ -102,7 +108,7 @@ class Stage:
 def require(workspace: Folder, name: str, recipe: str) -> dict[str, Any]:
     """The plan of a complete stage. Raises BeelineError naming the command that makes it, or remakes what is damaged."""
     folder = workspace / name
-    plan, done = folder.read_json(PLAN), folder.read_json(SUCCESS)
+    plan, done = plan_in(folder, LAYOUTS.get(name, {})), success_in(folder)
     command = f"python {MADE_BY[name.split('/')[0]]} {recipe} --workspace {workspace}"
     if plan is None or done is None:
         raise BeelineError(f"{folder} is missing or not complete; make it with: {command}")
@@ -131,7 +137,7 @@ def check_fits(workspace: Folder, images: Mapping[str, Any], network: NetworkCon
 
 
 def require_model(workspace: Folder, name: str, recipe: str) -> tuple[Denoiser, str]:
-    """The teacher or student in folder `name`, in eval mode, and the SHA-256 of its weights."""
+    """The teacher or student in folder `name`, in eval mode, and its `checkpoint.digest`."""
     model, digest = _load(workspace, name, recipe)
     if not isinstance(model, Denoiser):
         raise BeelineError(f"{workspace / name} holds a probe, not a teacher or student")
@@ -139,7 +145,7 @@ def require_model(workspace: Folder, name: str, recipe: str) -> tuple[Denoiser, 
 
 
 def require_probe(workspace: Folder, which: str, recipe: str) -> tuple[Probe, str]:
-    """The probe "losses" or "measure", and the SHA-256 of its weights."""
+    """The probe "losses" or "measure", and its `checkpoint.digest`."""
     model, digest = _load(workspace, f"probe/{which}", recipe)
     if not isinstance(model, Probe):
         raise BeelineError(f"{workspace / 'probe' / which} holds a denoiser, not a probe")
@@ -147,7 +153,7 @@ def require_probe(workspace: Folder, which: str, recipe: str) -> tuple[Probe, st
 
 
 def require_features(workspace: Folder, name: str, recipe: str) -> tuple[FeatureNetwork, str]:
-    """The feature network "probe" (that of the losses) or a pretrained backbone, and the SHA-256 of its weights."""
+    """The feature network "probe" (that of the losses) or a pretrained backbone, and its `checkpoint.digest`."""
     if name == "probe":
         return require_probe(workspace, "losses", recipe)
     files, where = _weights(workspace, weights_of(name))
@@ -155,7 +161,7 @@ def require_features(workspace: Folder, name: str, recipe: str) -> tuple[Feature
 
 
 def require_measuring(workspace: Folder, name: str) -> tuple[Inception | DinoV2, str]:
-    """The pretrained network to measure in, and the SHA-256 of its weights."""
+    """The pretrained network to measure in, and its `checkpoint.digest`."""
     files, where = _weights(workspace, name)
     return load_measuring(files, where), checkpoint.digest(files)
 

@@ -20,13 +20,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
 import tyro
 
 from beeline import noise
 from beeline.config import PairsConfig, VerifyConfig, from_dict
-from beeline.errors import BeelineError
+from beeline.errors import BeelineError, reading
 from beeline.noise import stream
 from pipeline.command import run_command
 from pipeline.gen_pairs import CONTACT, load_sampler, make_pairs, pair_labels, stored
@@ -34,12 +33,14 @@ from pipeline.manifest import read_manifest
 from pipeline.pool import run_pool
 from pipeline.progress import Progress
 from pipeline.reader import to_float
+from pipeline.records import LAYOUTS, PLAN, SUCCESS, plan_in, success_in
 from pipeline.shards import Columns, decode, shard_count, shard_name, shard_rows
 from pipeline.sheet import sheet_png
-from pipeline.stage import PLAN, SUCCESS, fingerprint
+from pipeline.stage import fingerprint
 from pipeline.storage import Folder
 
 NAMED = 20  # troubles that the error names
+NOT_SAMPLED = -1.0  # in the place of a distance
 OTHER_DEVICE = 0.05  # RMS by which another kind of device, or library, may differ; another teacher is far beyond
 
 
@@ -64,19 +65,21 @@ class CheckShards:
     def work(self, k: int) -> dict[str, Any]:
         """The row: what is wrong with the shard ("" for nothing), how far re-sampled pairs are (RMS, -1 for none) and
         rows for the contact sheet."""
-        row: dict[str, Any] = {"shard": k, "trouble": "", "read": 0, "distance": -1.0, "picked": b""}
+        row: dict[str, Any] = {"shard": k, "trouble": "", "read": 0, "distance": NOT_SAMPLED, "picked": b""}
         try:
             data = self.folder.read(shard_name(k))
             row["read"] = len(data)
             rows, metadata = decode(data)
         except FileNotFoundError:
             return row | {"trouble": "missing"}
-        except (pa.ArrowException, OSError, ValueError) as error:
-            return row | {"trouble": f"unreadable ({error})"}
+        except BeelineError:
+            raise
+        except Exception as error:  # what a damaged file raises depends on the damage
+            return row | {"trouble": f"unreadable ({str(error) or type(error).__name__})"}
         row["trouble"] = self._trouble(k, data, rows, metadata)
         if not row["trouble"] and k in self.resample:
             row["distance"] = self._distance(k, rows)
-            if row["distance"] > OTHER_DEVICE:
+            if not row["distance"] <= OTHER_DEVICE:  # NaN, too, is another image
                 row["trouble"] = f"its teacher makes other images of the same noise, RMS {row['distance']:.3f} away"
         if not row["trouble"] and k in self.shown:
             row["picked"] = np.ascontiguousarray(_float(rows.images[self.shown[k]])).tobytes()
@@ -122,12 +125,15 @@ def verify_pairs(workspace: str, recipe: tyro.conf.Suppress[str], verify: Verify
     """
     place = Folder(workspace)
     folder = place / "pairs"
-    plan = folder.read_json(PLAN)
+    plan = plan_in(folder, LAYOUTS["pairs"])
     if plan is None:
         raise BeelineError(
             f"{folder} holds no pairs; make them with: python pipeline/gen_pairs.py {recipe} --workspace {place}"
         )
-    config = from_dict(PairsConfig, plan["pairs"])
+    with reading(
+        f"{folder}/{PLAN} is not as its stage writes it", f"move {folder} away and make it again, or restore the file"
+    ):
+        config = from_dict(PairsConfig, plan["pairs"])
     shards = range(shard_count(config.count, config.shard_size))
     chance = stream(verify.seed, "verify")
 
@@ -156,7 +162,7 @@ def verify_pairs(workspace: str, recipe: tyro.conf.Suppress[str], verify: Verify
     names = {shard_name(k) for k in shards}
     strangers = [name for name in folder.sizes() if name.startswith("part-") and name not in names]
     _draw(folder, [rows[k]["picked"] for k in shards], plan)
-    again = [rows[k]["distance"] for k in arguments["resample"] if rows[k]["distance"] >= 0]
+    again = [rows[k]["distance"] for k in arguments["resample"] if rows[k]["distance"] != NOT_SAMPLED]
     print(
         f"verify: {config.count:,} pairs in {len(shards):,} shards, {sum(row['read'] for row in rows.values()) / 1e9:.2f} GB; "
         f"{len(shards) - len(troubles):,} shards are sound, {len(arguments['remake'])} with their noise made again"
@@ -179,7 +185,7 @@ def verify_pairs(workspace: str, recipe: tyro.conf.Suppress[str], verify: Verify
             f"{'Now' if verify.remove else 'Remove them (--verify.remove), then'} run: "
             f"python pipeline/gen_pairs.py {recipe} --workspace {place} with the settings of {PLAN}"
         )
-    if folder.read_json(SUCCESS) is None:
+    if success_in(folder) is None:
         raise BeelineError(
             f"every shard of {folder} is sound, but {SUCCESS} is missing; finish it with: "
             f"python pipeline/gen_pairs.py {recipe} --workspace {place} with the settings of {PLAN}"

@@ -5,8 +5,9 @@
 refuses operands on different devices, as CUDA does, computes on the CPU and marks what comes out. Python's doors to a device
 (`.to`, `device=`, generators, `.numpy()`, autocast) are patched; C++ never hears of CUDA.
 
-What it cannot see: CUDA's kernels and their precision, asynchrony, memory, streams and graphs, autocast's own list of operations
-(the CPU's is taken), torch.compile, several GPUs, and code that asks C++ for a tensor's device.
+What it cannot see: CUDA's kernels and their precision, asynchrony, memory, streams and graphs, autocast's own list of
+operations (the CPU's is taken), torch.compile, several GPUs, threads that are started within it, and code that asks C++ for a
+tensor's device. With a real GPU `fake_cuda` gives that one.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ ATEN = torch.ops.aten
 COPIES = {ATEN.copy_.default, ATEN._foreach_copy_.default}
 INDEXED = {ATEN.index.Tensor, ATEN.index_put_.default, ATEN.index_put.default, ATEN._index_put_impl_.default}
 FACTORIES = (
-    "tensor", "as_tensor", "empty", "zeros", "ones", "full", "rand", "randn", "randint", "randperm", "arange", "linspace", "eye",
-    "empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like",
+    "tensor", "as_tensor", "empty", "zeros", "ones", "full", "rand", "randn", "randint", "randperm", "arange", "linspace",
+    "eye", "empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like",
 )  # fmt: skip
 METHODS = ("new_empty", "new_zeros", "new_ones", "new_full", "new_tensor")
 _device_of = torch._C.TensorBase.device.__get__  # pyright: ignore[reportAttributeAccessIssue]
@@ -118,7 +119,10 @@ def _moves(arguments: Any, options: dict[str, Any]) -> Any:
 
 @contextlib.contextmanager
 def fake_cuda() -> Iterator[torch.device]:
-    """A GPU for the block."""
+    """A GPU for the block: the machine's own, or a fake one."""
+    if torch.cuda.is_available():
+        yield GPU
+        return
     marks, patch = _Marks(), pytest.MonkeyPatch()
 
     def place(tensor: torch.Tensor, device: Any) -> torch.Tensor:
@@ -192,8 +196,3 @@ def fake_cuda() -> Iterator[torch.device]:
             yield GPU
     finally:
         patch.undo()
-
-
-def pretends() -> bool:
-    """Whether the GPU is a fake one; where there is a real one, tests take it."""
-    return not torch.cuda.is_available()

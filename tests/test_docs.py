@@ -12,7 +12,7 @@ import pytest
 from harness import ROOT, parse_command
 
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-ERRORS = ("BeelineError", "StorageError", "_fail")
+ERRORS = ("BeelineError", "SettingError", "StorageError", "_fail")
 
 
 def messages() -> Iterator[tuple[str, str]]:

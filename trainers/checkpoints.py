@@ -61,7 +61,7 @@ def _part(place: Folder, name: str, digest: str) -> Any:
 
 
 def newest(folder: Folder, refused: Collection[int] = ()) -> tuple[int, State] | None:
-    """The newest checkpoint that is whole and not `refused`, None where there is none; a line says what is wrong with others."""
+    """The newest checkpoint that is whole and not `refused`, or None; a line says what is wrong with others."""
     for step in reversed(steps(folder)):
         if step not in refused:
             try:

@@ -18,6 +18,7 @@ if __name__ == "__main__":
 
 import io
 import logging
+import math
 import os
 import tempfile
 from collections.abc import Mapping
@@ -35,20 +36,24 @@ from ray import tune
 from ray.tune.trainable import wrap_function
 
 from beeline.checkpoint import CONFIG, WEIGHTS
-from beeline.config import EvaluateConfig, LmmConfig, SweepConfig, to_dict
-from beeline.errors import BeelineError, StorageError
-from beeline.schedule import check_steps
-from evaluation.evaluate import measure
-from evaluation.results import METRICS
+from beeline.config import EvaluateConfig, LmmConfig, SweepConfig, WorkersConfig, to_dict
+from beeline.errors import BeelineError, StorageError, reading
+from beeline.layout import check_layout
+from evaluation.evaluate import check_measurable, measure
+from evaluation.results import metrics_in
 from evaluation.rows import parse_steps
+from evaluation.sweeps import trials_in
 from pipeline import metrics
 from pipeline.command import run_command
+from pipeline.records import plan_in
 from pipeline.runtime import ensure_ray, find_user_error
-from pipeline.stage import PLAN, Stage, fingerprint, publish_model, require, require_features, require_model, require_probe
+from pipeline.stage import Stage, fingerprint, publish_model, require, require_features, require_model, require_probe
 from pipeline.storage import Folder
 from trainers import checkpoints
+from trainers.launch import check_batch
 from trainers.student import all_needs
-from trainers.trials import RUNGS, PerSchedule, config_of, folder_name, run_trial, settings
+from trainers.train_lmm import check_sides
+from trainers.trials import PerSchedule, config_of, folder_name, run_trial, rungs_in, settings
 from trainers.validation import METRIC
 
 TRIALS, PARETO = "trials.parquet", "pareto.png"
@@ -63,17 +68,21 @@ def sweep_lmm(
         workspace: Local folder or s3://bucket/prefix.
     """
     place = Folder(workspace)
-    _check(sweep, lmm)
+    check_sweep(sweep, lmm)
     pairs, images = require(place, "pairs", recipe), require(place, "images", recipe)
+    check_measurable(place, recipe, judging(sweep, evaluate), images)
     tried = {number: settings(number, sweep, lmm.seed) for number in range(sweep.trials)}
     configs = {number: config_of(found, sweep, lmm) for number, found in tried.items()}
     names = dict.fromkeys(name for config in configs.values() for name in all_needs(config).features)
+    init, init_sha256 = require_model(place, sweep.init, recipe)
+    for config in configs.values():
+        check_sides(config, init.img_resolution)
     plan = {
         "sweep": to_dict(sweep, resources=False),
         "lmm": to_dict(config_of(tried[0], sweep, lmm), resources=False),
         "pairs": fingerprint(pairs),
         "images": fingerprint(images),
-        "init_sha256": require_model(place, sweep.init, recipe)[1],
+        "init_sha256": init_sha256,
         "probe_sha256": require_probe(place, "losses", recipe)[1],
         "features_sha256": {name: require_features(place, name, recipe)[1] for name in names},
     }
@@ -83,7 +92,7 @@ def sweep_lmm(
     if stage.begin(more=bool(left)):
         print(f"sweep: {len(tried) - len(left)} of {len(tried)} trials are there", flush=True)
         _train(place, recipe, sweep, folder, tried, {number: configs[number] for number in left}, pairs, images)
-        rows = [folder.read_json(_row_name(number)) for number in tried]
+        rows = [_row(folder, number) for number in tried]
         rows = _judge(place, recipe, sweep, evaluate, rows)
         buffer = io.BytesIO()
         pd.DataFrame(rows).to_parquet(buffer, index=False)
@@ -91,21 +100,18 @@ def sweep_lmm(
         folder.write(PARETO, _pareto_plot(rows))
         stage.finish(trials=len(rows), finished=len(judged(rows)))
     if sweep.promote:
-        _promote(place, sweep, pd.read_parquet(io.BytesIO(folder.read(TRIALS))).to_dict("records"))
+        _promote(place, sweep, trials_in(folder))
 
 
-def _check(sweep: SweepConfig, lmm: LmmConfig) -> None:
+def check_sweep(sweep: SweepConfig, lmm: LmmConfig) -> None:
+    """Raise BeelineError for settings that do not go together, whatever the workspace holds."""
     for text in sweep.schedules:
-        try:
-            check_steps(parse_steps(text), lmm.num_steps)
-        except ValueError as error:
-            raise BeelineError(str(error)) from error
-    for name in ("learning_rates", "critic_learning_rates"):
-        low, high = getattr(sweep, name)
-        if not 0 < low <= high:
-            raise BeelineError(f"sweep.{name} are {low:g} and {high:g}; expected the lower and the upper bound, above 0")
-    if sweep.trials < 1 or sweep.rungs < 1 or sweep.iterations < 1:
-        raise BeelineError(f"trials {sweep.trials}, rungs {sweep.rungs}, iterations {sweep.iterations}: all from 1")
+        last = parse_steps(text)[-1]
+        sweep.require(last < lmm.num_steps, "schedules", f"indices below lmm.num_steps, {lmm.num_steps}")
+    check_batch(lmm.batch_size, WorkersConfig(), lmm.accumulate)
+    nfes = {len(parse_steps(text)) for text in sweep.schedules}
+    if sweep.promote:
+        sweep.require(sweep.promote_nfe in nfes, "promote_nfe", f"the steps of one of the schedules {sweep.schedules}")
 
 
 def _train(
@@ -125,14 +131,14 @@ def _train(
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # or Ctrl-C would end the trials and go on with the sweep
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new one has tables of its own even where verbose is 0
     logging.getLogger("ray.tune.execution.tune_controller").addFilter(_is_news)
-    rungs = {number: folder.read_json(f"{folder_name(number)}/{RUNGS}") or [] for number in tried}
+    rungs = {number: rungs_in(folder / folder_name(number)) for number in tried}
     function = tune.with_parameters(
         run_trial, workspace=place, recipe=recipe, folder=folder, configs=configs, sweep=sweep, pairs=pairs, images=images
     )
     resources, name = {"CPU": sweep.threads, "GPU": sweep.gpus}, f"Trial({sweep.name})"
     trainable = wrap_function(tune.with_resources(function, resources), name=name)
     trainable.__name__ = trainable.__qualname__ = name  # for Ray's dashboard: by itself it is an "ImplicitFunc"
-    ended = [folder.read_json(_row_name(number)) for number in tried if number not in configs]
+    ended = [_row(folder, number) for number in tried if number not in configs]
     # Tune's own files are of no use afterwards: what a sweep goes on from is in the workspace.
     with tempfile.TemporaryDirectory(prefix="beeline-sweep-") as scratch:
         tuner = tune.Tuner(
@@ -179,7 +185,7 @@ class _Rows(tune.Callback):
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         number = trial.config["trial"]
-        last = self.folder.read_json(f"{folder_name(number)}/{RUNGS}")[-1]
+        last = rungs_in(self.folder / folder_name(number))[-1]
         row = {**self.tried[number], **last, "stopped": last["step"] < self.sweep.iterations}
         self.folder.write_json(_row_name(number), row)
         for step in checkpoints.steps(self.folder / folder_name(number)):  # several times the size of the student
@@ -195,6 +201,12 @@ def _is_news(record: logging.LogRecord) -> bool:
     return find_user_error(record.exc_info[1] if record.exc_info else None) is None
 
 
+def judging(sweep: SweepConfig, evaluate: EvaluateConfig) -> EvaluateConfig:
+    """How finished trials are measured: in the sweep's own features."""
+    reference = evaluate.reference if sweep.features == "inception" else ""
+    return replace(evaluate, features=(sweep.features,), rule="trained", reference=reference)
+
+
 def _judge(
     place: Folder, recipe: str, sweep: SweepConfig, evaluate: EvaluateConfig, rows: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
@@ -202,12 +214,14 @@ def _judge(
     `metric`."""
     names = {row["trial"]: f"sweeps/{sweep.name}/{folder_name(row['trial'])}" for row in rows if not row["stopped"]}
     steps = {names[row["trial"]]: (row["steps"],) for row in rows if row["trial"] in names}
-    measure(str(place), recipe, replace(evaluate, features=(sweep.features,), rule="trained"), steps)
+    measure(str(place), recipe, judging(sweep, evaluate), steps)
     made = []
     for row in rows:
         figures: dict[str, Any] = {"metric": None, "distance": None, "std": None}
         if row["trial"] in names:
-            first = (place / "evaluation" / names[row["trial"]]).read_json(METRICS)["rows"][0]
+            found = metrics_in(place / "evaluation" / names[row["trial"]])
+            assert found is not None, "measure() leaves metrics of every trial"
+            first = found["rows"][0]
             figures = {"metric": first["metric"], "distance": first["mean"], "std": first["std"]}
         made.append(row | figures)
     return made
@@ -216,7 +230,8 @@ def _judge(
 def pareto(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The judged trials that no other beats with as few evaluations, by NFE."""
     front: list[dict[str, Any]] = []
-    for row in sorted(judged(rows), key=lambda row: (row["nfe"], row["distance"])):
+    able = [row for row in judged(rows) if math.isfinite(row["distance"])]
+    for row in sorted(able, key=lambda row: (row["nfe"], row["distance"])):
         if not front or row["distance"] < front[-1]["distance"]:
             front.append(row)
     return front
@@ -229,7 +244,7 @@ def judged(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _promote(place: Folder, sweep: SweepConfig, rows: list[dict[str, Any]]) -> None:
     """The best trial of `sweep.promote_nfe` evaluations as a student."""
-    able = [row for row in judged(rows) if row["nfe"] == sweep.promote_nfe]
+    able = [row for row in judged(rows) if row["nfe"] == sweep.promote_nfe and math.isfinite(row["distance"])]
     if not able:
         counts = ", ".join(map(str, sorted({row["nfe"] for row in judged(rows)})))
         raise BeelineError(f"no finished trial has {sweep.promote_nfe} evaluations; there are some of {counts}")
@@ -237,12 +252,21 @@ def _promote(place: Folder, sweep: SweepConfig, rows: list[dict[str, Any]]) -> N
     source = swept / folder_name(best["trial"])
     files = {name: source.read(name) for name in (WEIGHTS, CONFIG)}
     origin = {"sweep": sweep.name, **{key: best[key] for key in ("trial", "metric", "distance")}}
-    stage = Stage(place, f"students/{sweep.promote}", {"promoted": origin, "sweep": swept.read_json(PLAN)})
+    stage = Stage(place, f"students/{sweep.promote}", {"promoted": origin, "sweep": plan_in(swept, {})})
     if stage.begin():
         publish_model(stage.folder, files)
         stage.folder.write("train.jsonl", source.read("train.jsonl"))
         stage.finish(**origin)
         print(f"sweep: trial {origin['trial']} is students/{sweep.promote}", flush=True)
+
+
+def _row(folder: Folder, number: int) -> dict[str, Any]:
+    """What is kept of a trial that has ended."""
+    name = _row_name(number)
+    with reading(f"{folder}/{name} is not as a trial leaves it", "remove it and sweep again"):
+        row = folder.read_json(name)
+        check_layout(row, {"trial": 0, "steps": str, "nfe": 1, "step": 0, "stopped": bool, METRIC: float})
+        return row
 
 
 def _row_name(number: int) -> str:

@@ -16,9 +16,9 @@ from typing import Any
 
 import tyro
 
+from beeline import objectives
 from beeline.config import LmmConfig, to_dict
 from beeline.errors import BeelineError
-from beeline.schedule import check_steps
 from pipeline.command import run_command
 from pipeline.stage import Stage, check_fits, fingerprint, require, require_features, require_model
 from pipeline.storage import Folder
@@ -27,6 +27,8 @@ from trainers.launch import check_batch, launch
 from trainers.student import StudentTask, all_needs, running
 from trainers.tracking import check_trackers
 
+SMALLEST_VGG16 = 16  # pixels
+
 
 def train_lmm(workspace: str, recipe: tyro.conf.Suppress[str], lmm: LmmConfig) -> None:
     """Train the student on <workspace>/pairs.
@@ -34,16 +36,7 @@ def train_lmm(workspace: str, recipe: tyro.conf.Suppress[str], lmm: LmmConfig) -
     Args:
         workspace: Local folder or s3://bucket/prefix.
     """
-    if lmm.name.strip("/") != lmm.name or not lmm.name or not running(lmm):
-        raise BeelineError(f"student {lmm.name!r} needs a name and at least one phase with iterations above 0")
-    for phase in running(lmm):
-        if phase.steps is not None:
-            try:
-                check_steps(phase.steps, lmm.num_steps)
-            except ValueError as error:
-                raise BeelineError(str(error)) from error
-    check_batch(lmm.batch_size, lmm.workers, lmm.accumulate)
-    check_trackers(lmm.trackers)
+    check_student(lmm)
     place, needs = Folder(workspace), all_needs(lmm)
     plan: dict[str, Any] = {"lmm": to_dict(lmm, resources=False)}
     pairs = images = None
@@ -51,6 +44,7 @@ def train_lmm(workspace: str, recipe: tyro.conf.Suppress[str], lmm: LmmConfig) -
         pairs = require(place, "pairs", recipe)
         plan["pairs"] = fingerprint(pairs)
     init, plan["init_sha256"] = require_model(place, lmm.init, recipe)
+    check_sides(lmm, init.img_resolution)
     if needs.images or lmm.validate_every:
         images = require(place, "images", recipe)
         check_fits(place, images, init.network_config, lmm.init)
@@ -79,6 +73,26 @@ def train_lmm(workspace: str, recipe: tyro.conf.Suppress[str], lmm: LmmConfig) -
         },
     )
     stage.finish(images_seen=sum(phase.iterations for phase in running(lmm)) * lmm.batch_size)
+
+
+def check_student(lmm: LmmConfig) -> None:
+    """Raise BeelineError for settings that do not go together, whatever the workspace holds."""
+    if not running(lmm):
+        raise BeelineError(f"student {lmm.name!r} needs at least one phase with iterations above 0")
+    check_batch(lmm.batch_size, lmm.workers, lmm.accumulate)
+    check_trackers(lmm.trackers)
+    all_needs(lmm)
+
+
+def check_sides(lmm: LmmConfig, side: int) -> None:
+    """Raise BeelineError for phases whose distance cannot look at images of `side` pixels."""
+    for phase in running(lmm):
+        small = (phase.resize or side) < SMALLEST_VGG16
+        if small and any(name.startswith("vgg16") for name in objectives.load(lmm.objective).needs(lmm, phase).features):
+            raise BeelineError(
+                f"the distance {phase.distance!r} is asked for at {side} pixels; VGG16 halves images four times: "
+                f"resize to {SMALLEST_VGG16} or more (--lmm.reconstruction.resize, --lmm.adversarial.resize)"
+            )
 
 
 if __name__ == "__main__":

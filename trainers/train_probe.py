@@ -14,6 +14,7 @@ import ray
 import torch
 import tyro
 
+from beeline.buildable import check_probe
 from beeline.checkpoint import dump
 from beeline.config import ProbeConfig, ProbeNetworkConfig, to_dict
 from beeline.errors import BeelineError
@@ -26,7 +27,9 @@ from pipeline.runtime import ensure_ray
 from pipeline.stage import Stage, fingerprint, publish_model, require
 from pipeline.storage import Folder
 
+PROBES = ("losses", "measure")
 MOST_IMAGES = 100_000  # a probe needs no more, and they are in memory
+FEWEST_IMAGES = 10
 
 
 def train_probes(workspace: str, recipe: tyro.conf.Suppress[str], probe: ProbeConfig) -> None:
@@ -39,25 +42,34 @@ def train_probes(workspace: str, recipe: tyro.conf.Suppress[str], probe: ProbeCo
     images = require(place, "images", recipe)
     if images["images"]["num_classes"] == 0:
         raise BeelineError(f"{place / 'images'} has no labels; a probe is a classifier and needs them")
+    if images["images"]["count"] < FEWEST_IMAGES:
+        raise BeelineError(
+            f"{place / 'images'} holds {images['images']['count']} images; a probe needs {FEWEST_IMAGES} at least, since one "
+            "in ten is held out to test it. Ingest more, or train with --lmm.reconstruction.distance l2 and no probe"
+        )
+    for which in PROBES:
+        network, classes = getattr(probe, which), images["images"]["num_classes"]
+        check_probe(f"probe.{which}", network, channels=images["images"]["channels"], num_classes=classes)
     stage = Stage(place, "probe", {"probe": to_dict(probe, resources=False), "images": fingerprint(images)})
     if not stage.begin():
         return
     ensure_ray()
     remote = ray.remote(num_cpus=1, num_gpus=probe.gpus)(_train)
     jobs = {
-        which: remote.options(name=f"probe/{which}").remote(place, getattr(probe, which), probe, images)
-        for which in ("losses", "measure")
+        which: remote.options(name=f"probe/{which}").remote(place, getattr(probe, which), probe, images) for which in PROBES
     }
-    accuracies = {}
+    files, accuracies = {}, {}
     for which, job in jobs.items():
-        files, accuracies[which] = ray.get(job)
+        files[which], accuracies[which] = ray.get(job)
         print(f"probe: {which}, held-out accuracy {accuracies[which]:.3f}", flush=True)
-        if accuracies[which] < probe.min_accuracy:
+        if not accuracies[which] >= probe.min_accuracy:  # NaN, of weights that are not finite, is not enough either
+            stage.withdraw()
             raise BeelineError(
                 f"the {which} probe reached a held-out accuracy of {accuracies[which]:.3f}, under the {probe.min_accuracy} "
-                "asked for; train it longer (--probe.iterations) in another workspace, or lower --probe.min-accuracy"
+                "asked for; train it longer (--probe.iterations) or with a lower --probe.lr, or lower --probe.min-accuracy"
             )
-        publish_model(place / "probe" / which, files)
+    for which in PROBES:
+        publish_model(place / "probe" / which, files[which])
     stage.finish(accuracies=accuracies)
 
 

@@ -18,10 +18,12 @@ import torch
 import tyro
 
 from beeline.augment import LABELS, augment, mirrored
+from beeline.buildable import check_network
 from beeline.checkpoint import CONFIG, build, dump, ema_update
 from beeline.config import TeacherConfig, to_dict
 from beeline.denoiser import edm_loss
-from beeline.errors import BeelineError
+from beeline.errors import BeelineError, reading
+from beeline.layout import check_layout
 from beeline.learner import Learner
 from beeline.noise import stream_seed
 from pipeline.command import run_command
@@ -93,16 +95,10 @@ def train_teacher(workspace: str, recipe: tyro.conf.Suppress[str], teacher: Teac
     Args:
         workspace: Local folder or s3://bucket/prefix.
     """
+    check_teacher(teacher)
     place = Folder(workspace)
     images = require(place, "images", recipe)
-    network = teacher.network
-    check_fits(place, images, network, "teacher.network")
-    check_batch(teacher.batch_size, teacher.workers, teacher.accumulate)
-    if teacher.augment and network.augment_dim != LABELS:
-        raise BeelineError(
-            f"teacher.augment is {teacher.augment}, but the network takes {network.augment_dim} augmentation labels; set "
-            f"teacher.network.augment_dim to {LABELS}"
-        )
+    check_fits(place, images, teacher.network, "teacher.network")
     if imported := imported_from(place / "teacher"):
         print(f"teacher: imported from {imported}; it is used as it is", flush=True)
         return
@@ -120,10 +116,23 @@ def train_teacher(workspace: str, recipe: tyro.conf.Suppress[str], teacher: Teac
     stage.finish(images_seen=teacher.iterations * teacher.batch_size)
 
 
+def check_teacher(teacher: TeacherConfig) -> None:
+    """Raise BeelineError for settings that do not go together, whatever the workspace holds."""
+    check_batch(teacher.batch_size, teacher.workers, teacher.accumulate)
+    if teacher.augment and teacher.network.augment_dim != LABELS:
+        raise BeelineError(
+            f"teacher.augment is {teacher.augment}, but the network takes {teacher.network.augment_dim} augmentation "
+            f"labels; set teacher.network.augment_dim to {LABELS}"
+        )
+    check_network("teacher.network", teacher.network)
+
+
 def imported_from(folder: Folder) -> str | None:
     """The file that the model in `folder` was imported from, or None where it was trained here or there is none."""
-    config = folder.read_json(CONFIG) or {}
-    return config.get("about", {}).get("imported", {}).get("file")
+    with reading(f"{folder}/{CONFIG} does not say where the teacher is from", "make or copy the model again"):
+        config = folder.read_json(CONFIG) or {}
+        check_layout(config, {"about?": {"imported?": {"file?": str}}})
+        return ((config.get("about") or {}).get("imported") or {}).get("file")
 
 
 if __name__ == "__main__":

@@ -49,10 +49,7 @@ class LinesMatching:
             )
         names = [NETWORK[phase.distance]] if phase.distance in NETWORK else []
         if phase.adversarial_weight:
-            critics, side = config.discriminator.networks, config.discriminator.resize
-            if not set(critics) <= {"probe", SCRATCH} and (side < 128 or side % 32):
-                raise BeelineError(f"discriminator.resize is {side}; pretrained backbones see multiples of 32 from 128 on")
-            names += [name for name in critics if name != SCRATCH]
+            names += [name for name in config.discriminator.networks if name != SCRATCH]
         return Needs(pairs=True, images=phase.adversarial_weight > 0, features=tuple(dict.fromkeys(names)))
 
     def __init__(self, setting: Setting) -> None:

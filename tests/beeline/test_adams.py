@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from torch import nn
 
 import beeline
 from beeline.adams import adams, check_levels, weights
-from beeline.calibrate import Errors, refined, search, uniform_levels
+from beeline.calibrate import Errors, calibrate, refined, search, uniform_levels
 from beeline.checkpoint import dump
 from beeline.errors import BeelineError
 
@@ -100,6 +101,32 @@ def test_refining_keeps_the_curve() -> None:
 
 def test_errors_of_a_diverged_solver_are_infinite() -> None:
     assert Errors.of(torch.tensor([[float("nan")]]), torch.zeros(1, 1)).rms == float("inf")
+
+
+def test_a_teacher_of_nan_is_not_calibrated(make_denoiser) -> None:
+    teacher = make_denoiser()
+    teacher.model.last_layer.data[:] = math.nan
+    with pytest.raises(BeelineError, match="the teacher makes NaN or infinite images"):
+        calibrate(teacher, noises=2, held_out=2, trials=1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"counts": (3, 8)}, r"--evaluations is \(3, 8\); expected values, each a whole number from 4"),
+        ({"counts": ()}, r"--evaluations is \(\)"),
+        ({"counts": (8, 8)}, r"expected rising numbers from 4 on"),
+        ({"heun_steps": 0}, "--heun-steps is 0"),
+        ({"noises": 0}, "--noises is 0"),
+        ({"held_out": -1}, "--held-out is -1"),
+        ({"batch_size": 0}, "--batch-size is 0"),
+        ({"trials": -1}, "--trials is -1"),
+        ({"seed": 2**64}, "--seed is 18446744073709551616"),
+    ],
+)
+def test_settings_of_calibrate_that_cannot_be(changes: dict[str, Any], message: str, make_denoiser) -> None:
+    with pytest.raises(BeelineError, match=message):
+        calibrate(make_denoiser(), **changes)
 
 
 def test_calibrate_writes_what_generate_and_pairs_read(make_denoiser, tmp_path: Path) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 
@@ -51,6 +53,69 @@ def test_the_same_model_gives_the_same_bytes(make_denoiser: Callable[..., Denois
     assert digest(dump(again, {"other": "provenance"})) == digest(files)
     next(again.parameters()).view(-1)[0] += 1e-3
     assert digest(dump(again, about)) != digest(files)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda config: config["few_step"].update(rule="same_noise"),
+        lambda config: config["few_step"].update(line="ve"),
+        lambda config: config["few_step"].update(num_steps=17),
+        lambda config: config["few_step"].update(trained_steps=[0]),
+        lambda config: config.update(few_step=None),
+        lambda config: config["network"].update(dropout=0.5),
+    ],
+)
+def test_what_changes_the_images_changes_the_identity(make_denoiser: Callable[..., Denoiser], change: Any) -> None:
+    """Plans record it: pairs and figures of one model are never taken for those of another."""
+    model = make_denoiser()
+    model.few_step = FewStep(num_steps=18)
+    files = dump(model, {})
+    config = json.loads(files[CONFIG])
+    assert digest(files | {CONFIG: json.dumps(config, indent=None).encode()}) == digest(files)
+    change(config)
+    assert digest(files | {CONFIG: json.dumps(config).encode()}) != digest(files)
+
+
+@pytest.mark.parametrize(("key", "value"), [("rule", "sideways"), ("rule", None), ("line", "curve"), ("rule", "Line")])
+def test_an_unknown_way_of_sampling_is_refused(make_denoiser: Callable[..., Denoiser], key: str, value: Any) -> None:
+    model = make_denoiser()
+    model.few_step = FewStep(num_steps=18)
+    files = dump(model, {})
+    config = json.loads(files[CONFIG])
+    config["few_step"][key] = value
+    with pytest.raises(BeelineError, match=rf"here/config.json does not describe a network.*{key}"):
+        restore(files | {CONFIG: json.dumps(config).encode()}, "here")
+
+
+def test_students_of_earlier_versions_know_their_line(make_denoiser: Callable[..., Denoiser]) -> None:
+    model = make_denoiser()
+    for rule, line in (("same_noise", "ve"), ("line", "lerp")):
+        model.few_step = FewStep(num_steps=18, rule=rule)
+        files = dump(model, {})
+        config = json.loads(files[CONFIG])
+        del config["few_step"]["line"]
+        again = restore(files | {CONFIG: json.dumps(config).encode()}, "here")
+        assert isinstance(again, Denoiser)
+        assert again.few_step is not None
+        assert again.few_step.line == line
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_neither_published_nor_loaded(
+    make_denoiser: Callable[..., Denoiser], probe: Probe, value: float
+) -> None:
+    for model in (make_denoiser(), probe):
+        files = dump(model, {})
+        tensors = safetensors.torch.load(files[WEIGHTS])
+        name = next(iter(tensors))
+        tensors[name].view(-1)[0] = value
+        with pytest.raises(BeelineError, match=r"here/model.safetensors is not used: 1 of its tensors hold NaN or infinity"):
+            restore(files | {WEIGHTS: safetensors.torch.save(tensors)}, "here")
+        with torch.no_grad():
+            model.state_dict()[name].view(-1)[0] = value
+        with pytest.raises(BeelineError, match="the model is not published: 1 of its tensors hold NaN or infinity"):
+            dump(model, {})
 
 
 def test_config_says_what_it_is(make_denoiser: Callable[..., Denoiser]) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
 from sklearn.datasets import load_digits
+from torch.nn import functional as F
 
 from beeline.config import ProbeNetworkConfig
-from beeline.features import Probe, train_probe
+from beeline.features import Probe, bilinear, train_probe
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +51,10 @@ def test_a_short_training_learns_digits(digits: tuple[torch.Tensor, torch.Tensor
     assert not any(parameter.requires_grad for parameter in probe.parameters())
 
 
+def test_weights_that_are_not_finite_have_no_accuracy(digits: tuple[torch.Tensor, torch.Tensor]) -> None:
+    assert math.isnan(train_probe(fresh_probe(0), *digits, iterations=5, batch_size=32, lr=1e30, seed=0))
+
+
 def test_random_labels_cannot_be_held_out_accurately(digits: tuple[torch.Tensor, torch.Tensor]) -> None:
     """Held-out accuracy is measured on images that were not trained on."""
     images, labels = digits
@@ -63,3 +70,15 @@ def test_training_is_a_function_of_weights_and_seed(digits: tuple[torch.Tensor, 
 
     assert torch.equal(weights(1), weights(1))
     assert not torch.equal(weights(1), weights(2))
+
+
+@pytest.mark.parametrize("align_corners", [False, True])
+@pytest.mark.parametrize("size", [(24, 24), (5, 14), (8, 16)])
+def test_bilinear_is_pytorchs_interpolation(size: tuple[int, int], align_corners: bool) -> None:
+    maps = torch.randn(2, 3, 8, 7, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    wanted = F.interpolate(maps, size, mode="bilinear", align_corners=align_corners)
+    made = bilinear(maps, size, align_corners=align_corners)
+    torch.testing.assert_close(made, wanted, rtol=1e-5, atol=1e-6)
+    towards = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(1))
+    ours, theirs = (torch.autograd.grad(of, maps, towards)[0] for of in (made, wanted))
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)

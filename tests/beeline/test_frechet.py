@@ -138,5 +138,8 @@ def test_edms_reference_files() -> None:
         Moments.from_npz(pack({"mu": np.zeros(3), "sigma": np.zeros((2, 2))}))
     with pytest.raises(ValueError, match="expected mu and sigma"):
         Moments.from_npz(pack({"mean": np.zeros(3)}))
+    for mean, covariance in ((np.nan, 1.0), (0.0, np.nan), (np.inf, 1.0), (0.0, np.inf)):
+        with pytest.raises(ValueError, match="NaN or infinity"):
+            Moments.from_npz(pack({"mu": np.full(3, mean), "sigma": np.diag(np.full(3, covariance))}))
     with pytest.raises(ValueError, match=r"not an \.npz file"):
         Moments.from_npz(data[:50])

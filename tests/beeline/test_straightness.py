@@ -61,8 +61,8 @@ def test_it_asks_at_points_of_the_line(line: Line) -> None:
 
 @pytest.mark.parametrize("line", ["ve", "lerp"])
 def test_the_best_student_of_gaussian_pairs_scores_as_its_closed_form(line: Line) -> None:
-    """x1 of N(0, v), noise of N(0, 1), independent: at a x1 + sigma noise the best answer is a v x / (a^2 v + sigma^2), and is off
-    by sigma^2 / (a^2 v + sigma^2) of the variance. v is large, so that the two lines differ: at sigma_max by half."""
+    """x1 of N(0, v), noise of N(0, 1), independent: at a x1 + sigma noise the best answer is a v x / (a^2 v + sigma^2), and its
+    error is sigma^2 / (a^2 v + sigma^2) of the variance. v is large, so that the two lines differ: at sigma_max by half."""
     v, count = SIGMA_MAX**2, 20_000
     draw = torch.Generator().manual_seed(2)
     x1, noise = (scale * torch.randn(count, 1, 2, 2, generator=draw) for scale in (SIGMA_MAX, 1.0))

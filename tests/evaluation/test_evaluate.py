@@ -81,7 +81,8 @@ def test_what_a_measurement_says(undisturbed: Path) -> None:
     assert metrics["provenance"]["libraries"]["torch"] == torch.__version__
     assert metrics["provenance"]["resize"] == {"probe": "none"}
     left = {path.name for path in (undisturbed / "evaluation/teacher").iterdir()}
-    assert left == {"plan.json", "_SUCCESS", "lines.json", "sheet-heun-8.npz", "sheet-euler-2.npz", *RESULTS}
+    rows = {f"{kind}-{row}" for row in ("heun-8", "euler-2") for kind in ("row", "sheet")}
+    assert {name.partition(".")[0] for name in left} - {"plan", "_SUCCESS", "lines"} == rows | {"metrics", "samples", "nearest"}
     width = 10 * 44 - 4
     assert Image.open(undisturbed / "evaluation/teacher/samples.png").size == (width, 2 * 44 - 4)
     assert Image.open(undisturbed / "evaluation/teacher/nearest.png").size == (width, 4 * 44 - 4)
@@ -111,6 +112,20 @@ def test_a_killed_measurement_goes_on_to_the_same_last_bit(run: Run, head: Head,
     assert f"{parts[0].name}: unreadable" in (again.stdout.read() if again.stdout else "")
     assert watched == before  # what was there was not made again
     assert published(workspace) == published(undisturbed)
+
+
+def test_two_commands_side_by_side(head: Head, workspace: Path, undisturbed: Path) -> None:
+    """The same model, the same rows, at the same time: each ends well, and the results are those of one."""
+    command = [sys.executable, "evaluation/evaluate.py", "digits", "--workspace", str(workspace), *SMALL, *ROWS]
+    both = [
+        subprocess.Popen(command, cwd=ROOT, env=head.environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for _ in range(2)
+    ]
+    for process in both:
+        output = process.communicate(timeout=600)[0]
+        assert process.returncode == 0, output[-4000:]
+    assert published(workspace) == published(undisturbed)
+    assert Stage(Folder(str(workspace)), "evaluation/teacher", {}).is_complete()
 
 
 def test_rows_add_up(run: Run, workspace: Path, undisturbed: Path) -> None:

@@ -65,10 +65,12 @@ def fail(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--toy.distributions", "spiral"], "toy.distributions are ('spiral',); expected some of: eight_gaussians"),
-        (["--toy.iterations", "0"], "toy.iterations is 0; expected 1 at least"),
-        (["--toy.ot-batches", "100"], "toy.ot-batches has 100; expected sizes from 2 that divide 8192 pairs"),
-        (["--ot.batches", "64", "8"], "ot.batches are (64, 8); expected rising batch sizes"),
+        (["--toy.iterations", "0"], "--toy.iterations is 0; expected a whole number from 1 to 1,000,000,000"),
+        (["--toy.lr", "nan"], "--toy.lr is nan; expected a number above 0"),
+        (["--toy.ot-batches", "4", "100"], "--toy.ot-batches is (4, 100); expected sizes that divide pairs, 8192"),
+        (["--ot.batches", "64", "8"], "--ot.batches is (64, 8); expected rising batch sizes"),
+        (["--seed", "-1"], "--seed is -1; expected a whole number from 0"),
+        (["--threads", "0"], "--threads is 0; expected a whole number from 1"),
     ],
 )
 def test_a_setting_that_cannot_be(
@@ -88,6 +90,12 @@ def test_an_unknown_option(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     status, error = fail(["--no-such-option", "1"], monkeypatch, capsys)
     assert status == 2
     assert "no-such-option" in error
+
+
+def test_a_distribution_that_there_is_not(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    status, error = fail(["--toy.distributions", "spiral"], monkeypatch, capsys)
+    assert status == 2
+    assert "eight_gaussians" in error
 
 
 def test_a_file_in_the_way(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

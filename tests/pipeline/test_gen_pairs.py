@@ -23,6 +23,8 @@ import torch
 from harness import ROOT, TINY_PAIRS, Head, Run, files, wait_for
 
 import beeline
+from beeline.errors import BeelineError
+from beeline.inference import prepare
 from beeline.noise import crc32, x0
 from beeline.recipes import digits
 from beeline.samplers import sample
@@ -144,6 +146,33 @@ def test_one_shard_is_published_while_the_next_is_sampled(trained: Path, tmp_pat
         assert sampling.acquire(timeout=60)
         rows = [first, threads.submit(worker.work, 1)]
         assert [row.result()["shard"] for row in rows] == [0, 1]
+
+
+def test_images_that_are_not_finite_are_never_stored(trained: Path, tmp_path: Path) -> None:
+    """Weights that float32 takes and float16 does not: the error names the teacher, its precision and the cure."""
+    teacher = beeline.load(trained / "teacher")
+    last = teacher.model.last_layer
+    assert isinstance(last, torch.Tensor)
+    last.data *= 1e6
+    config = dataclasses.replace(digits().pairs, count=4, shard_size=4, batch_size=4, num_steps=1)
+
+    def make(**changes: Any) -> None:
+        changed = dataclasses.replace(config, **changes)
+        plan, model = plan_of(changed, teacher, "ab" * 32, None), prepare(teacher, precision=changed.precision)
+        PairShards(Folder(str(tmp_path)), plan, changed, lambda: model).work(0)
+
+    half = r"the teacher \(SHA-256 abababababab\.\.\.\) makes NaN or infinite images in precision fp16: 4 of the pairs 0 to 3"
+    with pytest.raises(BeelineError, match=rf"{half}, the first is 0\..*choose --pairs.precision bf16 or fp32"):
+        make(precision="fp16")
+    with pytest.raises(BeelineError, match=r"images in precision fp32.*check the teacher's training"):
+        make(dtype="float16")  # x1 is finite, and over what float16 holds
+    last.data[:] = np.nan
+    with pytest.raises(BeelineError, match="makes NaN or infinite images in precision fp32"):
+        make(dtype="uint8")
+    assert not list(tmp_path.iterdir())
+    last.data[:] = 0
+    make()
+    assert [path.name for path in tmp_path.iterdir()] == ["part-00000.parquet"]
 
 
 def test_what_is_watched(head: Head, trained: Path, tmp_path: Path) -> None:

@@ -14,10 +14,11 @@ from harness import Run, files
 from PIL import Image
 
 from beeline.config import ImagesConfig, to_dict
-from pipeline.images import open_source
-from pipeline.ingest_images import ImageShards, passes_for, shuffled
+from beeline.errors import BeelineError
+from pipeline.ingest_images import ImageShards, listing_digest, passes_for, shuffled
 from pipeline.reader import WINDOW, ShardReader
 from pipeline.shards import decode, shard_count
+from pipeline.sources import open_source
 from pipeline.storage import Folder
 
 
@@ -62,8 +63,9 @@ def test_corrupt_images_are_counted_and_named(run: Run, tmp_path: Path) -> None:
 def ingested(place: Folder, config: ImagesConfig) -> dict[str, bytes]:
     """images/ as the command's actors make it, by one of them in this process."""
     source = open_source(config)
-    count = len(source.labels)
-    plan = {"images": to_dict(config, resources=False) | {"count": count}}
+    count = len(source.names)
+    digest = listing_digest(source, shuffled(count))
+    plan = {"images": to_dict(config, resources=False) | {"count": count, "listing_sha256": digest}}
     passes = passes_for(range(shard_count(count, config.shard_size)), source, config)
     worker = ImageShards(place, plan, config, passes)
     assert sum(worker.work(number)["images"] for number in range(len(passes))) == count
@@ -110,3 +112,11 @@ def test_shards_do_not_depend_on_the_passes_that_make_them(tmp_path: Path, rows:
     monkeypatch.setattr("pipeline.ingest_images.PASS_BYTES", 1)
     assert len(passes_for(range(7), open_source(config), config)) == 7
     assert ingested(Folder(str(tmp_path / "apart")), config) == together
+
+
+def test_a_source_that_differs_from_machine_to_machine_is_refused(tmp_path: Path) -> None:
+    config = ImagesConfig(source=str(in_class_order(tmp_path / "a.parquet", 2, 2)), resolution=4, channels=1)
+    plan = {"images": {"listing_sha256": listing_digest(open_source(config), shuffled(4))}}
+    in_class_order(tmp_path / "a.parquet", 3, 2)
+    with pytest.raises(BeelineError, match="holds other images here than where the command was started"):
+        ImageShards(Folder(str(tmp_path)), plan, config, [])

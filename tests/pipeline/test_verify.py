@@ -8,12 +8,15 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from harness import TINY_PAIRS, Run, files
 from PIL import Image
 
 import beeline
 from beeline.checkpoint import dump
 from pipeline.shards import shard_name
+from pipeline.storage import Folder
+from pipeline.verify_pairs import CheckShards
 
 
 @pytest.fixture
@@ -64,6 +67,17 @@ def test_pairs_of_another_teacher_are_noticed(run: Run, workspace: Path) -> None
     run("pipeline/verify_pairs.py", "digits", "--workspace", workspace)
     failed = run("pipeline/verify_pairs.py", "digits", "--workspace", workspace, "--verify.resample", "1", ok=False)
     assert "its teacher makes other images of the same noise" in failed.stderr
+
+
+def test_a_teacher_that_makes_nan_is_another_teacher(workspace: Path) -> None:
+    place = Folder(str(workspace))
+    plan = place.read_json("pairs/plan.json")
+    check = CheckShards(place, "digits", plan, {}, frozenset(), {0: 0}, {})
+    assert check.work(0)["trouble"] == ""
+    assert check.teacher is not None
+    for parameter in check.teacher.parameters():
+        parameter.data[:] = torch.nan
+    assert "its teacher makes other images of the same noise" in check.work(0)["trouble"]
 
 
 def test_what_is_not_finished_is_said(run: Run, workspace: Path) -> None:

@@ -122,9 +122,9 @@ def test_the_best_is_promoted_and_more_trials_are_added(run: Run, workspace: Pat
     assert promoted == (workspace / f"sweeps/sot/trials/{best['trial']:04d}/model.safetensors").read_bytes()
     assert json.loads((workspace / "students/tuned/plan.json").read_text())["promoted"]["trial"] == best["trial"]
     none = run(*command, "--sweep.promote", "other", "--sweep.promote-nfe", "7", ok=False)
-    assert "no finished trial has 7 evaluations; there are some of 1, 2" in none.stderr
+    assert "promote_nfe is 7; expected the steps of one of the schedules" in none.stderr
     wrong = run(*command, "--sweep.learning-rates", "1e-3", "1e-4", ok=False)
-    assert "sweep.learning_rates are 0.001 and 0.0001; expected the lower and the upper bound" in wrong.stderr
+    assert "--sweep.learning-rates is (0.001, 0.0001); expected the lower bound, then the upper one" in wrong.stderr
 
 
 @given(st.integers(0, 99), st.integers(0, 9))
@@ -165,7 +165,10 @@ def test_asha_compares_trials_of_one_schedule_and_remembers_earlier_runs() -> No
     assert decide(fresh, 0, 1.0) == TrialScheduler.CONTINUE
     assert decide(fresh, 2, 2.0) == TrialScheduler.STOP  # worse than trial 0
     assert decide(fresh, 1, 9.0) == TrialScheduler.CONTINUE  # the first of the other schedule
-    again = scheduler({0: [{"step": 2, METRIC: 1.0}]})
+    assert decide(fresh, 6, math.nan) == TrialScheduler.STOP
+    assert decide(fresh, 8, math.inf) == TrialScheduler.STOP
+    assert decide(fresh, 10, 0.9) == TrialScheduler.CONTINUE
+    again = scheduler({0: [{"step": 2, METRIC: 1.0}, {"step": 4, METRIC: math.nan}]})
     assert decide(again, 2, 2.0) == TrialScheduler.STOP  # as if the run had not been interrupted
     assert decide(again, 4, 0.5) == TrialScheduler.CONTINUE
 
@@ -174,4 +177,5 @@ def test_the_front_is_what_no_other_beats_with_as_few_evaluations() -> None:
     found = [(1, 0.5), (1, 0.4), (2, 0.6), (2, 0.3), (3, 0.3), (4, 0.1)]
     rows = [{"nfe": nfe, "distance": distance, "stopped": False} for nfe, distance in found]
     rows.append({"nfe": 1, "distance": None, "stopped": True})
+    rows = [{"nfe": 1, "distance": math.nan, "stopped": False}, *rows]
     assert [(row["nfe"], row["distance"]) for row in pareto(rows)] == [(1, 0.4), (2, 0.3), (4, 0.1)]

@@ -17,7 +17,7 @@ from PIL import Image
 
 from beeline.config import ImagesConfig
 from beeline.errors import BeelineError
-from pipeline.images import CorruptImage, open_source
+from pipeline.sources import CorruptImage, open_source
 
 
 def png(value: int, size: tuple[int, int] = (12, 8)) -> bytes:
@@ -35,7 +35,7 @@ def test_a_folder_takes_classes_from_its_sub_folders(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / f"{name}.png").write_bytes(png(value))
     source = open_source(config(tmp_path))
-    assert source.labels.tolist() == [0, 0, 1]
+    assert source.classes.labels.tolist() == [0, 0, 1]
     assert source.image(2).shape == (3, 4, 4)
     assert [int(source.image(i).mean()) for i in range(3)] == [10, 20, 30]
     assert open_source(config(tmp_path, channels=1)).image(0).shape == (1, 4, 4)
@@ -43,7 +43,7 @@ def test_a_folder_takes_classes_from_its_sub_folders(tmp_path: Path) -> None:
 
 def test_a_flat_folder_has_no_labels(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(png(1))
-    assert open_source(config(tmp_path)).labels.tolist() == [-1]
+    assert open_source(config(tmp_path)).classes.labels.tolist() == [-1]
 
 
 @pytest.mark.parametrize("labelled", [True, False])
@@ -54,7 +54,7 @@ def test_edm_zip(tmp_path: Path, labelled: bool) -> None:
             file.writestr(name, png(50 * k))
         file.writestr("dataset.json", json.dumps({"labels": [[names[1], 7], [names[0], 3]] if labelled else None}))
     source = open_source(config(tmp_path / "data.zip"))
-    assert source.labels.tolist() == ([3, 7] if labelled else [-1, -1])
+    assert source.classes.labels.tolist() == ([3, 7] if labelled else [-1, -1])
     assert int(source.image(1).mean()) == 50
 
 
@@ -87,7 +87,7 @@ def cifar_archive(path: Path, module: str = "numpy._core.multiarray", count: int
 def test_cifars_own_archive(tmp_path: Path, module: str) -> None:
     images = cifar_archive(tmp_path / "cifar-10-python.tar.gz", module)
     source = open_source(ImagesConfig(source=str(tmp_path / "cifar-10-python.tar.gz"), resolution=32, channels=3))
-    assert source.labels.tolist() == [k for k in range(5) for _ in range(3)]
+    assert source.classes.labels.tolist() == [k for k in range(5) for _ in range(3)]
     assert all((source.image(i) == images[i]).all() for i in range(15))
 
 
@@ -115,14 +115,14 @@ def test_parquet_as_on_the_hugging_face_hub(tmp_path: Path, as_struct: bool) -> 
         table = pa.table({"img": images, "label": [part] * 5, "note": ["text"] * 5})
         pq.write_table(table, tmp_path / f"train-{part}.parquet", row_group_size=2)
     source = open_source(config(tmp_path))
-    assert source.labels.tolist() == [0] * 5 + [1] * 5
+    assert source.classes.labels.tolist() == [0] * 5 + [1] * 5
     assert [int(source.image(i).mean()) for i in (9, 0, 5, 4)] == [90, 0, 50, 40]
-    assert len(open_source(config(tmp_path / "train-1.parquet")).labels) == 5
+    assert len(open_source(config(tmp_path / "train-1.parquet")).names) == 5
 
 
 def test_parquet_without_images_says_what_it_has(tmp_path: Path) -> None:
     pq.write_table(pa.table({"x": [1], "y": [2.0]}), tmp_path / "t.parquet")
-    with pytest.raises(BeelineError, match=r"columns x, y; expected one of images"):
+    with pytest.raises(BeelineError, match=r"columns x .int64., y .double.; expected one of images"):
         open_source(config(tmp_path / "t.parquet"))
     (tmp_path / "torn.parquet").write_bytes(b"PAR1 and nothing more")
     with pytest.raises(BeelineError, match=r"torn\.parquet cannot be read"):
@@ -156,4 +156,4 @@ def test_digits_are_stretched_to_eight_bits() -> None:
     images = np.stack([source.image(i) for i in range(1797)])
     assert images.shape == (1797, 1, 8, 8)
     assert (images.min(), images.max()) == (0, 255)
-    assert np.bincount(source.labels).tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
+    assert np.bincount(source.classes.labels).tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]

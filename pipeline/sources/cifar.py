@@ -1,0 +1,146 @@
+"""CIFAR's own archives, cifar-10-python.tar.gz and cifar-100-python.tar.gz: their training images, in order.
+
+Their pickles are read as data, never run, by Python's own unpickler: the one in C sets aside memory for whatever index a pickle
+names.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import os
+import pickle
+import tarfile
+from typing import Any, ClassVar
+
+import numpy as np
+from PIL import Image
+
+from beeline.config import ImagesConfig
+from beeline.errors import BeelineError, reading
+from pipeline.sources.labels import Classes, class_indices
+from pipeline.sources.pixels import Pixels
+
+MAX_UNPACKED = 256 * 2**20  # bytes; CIFAR-10 is 186 MB
+BATCHES = [f"data_batch_{k}" for k in range(1, 6)]
+MAX_READS = 10**7  # of a batch's parts; CIFAR-100's one has 700,000
+GZIP = b"\x1f\x8b"
+
+
+def is_tar(path: str) -> bool:
+    """Whether a file is a tar, perhaps packed by gzip."""
+    with open(path, "rb") as file:
+        start = file.read(512)
+    if start.startswith(GZIP):
+        with gzip.open(path) as file:
+            start = file.read(512)
+    return start[257:262] == b"ustar"
+
+
+class CifarArchive:
+    """The training images of the archive `config.source`: five batches, or CIFAR-100's one with its fine labels."""
+
+    sequential = False
+
+    def __init__(self, config: ImagesConfig) -> None:
+        self.path, self.pixels = config.source, Pixels(config)
+        with reading(f"images.source {self.path} cannot be read", "download CIFAR's python archive again"):
+            members = self._members()
+        names = sorted(members)
+        images, labels = [], []
+        for name in names:
+            with reading(f"{name} in {self.path} is damaged", "download the archive again"):
+                batch = _BatchReader(_Limited(members.pop(name)), encoding="bytes").load()
+                images.append(batch[b"data"].array().reshape(-1, 3, 32, 32))
+                labels += batch[b"labels" if b"labels" in batch else b"fine_labels"]
+                if len(labels) != sum(map(len, images)):
+                    raise ValueError(f"{len(images[-1])} images and another number of labels")
+        if names not in (BATCHES, ["train"]):
+            held = f"{', '.join(names)} alone" if names else "none of them"
+            raise BeelineError(
+                f"{self.path} is a tar with {held}; expected CIFAR-10's python archive with {BATCHES[0]} to {BATCHES[-1]}, or "
+                "CIFAR-100's with train. Download it again; other tars must be unpacked: give the folder"
+            )
+        self._images = np.concatenate(images)
+        self.names = [f"training image {i}" for i in range(len(self._images))]
+        with reading(f"{self.path} is damaged", "download the archive again"):
+            self.classes: Classes = class_indices(labels, self.names, self.path)
+        self.notes = ["fine labels of CIFAR-100"] if names == ["train"] else []
+
+    def image(self, index: int) -> np.ndarray:
+        pixels = self._images[index]
+        config = self.pixels.config
+        if (config.resolution, config.channels) == (32, 3):
+            return pixels
+        return self.pixels.fitted(Image.fromarray(pixels.transpose(1, 2, 0)))
+
+    def _members(self) -> dict[str, bytes]:
+        """The training batches by their names. The whole archive is unpacked in memory, so its size is limited."""
+        with open(self.path, "rb") as file:
+            packed = file.read(2) == GZIP
+        with gzip.open(self.path) if packed else open(self.path, "rb") as file:
+            data = file.read(MAX_UNPACKED + 1)
+        if len(data) > MAX_UNPACKED:
+            raise BeelineError(
+                f"{self.path} unpacks to over {MAX_UNPACKED:,} bytes; expected CIFAR's archive. Unpack it and give the folder"
+            )
+        members: dict[str, bytes] = {}
+        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as archive:
+            for member in archive:
+                name = os.path.basename(member.name)
+                if not member.isfile() or not (name == "train" or name.startswith("data_batch_")):
+                    continue
+                if name in members:
+                    raise BeelineError(f"{self.path} holds {name} twice; expected CIFAR's archive as it was published")
+                file = archive.extractfile(member)
+                assert file is not None
+                members[name] = file.read()
+        return members
+
+
+class _BatchReader(pickle._Unpickler):  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
+    """Reads a CIFAR batch: plain Python, and one array of bytes, which is kept as a record."""
+
+    # Without the opcode that sets aside as many bytes as it names.
+    dispatch: ClassVar = {k: load for k, load in pickle._Unpickler.dispatch.items() if k != pickle.BYTEARRAY8[0]}  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
+
+    def find_class(self, module: str, name: str) -> Any:
+        admitted: dict[str, Any] = {"_reconstruct": lambda *_: _ArrayRecord(), "ndarray": _ArrayRecord, "dtype": _DtypeRecord}
+        if module in ("numpy", "numpy.core.multiarray", "numpy._core.multiarray") and name in admitted:
+            return admitted[name]
+        if (module, name) == ("_codecs", "encode"):  # how Python 2's byte strings look when Python 3 wrote them
+            return lambda text, encoding: text.encode("latin1") if isinstance(text, str) else text
+        raise BeelineError(
+            f"a batch asks for {module}.{name}, which CIFAR-10's archive does not; it was refused, nothing was run"
+        )
+
+
+class _Limited(io.BytesIO):
+    """A batch's bytes; a pickle of nothing but tiny parts, each an object, ends early."""
+
+    reads = 0
+
+    def read(self, size: int | None = -1) -> bytes:
+        self.reads += 1
+        if self.reads > MAX_READS:
+            raise ValueError(f"over {MAX_READS:,} parts")
+        return super().read(size)
+
+
+class _DtypeRecord:
+    def __init__(self, code: Any, *_: Any) -> None:
+        if code not in ("u1", b"u1"):
+            raise BeelineError(f"a batch holds an array of {code!r:.50}; expected uint8")
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+class _ArrayRecord:
+    def __setstate__(self, state: Any) -> None:
+        _, self.shape, _, fortran, self.data = state
+        if fortran:
+            raise BeelineError("a batch holds an array in Fortran order; expected CIFAR-10's rows")
+
+    def array(self) -> np.ndarray:
+        return np.frombuffer(self.data, np.uint8).reshape(self.shape)

@@ -1,0 +1,219 @@
+"""Parquet with a column of encoded images, plain binary or {bytes, path} as on the Hugging Face Hub, and perhaps one of
+classes.
+
+Its row groups are read from start to end, a page at a time: a single image cannot be read without those before it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from beeline.config import ImagesConfig
+from beeline.errors import BeelineError, reading
+from pipeline.sources.labels import Classes, class_indices, unlabelled
+from pipeline.sources.listing import Entries, check_splits
+from pipeline.sources.pixels import MAX_BYTES, Pixels, kind_of
+
+LABELS = (
+    *("label", "labels", "class", "fine_label", "target", "targets", "category"),
+    *("class_id", "class_label", "class_idx", "label_id", "category_id", "cls", "y"),
+)
+MAGIC = b"PAR1"
+ROWS = 8  # images decoded from Parquet at once
+MAX_RATIO = 100  # by which a column of images can be compressed: they are compressed already
+FEW = 2**20  # rows that even a small file may have: cells that are repeated take no space
+BUFFER = 2**20  # bytes read at once
+
+
+class Columns(NamedTuple):
+    """The columns of images and of classes (None without), and the classes' names."""
+
+    image: str
+    label: str | None
+    names: Sequence[str]
+    others: Sequence[str]
+
+
+class ParquetImages:
+    """The rows of the file `config.source`, or of the files in it, `entries`, one after the other."""
+
+    sequential = True
+
+    def __init__(self, config: ImagesConfig, entries: Entries) -> None:
+        self.pixels = Pixels(config)
+        files = [os.path.join(config.source, name) for name in entries.tables] or [config.source]
+        check_splits({word: os.path.basename(file) for file in files for word in _words(file, config.source)}, config.source)
+        self._groups: list[tuple[int, str, int]] = []  # first row, file, row group
+        self.names: list[str] = []
+        labels: list[Any] = []
+        columns: Columns | None = None
+        for file in files:
+            with reading(f"{file} cannot be read", "expected a Parquet file with a column of images"):
+                found, more = self._survey(file)
+            if columns is not None and found[:2] != columns[:2]:
+                raise BeelineError(
+                    f"{file} has the columns {_said(found)}, {files[0]} {_said(columns)}; expected the same in all files of "
+                    f"{config.source}"
+                )
+            columns = found
+            labels += more
+        if columns is None or not self.names:
+            raise BeelineError(f"{config.source} holds no rows; expected Parquet with images")
+        self._column = columns.image
+        self.classes: Classes = unlabelled(len(self.names))
+        self.notes = [f"images and classes from the columns {_said(columns)}", *entries.ignored()]
+        if columns.label:
+            with reading(f"the column {columns.label} of {config.source} cannot be read", "expected class indices"):
+                classes = class_indices(labels, self.names, f"the column {columns.label} of {config.source}")
+                self.classes = classes._replace(names=classes.names or columns.names)
+        if columns.others:
+            self.notes.append(f"ignored the columns {', '.join(columns.others)}")
+        self._starts = np.array([start for start, *_ in self._groups])
+        self._at: tuple[int, int] = (-1, 0)  # row group, and first row of the batch that was read last
+        self._batch: pa.Array = pa.nulls(0)
+        self._batches: Iterator[pa.RecordBatch] = iter(())
+
+    def image(self, index: int) -> np.ndarray:
+        return self.pixels.decoded(lambda: _bytes(self._value(index)), self.names[index])
+
+    def _survey(self, file: str) -> tuple[Columns, list[Any]]:
+        """The columns of a file, and its labels; its row groups are noted down."""
+        _require_parquet(file)
+        with pq.ParquetFile(file) as opened:
+            metadata, columns = opened.metadata, _columns(opened.schema_arrow, file)
+            groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
+            rows, size = sum(group.num_rows for group in groups), os.path.getsize(file)
+            if not 0 <= rows <= max(size, FEW):
+                raise BeelineError(
+                    f"{file} claims {rows:,} rows in {size:,} bytes; it is damaged, or was not written for images"
+                )
+            nulls = sum(_checked(group, columns, file) for group in groups)
+            first = len(self.names)
+            for number, group in enumerate(groups):
+                self._groups.append((len(self.names), file, number))
+                start = len(self.names) - first
+                self.names += [f"{os.path.basename(file)} row {start + row}" for row in range(group.num_rows)]
+            if rows and nulls == rows:
+                raise BeelineError(
+                    f"{file} holds the paths of its images and not the images: column {columns.image} has no bytes. Write it "
+                    "again with the images in it (datasets: embed_external_files=True), or give the folder of images"
+                )
+            return columns, _labels(file, columns.label) if columns.label else []
+
+    def _value(self, index: int) -> Any:
+        """The cell of a row. Rows are read on from the last one; a row before it means to start again."""
+        number = int(np.searchsorted(self._starts, index, side="right")) - 1
+        group, start = self._at
+        if number != group or index < start:
+            first, file, inner = self._groups[number]
+            opened = pq.ParquetFile(file, buffer_size=BUFFER, pre_buffer=False)
+            self._batches = opened.iter_batches(ROWS, row_groups=[inner], columns=[self._column])
+            self._batch, start = next(self._batches).column(0), first
+        while index >= start + len(self._batch):
+            start += len(self._batch)
+            self._batch = next(self._batches).column(0)
+        self._at = number, start
+        return self._batch[index - start].as_py()
+
+
+def _labels(file: str, column: str) -> list[Any]:
+    """The cells of a column. Words are read as a dictionary, so that one that is repeated takes its memory once."""
+    kind = pq.read_schema(file).field(column).type
+    words = pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    cells = pq.read_table(file, columns=[column], read_dictionary=[column] if words else None)[column]
+    if not pa.types.is_dictionary(cells.type):
+        return cells.to_pylist()
+    labels: list[Any] = []
+    for chunk in cells.chunks:
+        known = [*chunk.dictionary.to_pylist(), None]
+        labels += [known[-1 if index is None else index] for index in chunk.indices.to_pylist()]
+    return labels
+
+
+def _require_parquet(file: str) -> None:
+    with open(file, "rb") as opened:
+        start = opened.read(200)
+    if not start.startswith(MAGIC):
+        raise BeelineError(f"{file} is not Parquet: {kind_of(start)}")
+
+
+def _words(file: str, source: str) -> list[str]:
+    """The words of a file's name within the source, in lower case."""
+    name = os.path.relpath(file, source) if file != source else ""
+    return re.split(r"[^a-z]+", name.lower())
+
+
+def _columns(schema: pa.Schema, file: str) -> Columns:
+    images = [field.name for field in schema if _holds_images(field.type)]
+    if len(images) != 1:
+        types = ", ".join(f"{field.name} ({field.type})" for field in schema)
+        raise BeelineError(
+            f"{file} has the columns {types}; expected one of images (binary, or a struct with bytes), found {len(images)}"
+        )
+    classes = _class_names(schema)
+    known = sorted((name for name in schema.names if name.lower() in LABELS), key=lambda name: LABELS.index(name.lower()))
+    label = next((name for name in [*(name for name in known if name in classes), *classes, *known]), None)
+    others = [name for name in schema.names if name not in (images[0], label)]
+    return Columns(images[0], label, classes.get(label or "", ()), others)
+
+
+def _class_names(schema: pa.Schema) -> dict[str, Sequence[str]]:
+    """The columns that the Hub's metadata call class labels, with the names of their classes."""
+    try:
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        kinds = {name: kind for name, kind in features.items() if isinstance(kind, dict) and kind.get("_type") == "ClassLabel"}
+        return {name: [str(word) for word in kind.get("names", ())] for name, kind in kinds.items() if name in schema.names}
+    except (KeyError, TypeError, AttributeError, ValueError):  # a note by other software, which may be anything
+        return {}
+
+
+def _holds_images(kind: pa.DataType) -> bool:
+    if pa.types.is_struct(kind):
+        parts = {kind.field(i).name: kind.field(i).type for i in range(kind.num_fields)}
+        return "bytes" in parts and (_holds_images(parts["bytes"]) or pa.types.is_null(parts["bytes"]))
+    if pa.types.is_dictionary(kind):
+        return _holds_images(kind.value_type)
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+def _checked(group: pq.RowGroupMetaData, columns: Columns, file: str) -> int:
+    """How many images of a row group are null, as far as it says so. Raises BeelineError if it asks for far more memory than
+    its size allows."""
+    nulls, size = 0, os.path.getsize(file)
+    for i in range(group.num_columns):
+        chunk = group.column(i)
+        name = chunk.path_in_schema.split(".")[0]
+        if name not in columns[:2]:
+            continue
+        unpacked, packed = chunk.total_uncompressed_size, chunk.total_compressed_size
+        if chunk.num_values > max(size, FEW) or (unpacked > MAX_BYTES and unpacked > MAX_RATIO * packed):
+            raise BeelineError(
+                f"{file} claims {chunk.num_values:,} cells of the column {name}, {unpacked:,} bytes packed into {packed:,}, in "
+                f"a file of {size:,} bytes; it is damaged, or was not written for images"
+            )
+        if chunk.path_in_schema in (columns.image, f"{columns.image}.bytes"):
+            typeless = chunk.physical_type == "INT32"  # how a column of nothing but nulls is written
+            nulls = group.num_rows if typeless else chunk.statistics.null_count or 0 if chunk.statistics else 0
+    return nulls
+
+
+def _bytes(value: Any) -> bytes:
+    data = value["bytes"] if isinstance(value, dict) else value
+    if data is None:
+        path = value.get("path") if isinstance(value, dict) else None
+        raise ValueError(f"no bytes, only the path {path}" if path else "null")
+    if len(data) > MAX_BYTES:
+        raise ValueError(f"{len(data):,} bytes, expected at most {MAX_BYTES:,}")
+    return data
+
+
+def _said(columns: Columns) -> str:
+    return f"{columns.image} and {columns.label}" if columns.label else f"{columns.image} without classes"
