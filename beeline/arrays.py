@@ -28,5 +28,7 @@ def unpack(data: bytes, expected: str) -> dict[str, np.ndarray]:
 
 
 def spread(count: int, total: int) -> np.ndarray:
-    """`count` of range(total), evenly spread, int64; all in turn, again and again, where `count` is more."""
-    return np.arange(count) % total if count >= total else np.arange(count) * total // count
+    """`count` of range(total), evenly spread, int64. Where `count` is more: all in turn, again and again, then the rest of
+    `count` evenly spread."""
+    turns, rest = divmod(count, total)
+    return np.concatenate([np.tile(np.arange(total), turns), np.arange(rest) * total // max(rest, 1)])

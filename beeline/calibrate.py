@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from beeline.adams import CORRECTOR, PREDICTOR, adams
+from beeline.arrays import spread
 from beeline.checkpoint import SOLVER, WEIGHTS, load
 from beeline.denoiser import Denoiser
 from beeline.errors import BeelineError
@@ -73,7 +74,8 @@ class Bench:
         self.teacher, self.batch_size = teacher, batch_size
         self.device = next(teacher.parameters()).device
         self.noise = torch.from_numpy(x0(seed, range(count), teacher.image_shape)).to(self.device)
-        self.labels = torch.arange(count, device=self.device) % teacher.label_dim if teacher.label_dim else None
+        classes = torch.from_numpy(spread(count, max(teacher.label_dim, 1))).to(self.device)
+        self.labels = classes if teacher.label_dim else None
         self.reference = self.run(lambda noise, labels: self._heun(noise, labels, REFERENCE_STEPS))
         if not bool(self.reference.isfinite().all()):
             raise BeelineError("the teacher makes NaN or infinite images, which no levels cure; check the teacher's training")

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 
 from beeline.adversarial import Augmentation, diff_augment
-from beeline.features import FeatureNetwork, resized
+from beeline.features import FeatureNetwork, bilinear, resized
 
 SCRATCH = "scratch"
 WIDTHS = (64, 64, 128, 256, 512)  # of features at nominal sizes 128, 64, 32, 16 and 8
@@ -193,7 +193,7 @@ class Projection(nn.Module):
             x = self.across_channels[level](taps[level])
             if made:
                 x = x + made[0]
-            x = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True)
+            x = bilinear(x, (2 * x.shape[2], 2 * x.shape[3]), align_corners=True)
             made.insert(0, self.across_scales[level](x))
         return made
 

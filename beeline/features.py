@@ -117,7 +117,24 @@ def resized(images: torch.Tensor, side: int) -> torch.Tensor:
     """Images (B, C, H, W) at `side` pixels, bilinear; unchanged if `side` is 0 or what they have."""
     if side in (0, images.shape[-1]):
         return images
-    return F.interpolate(images, (side, side), mode="bilinear", align_corners=False)
+    return bilinear(images, (side, side), align_corners=False)
+
+
+def bilinear(maps: torch.Tensor, size: tuple[int, int], *, align_corners: bool) -> torch.Tensor:
+    """`F.interpolate` of maps (B, C, H, W) to `size`, as two matrix products.
+
+    On a GPU the gradient of `F.interpolate` is either not deterministic or slow; products are neither.
+    """
+    with torch.autocast(maps.device.type, enabled=False):
+        down, across = (_weights(old, new, maps, align_corners) for old, new in zip(maps.shape[2:], size, strict=True))
+        return down.T @ (maps @ across)
+
+
+def _weights(old: int, new: int, like: torch.Tensor, align_corners: bool) -> torch.Tensor:
+    """What linear interpolation from `old` to `new` places makes of the identity: (old, new)."""
+    with torch.no_grad():
+        identity = torch.eye(old, device=like.device)[None]
+        return F.interpolate(identity, new, mode="linear", align_corners=align_corners)[0].to(like.dtype)
 
 
 def train_probe(

@@ -59,15 +59,16 @@ class Reference:
 
 
 def measures(seen: Looks, real: Reference, network: str, *, neighbours: int) -> dict[str, float]:
-    """All figures of one set of samples, by name. Precision and its kin look at the first `neighbours` of them, since their
-    cost grows with the square; KID is left out below 1000 samples, for which it is not defined."""
+    """All figures of one set of samples, by name. Precision and its kin look at `neighbours` of them, evenly spread as the real
+    ones are, since their cost grows with the square; KID is left out below 1000 samples, for which it is not defined."""
     n, inception = len(seen.features), network == "inception"
     found = {counted("fid" if inception else f"fd_{network}", n): frechet_distance(Statistics.of(seen.features), real.moments)}
     if inception and min(n, len(real.features)) >= KID_SUBSET:
         found[counted("kid", n)] = kernel_distance(seen.features, real.features)
     if seen.logits is not None:
         found[counted("is", n)] = inception_score(seen.logits)
-    near = neighbourhoods(seen.features[:neighbours], real.some(neighbours)[0])
+    chosen = seen.features[spread(min(neighbours, n), n)]  # samples are in the order of images/, often by class
+    near = neighbourhoods(chosen, real.some(neighbours)[0])
     suffix = "" if inception else f"_{network}"
     return found | {counted(f"{name}{suffix}", min(n, neighbours)): value for name, value in near.items()}
 

@@ -15,8 +15,9 @@ import torch
 def set_numerics() -> None:
     """Set this process's flags: float32 without TF32, float32 sums in half-precision products, deterministic algorithms.
 
-    Call it before the first CUDA operation. On a machine without CUDA nothing changes. An operation without a deterministic
-    algorithm warns and runs all the same.
+    Call it before the first CUDA operation. On a machine without CUDA nothing changes. An operation that has no deterministic
+    algorithm raises PyTorch's RuntimeError, which names it; to warn instead would make attention's gradient differ from run
+    to run.
     """
     if not torch.cuda.is_available():
         return
@@ -27,6 +28,6 @@ def set_numerics() -> None:
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.use_deterministic_algorithms(True)
     # A debugging aid that costs a pass over each new tensor.
     torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]

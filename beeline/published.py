@@ -135,6 +135,7 @@ def published(
         ),
         evaluate=EvaluateConfig(
             features=("inception", "dinov2_vitl14", "probe"),
-            count=50_000, shard_size=2500, batch_size=500, seed=1000 + seed, nfe=nfe, steps=("0",), **ONE_GPU_EACH,
+            count=50_000, shard_size=2500, batch_size=500, precision="fp16", seed=1000 + seed, nfe=nfe, steps=("0",),
+            **ONE_GPU_EACH,
         ),
     )  # fmt: skip

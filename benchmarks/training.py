@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,45 +43,81 @@ POLICIES: dict[str, dict[str, Any]] = {
 
 
 class Step:
-    """A training step of one phase under one policy, on a fixed batch."""
+    """A training step on a fixed batch: what trainers/student.py does, without data and ranks. `config` has precision and
+    compilation; `as_written` leaves layout, attention and frozen networks as they are in PyTorch."""
 
-    def __init__(self, model: Denoiser, networks: dict[str, Any], policy: str, config: LmmConfig, phase: PhaseConfig) -> None:
-        self.config, self.phase = replace(config, **POLICIES[policy]), phase
-        self.model = copy.deepcopy(plain(model) if policy == "plain" else model).train().requires_grad_(True)
+    def __init__(
+        self,
+        model: Denoiser,
+        networks: Mapping[str, FeatureNetwork],
+        config: LmmConfig,
+        phase: PhaseConfig,
+        *,
+        as_written: bool = False,
+    ) -> None:
+        self.config, self.as_written, self.networks = config, as_written, networks
+        self.device = next(model.parameters()).device
+        self.model = copy.deepcopy(plain(model) if as_written else model).train().requires_grad_(True)
         self.averages = [copy.deepcopy(self.model) for _ in config.ema_half_lives]
-        if policy != "plain":
+        if not as_written:
             self.model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-        if self.config.compiled:
+        if config.compiled:
             compile_trunk(self.model)
+        self.number = 0
+        self.begin(phase)
+
+    def begin(self, phase: PhaseConfig) -> None:
+        """Make the objective of `phase`, its critic and the optimisers."""
+        config, self.phase = self.config, phase
         features: dict[str, FeatureNetwork] = {}
         for name in LinesMatching.needs(config, phase).features:
-            dtype = DTYPES[self.config.precision]
-            frozen = Frozen(networks[name], dtype=dtype, compiled=self.config.compiled)
-            features[name] = networks[name] if policy == "plain" else frozen
+            frozen = Frozen(
+                self.networks[name], device=self.device, dtype=DTYPES[config.precision], compiled=config.compiled
+            )  # fmt: skip
+            features[name] = self.networks[name] if self.as_written else frozen
         torch.manual_seed(0)
-        self.setting = Setting(
-            config=self.config, phase=phase, image_shape=model.image_shape, num_classes=model.label_dim, features=features
-        )
+        shape, classes = self.model.image_shape, self.model.label_dim
+        self.setting = Setting(config=config, phase=phase, image_shape=shape, num_classes=classes, features=features)
         self.objective = LinesMatching(self.setting)
-        self.student = Learner(self.model, phase.optimizer, precision=self.config.precision)
+        self.student = Learner(self.model, phase.optimizer, precision=config.precision)
         self.critic: Learner | None = None
         if self.objective.critic is not None:
-            critic = self.objective.critic.to(next(model.parameters()).device)
-            self.critic = Learner(critic, config.discriminator.optimizer, precision=self.config.precision)
-        self.number = 0
+            critic = self.objective.critic.to(self.device)
+            self.critic = Learner(critic, config.discriminator.optimizer, precision=config.precision)
 
-    def __call__(self, batch: Batch, generator: torch.Generator) -> None:
-        self.objective.backward(self.student, self.critic, batch, generator)
-        self.update()
+    def __call__(self, batch: Batch, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        """One step; the objective's figures, and whether it was skipped."""
+        figures = self.objective.backward(self.student, self.critic, batch, generator)
+        return figures | {"skipped": torch.tensor(self.update())}
 
-    def update(self) -> None:
-        """Optimisers and averages."""
+    def update(self) -> float:
+        """Optimisers and averages; 1 where gradients were not finite."""
+        skipped = 0.0
         for learner in (self.student, self.critic):
             if learner is not None:
-                learner.update(self.number, self.phase.iterations)
+                skipped = max(skipped, learner.update(self.number, self.phase.iterations)["skipped"])
         self.number += 1
         for average, half_life in zip(self.averages, self.config.ema_half_lives, strict=True):
             ema_update(average, self.model, half_life, self.number, self.config.ema_ramp)
+        return skipped
+
+    def state_dict(self) -> dict[str, Any]:
+        """As a checkpoint of the trainer holds it."""
+        return {
+            "number": self.number,
+            "student": self.student.state_dict(),
+            "averages": [average.state_dict() for average in self.averages],
+            "critic": None if self.critic is None else self.critic.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse of `state_dict`."""
+        self.number = state["number"]
+        self.student.load_state_dict(state["student"])
+        for average, weights in zip(self.averages, state["averages"], strict=True):
+            average.load_state_dict(weights)
+        if self.critic is not None:
+            self.critic.load_state_dict(state["critic"])
 
     def parts(self, batch: Batch, generator: torch.Generator) -> dict[str, Callable[[], Any]]:
         """The parts of the step by themselves, forward and backward."""
@@ -148,7 +184,9 @@ def main() -> None:
     phases: dict[str, Any] = {}
     for name in arguments.phases:
         steps = {
-            policy: Step(model, networks, policy, config, getattr(config, name))
+            policy: Step(
+                model, networks, replace(config, **POLICIES[policy]), getattr(config, name), as_written=policy == "plain"
+            )
             for policy in POLICIES
             if not (arguments.no_compile and POLICIES[policy]["compiled"])
         }

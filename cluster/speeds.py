@@ -38,17 +38,16 @@ class Gpu:
     """A regular expression of its name as torch tells it."""
     half: float
     """bf16 and fp16, summed in float32."""
-    tf32: float
     fp32: float
 
 
 GPUS: dict[str, Gpu] = {
-    "h200": Gpu(sheet="NVIDIA H200 SXM", pattern=r"\bH200\b", half=989, tf32=494, fp32=67),
-    "h100": Gpu(sheet="NVIDIA H100 SXM", pattern=r"\bH100\b", half=989, tf32=494, fp32=67),
-    "a100": Gpu(sheet="NVIDIA A100", pattern=r"\bA100\b", half=312, tf32=156, fp32=19.5),
-    "l40s": Gpu(sheet="NVIDIA L40S", pattern=r"\bL40S\b", half=362, tf32=183, fp32=91.6),
-    "l4": Gpu(sheet="NVIDIA L4", pattern=r"\bL4\b", half=121, tf32=60, fp32=30.3),
-    "rtx4090": Gpu(sheet="NVIDIA GeForce RTX 4090", pattern=r"\bRTX 4090\b", half=165, tf32=82.6, fp32=82.6),
+    "h200": Gpu(sheet="NVIDIA H200 SXM", pattern=r"\bH200\b", half=989, fp32=67),
+    "h100": Gpu(sheet="NVIDIA H100 SXM", pattern=r"\bH100\b", half=989, fp32=67),
+    "a100": Gpu(sheet="NVIDIA A100", pattern=r"\bA100\b", half=312, fp32=19.5),
+    "l40s": Gpu(sheet="NVIDIA L40S", pattern=r"\bL40S\b", half=362, fp32=91.6),
+    "l4": Gpu(sheet="NVIDIA L4", pattern=r"\bL4\b", half=121, fp32=30.3),
+    "rtx4090": Gpu(sheet="NVIDIA GeForce RTX 4090", pattern=r"\bRTX 4090\b", half=165, fp32=82.6),
 }
 
 
@@ -110,18 +109,18 @@ def speed(task: Task, device: str, *, measured: list[Measured], utilisation: flo
         return _figures()
     alike = [m for m in measured if m.on_gpu == (device != CPU)] + benchmarks(device)
     candidates = [m for m in alike if m.task.precision == task.precision]
-    strict = task.kind == "looking" and device != CPU  # measuring networks leave TF32 off, and are other networks besides
-    if candidates and not strict:
+    other_networks = (
+        task.kind == "looking" and device != CPU
+    )  # measuring networks say nothing about denoisers, nor these of them
+    if candidates and not other_networks:
         best = min(candidates, key=lambda m: _distance(m, task))
         note = "" if best.task.kind == task.kind else f"; of {best.task.kind}, taken for this too"
         return Speed(best.rate(), f"measured: {best.source}{note}")
     if device == CPU:
         raise BeelineError(f"no speed of a CPU in {task.precision} is in {RESULTS}; measure: python -m benchmarks.sampling")
     gpu = GPUS[device]
-    peak = gpu.half if task.precision in ("bf16", "fp16") else gpu.fp32 if strict else gpu.tf32
-    what = task.precision if task.precision != "fp32" or strict else "TF32"
-    note = ", in which PyTorch computes fp32 convolutions" if what == "TF32" else ""
-    said = f"assumed, not measured: {100 * utilisation:g} % of the data sheet's {peak:g} TFLOP/s dense {what}{note}"
+    peak = gpu.half if task.precision in ("bf16", "fp16") else gpu.fp32
+    said = f"assumed, not measured: {100 * utilisation:g} % of the data sheet's {peak:g} TFLOP/s dense {task.precision}"
     return Speed(utilisation * peak * 1e12, f"{said} ({gpu.sheet})")
 
 

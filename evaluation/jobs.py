@@ -42,6 +42,11 @@ PAIRS = 256  # held-out pairs
 HELD_OUT_PAIRS = "pairs.npz"
 
 
+def held_out_rows(pairs: dict[str, Any]) -> list[int]:
+    """Indices of the held-out pairs: those after the store's, whose classes, index mod classes, are evenly spread."""
+    return [pairs["pairs"]["count"] + int(i) for i in spread(PAIRS, max(PAIRS, pairs["num_classes"]))]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Setup:
     """What all work items share: `images` and `pairs` are the plans of those stages, `count` the samples of a draw."""
@@ -90,9 +95,16 @@ class Bench:
     @functools.cached_property
     def held_out(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """x1 and noise (n, C, H, W) and labels (n,) of pairs that no student has seen, on the device."""
-        found = unpack(self.place(HELD_OUT).read(HELD_OUT_PAIRS), "pairs")
-        x1, noise, labels = (torch.from_numpy(found[key]).to(self.device) for key in ("x1", "noise", "label"))
+        x1, noise, labels = (torch.from_numpy(self.held_out_file[key]).to(self.device) for key in ("x1", "noise", "label"))
         return x1, noise, labels
+
+    @functools.cached_property
+    def held_out_file(self) -> dict[str, np.ndarray]:
+        """The arrays of the held-out pairs; "index" are those that their noise is made of."""
+        found = unpack(self.place(HELD_OUT).read(HELD_OUT_PAIRS), "pairs")
+        assert self.setup.pairs is not None
+        first = self.setup.pairs["pairs"]["count"]
+        return {"index": np.arange(first, first + PAIRS)} | found  # files of earlier versions do not say
 
     def _eye(self, name: str) -> Eye:
         setup = self.setup
@@ -152,9 +164,10 @@ class HeldOut:
         assert plan is not None
         config = from_dict(PairsConfig, plan["pairs"])
         teacher = load_sampler(bench.setup.workspace, bench.setup.recipe, plan, config)
-        rows = range(config.count, config.count + PAIRS)
+        rows = held_out_rows(plan)
         labels, noise = pair_labels(rows, teacher.label_dim), x0(config.seed, rows, teacher.image_shape)
-        arrays = {"x1": make_pairs(teacher, noise, labels, config), "noise": noise, "label": labels}
+        x1 = make_pairs(teacher, noise, labels, config)
+        arrays = {"x1": x1, "noise": noise, "label": labels, "index": np.array(rows)}
         bench.place(HELD_OUT).write(HELD_OUT_PAIRS, pack(arrays))
 
 
@@ -209,7 +222,7 @@ class Sheet:
     def run(self, bench: Bench) -> None:
         """Sample, look through the first measuring network, and write images and features."""
         config, model = bench.setup.config, bench.model(self.model)
-        classes = np.arange(self.count, dtype=np.int32) % max(model.label_dim, 1)
+        classes = spread(self.count, max(model.label_dim, 1)).astype(np.int32)
         seed = noise_seed(config, 0)
         images = quantised(draw(model, self.row, range(self.count), classes, seed=seed, batch_size=config.batch_size))
         first = config.features[0]
@@ -263,9 +276,8 @@ class Fidelity:
         x1, _, labels = bench.held_out
         plan, config = bench.setup.pairs, bench.setup.config
         assert plan is not None
-        first = plan["pairs"]["count"]
         images = draw(
-            bench.model(self.model), self.row, range(first, first + PAIRS), labels.cpu().numpy(),
+            bench.model(self.model), self.row, bench.held_out_file["index"].tolist(), labels.cpu().numpy(),
             seed=plan["pairs"]["seed"], batch_size=config.batch_size,
         )  # fmt: skip
         rms = float((images - x1.clamp(-1, 1)).to(torch.float64).square().mean().sqrt())
@@ -274,7 +286,8 @@ class Fidelity:
 
 @dataclasses.dataclass(frozen=True)
 class Lines:
-    """How straight a model's flow is along the teacher's lines and along its own trajectories, of held-out pairs."""
+    """How straight a model's flow is along its lines between held-out pairs and along its own trajectories. Its lines are those
+    that a student was trained on; a teacher's are EDM's, x1 + sigma noise."""
 
     model: str
     num_steps: int
@@ -289,9 +302,10 @@ class Lines:
         x1, noise, labels = bench.held_out
         model, sigmas = bench.model(self.model), edm_sigmas(self.num_steps)
         given = labels if model.label_dim else None
-        values = straightness(model, x1, noise, given, sigmas)
+        line = model.few_step.line if model.few_step is not None else "ve"
+        values = straightness(model, x1, noise, given, sigmas, line=line)
         own, speed = trajectories(model, noise, given, num_steps=self.num_steps)
-        found = {"sigmas": sigmas.tolist(), "values": values, "own": own, "speed": speed, "pairs": PAIRS}
+        found = {"line": line, "sigmas": sigmas.tolist(), "values": values, "own": own, "speed": speed, "pairs": PAIRS}
         means = {"mean": float(np.mean(values)), "own_mean": float(np.mean(own)), "speed_mean": float(np.mean(speed))}
         bench.place("evaluation", self.model).write_json(self.file, means | found)
 

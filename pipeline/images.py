@@ -37,6 +37,8 @@ class Source(Protocol):
     """`labels` (n,) int32, -1 where there are none, and the image of each index."""
 
     labels: np.ndarray
+    sequential: bool
+    """Whether images are cheap to read only in rising order of their indices."""
 
     @property
     def names(self) -> Sequence[str]:
@@ -75,6 +77,8 @@ def open_source(config: ImagesConfig) -> Source:
 class Digits:
     """scikit-learn's digits: 1,797 images, 8x8, 16 grey levels, stretched to 0 ... 255."""
 
+    sequential = False
+
     def __init__(self, config: ImagesConfig) -> None:
         from sklearn.datasets import load_digits
 
@@ -94,6 +98,8 @@ class Digits:
 
 class FolderImages:
     """Images anywhere under a folder; with more than one sub-folder, these are the classes, in alphabetical order."""
+
+    sequential = False
 
     def __init__(self, config: ImagesConfig) -> None:
         self.config = config
@@ -116,6 +122,8 @@ class FolderImages:
 class ZipImages:
     """EDM's data set zip: images anywhere in it, dataset.json {"labels": [[name, class], ...] or null}."""
 
+    sequential = False
+
     def __init__(self, config: ImagesConfig) -> None:
         self.config = config
         self._zip = zipfile.ZipFile(config.source)
@@ -136,6 +144,8 @@ class ZipImages:
 
 class CifarArchive:
     """cifar-10-python.tar.gz: the five training batches, in order. Its pickles are read as data, never run."""
+
+    sequential = False
 
     def __init__(self, config: ImagesConfig) -> None:
         self.config = config
@@ -168,6 +178,7 @@ class CifarArchive:
 class ParquetImages:
     """Parquet files with a column of encoded images, plain binary or {bytes, path}, and perhaps one of classes."""
 
+    sequential = True
     LABELS = ("label", "labels", "class", "fine_label")
 
     def __init__(self, config: ImagesConfig, files: list[str]) -> None:

@@ -3,6 +3,7 @@ appears whole, under its final name, or not at all."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -140,10 +141,12 @@ class Folder:
         return [entry for entry in entries if entry.type == kind and entry.base_name]
 
     def remove(self, name: str) -> None:
-        """Remove one file. Raises StorageError if it cannot."""
+        """Remove one file, unless it is gone already: others may work on the folder. Raises StorageError if it cannot."""
         try:
             fs, path = _writer(self.uri)
             fs.rm_file(f"{path}/{name}")
+        except FileNotFoundError:
+            return
         except FAILURES as error:
             raise StorageError(
                 f"{self}/{name} cannot be removed: {_plain(error)}. Check permissions and credentials"
@@ -155,7 +158,8 @@ class Folder:
             self.remove(name)
         if self.is_local:
             self.clean()
-            os.rmdir(self.uri)
+            with contextlib.suppress(OSError):  # somebody put a folder there
+                os.rmdir(self.uri)
 
     def clean(self) -> None:
         """Remove the temporary files that killed writers left. Only for a folder that nobody is writing to."""

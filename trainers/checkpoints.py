@@ -1,18 +1,21 @@
 """Checkpoints of training in <folder>/checkpoints/step-<n>/: a file for each entry of the state, index.json last.
 
 They are written like everything else in a workspace, each file whole and with retries, local or on object storage; a folder
-without index.json is one that was being written or removed. Nothing here knows who restarts a run, or how: a run goes on
-from what it finds. Several files, since one PUT to S3 ends at 5 GB.
+without index.json is one that was being written or removed. The index holds the SHA-256 of every file: a checkpoint that is
+not what was written, to the last bit, is refused. Nothing here knows who restarts a run, or how: a run goes on from what it
+finds. Several files, since one PUT to S3 ends at 5 GB.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
+from collections.abc import Collection
 from typing import Any
 
 import torch
 
-from beeline.errors import BeelineError
+from beeline.errors import BeelineError, StorageError
 from pipeline.storage import Folder
 
 CHECKPOINTS, INDEX = "checkpoints", "index.json"
@@ -22,37 +25,58 @@ State = dict[str, Any]
 def save(folder: Folder, step: int, state: State, *, keep: int) -> None:
     """Publish `state` (tensors and plain Python) as that of `step`, then remove all but the last `keep` checkpoints."""
     place = folder / CHECKPOINTS / name_of(step)
-    sizes = {}
+    digests = {}
     for name, value in state.items():
         buffer = io.BytesIO()
         torch.save(value, buffer)
         place.write(f"{name}.pt", buffer.getvalue())
-        sizes[f"{name}.pt"] = len(buffer.getvalue())
-    place.write_json(INDEX, {"step": step, "files": sizes})
+        digests[f"{name}.pt"] = hashlib.sha256(buffer.getvalue()).hexdigest()
+    place.write_json(INDEX, {"step": step, "sha256": digests})
     complete = steps(folder)
     for old in complete[: -max(keep, 1)]:
         remove(folder, old)
 
 
 def load(folder: Folder, step: int) -> State:
-    """The state of `step`. Raises BeelineError if it is not whole."""
+    """The state of `step`, its tensors in main memory. Raises BeelineError if it is not what was saved."""
     place = folder / CHECKPOINTS / name_of(step)
     try:
         index = place.read_json(INDEX)
-        files = {name: place.read(name) for name in index["files"]}
-        found = {name: len(data) for name, data in files.items()}
-        if found != index["files"]:
-            raise ValueError(f"found {found} bytes, expected {index['files']}")
-        return {name.removesuffix(".pt"): torch.load(io.BytesIO(data), weights_only=True) for name, data in files.items()}
-    except (FileNotFoundError, TypeError, KeyError, ValueError, RuntimeError) as error:
-        raise BeelineError(f"{place} is damaged ({error}); remove it to go on from the one before") from error
+        if index["step"] != step:
+            raise ValueError(f"{INDEX} is of step {index['step']}")
+        return {name.removesuffix(".pt"): _part(place, name, digest) for name, digest in index["sha256"].items()}
+    except StorageError:
+        raise
+    except Exception as error:  # what a damaged file raises depends on the damage
+        reason = error if str(error) else type(error).__name__
+        raise BeelineError(f"{place} is damaged ({reason}); the checkpoint before it is used") from error
+
+
+def _part(place: Folder, name: str, digest: str) -> Any:
+    data = place.read(name)
+    found = hashlib.sha256(data).hexdigest()
+    if found != digest:
+        raise ValueError(f"{name} has SHA-256 {found[:12]}..., expected {str(digest)[:12]}...")
+    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+
+
+def newest(folder: Folder, refused: Collection[int] = ()) -> tuple[int, State] | None:
+    """The newest checkpoint that is whole and not `refused`, or None; a line says what is wrong with others."""
+    for step in reversed(steps(folder)):
+        if step not in refused:
+            try:
+                return step, load(folder, step)
+            except StorageError:
+                raise
+            except BeelineError as error:
+                print(f"{error}", flush=True)
+    return None
 
 
 def steps(folder: Folder) -> list[int]:
-    """Steps of the complete checkpoints, in order."""
-    names = (folder / CHECKPOINTS).folders()
-    complete = [name for name in names if INDEX in (folder / CHECKPOINTS / name).sizes()]
-    return sorted(int(name.removeprefix("step-")) for name in complete)
+    """Steps of the complete checkpoints, in order; folders of other names are left alone."""
+    numbers = [int(name.removeprefix("step-")) for name in (folder / CHECKPOINTS).folders() if _is_name(name)]
+    return sorted(step for step in numbers if INDEX in (folder / CHECKPOINTS / name_of(step)).sizes())
 
 
 def remove(folder: Folder, step: int) -> None:
@@ -65,3 +89,8 @@ def remove(folder: Folder, step: int) -> None:
 def name_of(step: int) -> str:
     """The checkpoint's folder."""
     return f"step-{step:08d}"
+
+
+def _is_name(name: str) -> bool:
+    digits = name.removeprefix("step-")
+    return digits.isascii() and digits.isdigit() and name == name_of(int(digits))

@@ -6,9 +6,10 @@ Ray gets a folder on the driver's machine, where it writes nothing but an empty 
 
 from __future__ import annotations
 
+import functools
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import ray.train
@@ -105,34 +106,27 @@ def _rank(config: dict[str, Any]) -> bool:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     rank = context.get_world_rank()
-    restored = _newest(config["folder"], rank, device)
     trackers: list[Tracker] = [metrics.TrainingGauges(config["name"])] if rank == 0 else []
     if rank == 0 and config["tracking"]:
-        trackers += open_trackers(**config["tracking"], resumed=restored is not None)
+        trackers += open_trackers(**config["tracking"], resumed=bool(checkpoints.steps(config["folder"])))
     session = loop.Session(
         rank=rank,
         world_size=context.get_world_size(),
         device=device,
         folder=config["folder"],
-        restored=restored,
         leaving=lambda: ray.train.get_preemption_info() is not None,
         trackers=trackers,
     )
-    task = config["build"](session=session, **config["arguments"])
-    return loop.run(task, session, config["cadence"])
+    newest = functools.partial(_newest, config["folder"], rank, device)
+    return loop.train(
+        lambda session: config["build"](session=session, **config["arguments"]), session, config["cadence"], newest
+    )
 
 
-def _newest(folder: Folder, rank: int, device: torch.device) -> loop.State | None:
-    """The state of the newest checkpoint that is whole. Rank 0 chooses it, so that all ranks take the same."""
-    state, chosen = None, [None]
-    if rank == 0:
-        for step in reversed(checkpoints.steps(folder)):
-            try:
-                state, chosen = checkpoints.load(folder, step), [step]
-                break
-            except StorageError:
-                raise
-            except BeelineError as error:
-                print(f"{error}", flush=True)
+def _newest(folder: Folder, rank: int, device: torch.device, refused: Collection[int]) -> tuple[int, loop.State] | None:
+    """`checkpoints.newest`. Rank 0 chooses it, so that all ranks take the same."""
+    found = checkpoints.newest(folder, refused) if rank == 0 else None
+    chosen: list[int | None] = [found[0] if found else None]
     torch.distributed.broadcast_object_list(chosen, src=0, device=device)
-    return checkpoints.load(folder, chosen[0]) if rank and chosen[0] is not None else state
+    (step,) = chosen
+    return (step, checkpoints.load(folder, step)) if rank and step is not None else found

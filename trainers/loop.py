@@ -10,7 +10,7 @@ import dataclasses
 import json
 import resource
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -33,10 +33,14 @@ State = checkpoints.State
 Figures = dict[str, Any]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+class MisfitError(BeelineError):
+    """A checkpoint is whole, but not one of this task."""
+
+
+@dataclasses.dataclass(kw_only=True)
 class Session:
-    """One rank's view of a run. `restored` is the state to go on from. `leaving` says whether a machine is about to be taken
-    away; all ranks ask it at the same steps, and hear the same."""
+    """One rank's view of a run. `restored` is the state to go on from; `run` takes it, so that its memory is free again.
+    `leaving` says whether a machine is about to be taken away; all ranks ask it at the same steps, and hear the same."""
 
     rank: int = 0
     world_size: int = 1
@@ -110,20 +114,37 @@ class Cadence:
     keep: int = 2
 
 
+def train(
+    build: Callable[[Session], Task],
+    session: Session,
+    cadence: Cadence,
+    newest: Callable[[Collection[int]], tuple[int, State] | None],
+) -> bool:
+    """Build a task and `run` it from the newest checkpoint that it can take, or from the start. `newest(refused)` gives the
+    newest that is whole, but for steps that were `refused` before; it gives all ranks the same."""
+    refused: set[int] = set()
+    while True:
+        session.readers.clear()
+        step, session.restored = newest(refused) or (0, None)
+        try:
+            return run(build(session), session, cadence)
+        except MisfitError as error:  # the task may have taken half of it: build another
+            if session.rank == 0:
+                print(f"{session.folder}/{checkpoints.CHECKPOINTS}/{checkpoints.name_of(step)}: {error}", flush=True)
+            refused.add(step)
+
+
 def run(task: Task, session: Session, cadence: Cadence) -> bool:
     """Train `task` to its end, from `session.restored` where there is one, and publish the model: True. False if a machine
     is about to leave: a checkpoint of this very step is there, and the ranks are to be started anew.
 
-    Raises BeelineError if MAX_SKIPPED steps in a row had gradients that are not finite.
+    Raises BeelineError if MAX_SKIPPED steps in a row had gradients that are not finite, MisfitError if `restored` is not a
+    state of this task.
     """
     start, since, skipped, in_a_row, rows = 0, 0, 0, 0, []
     sums: Figures = {}
     if session.restored is not None:
-        state = dict(session.restored)
-        own = state.pop(LOOP)
-        start, since, sums = own["step"], own["since"], own["sums"]
-        skipped, in_a_row = own["skipped"], own["in_a_row"]
-        task.load_state_dict(state)
+        start, since, sums, skipped, in_a_row = _restore(task, session)
         rows = [row for row in read_log(session.folder) if row["step"] <= start]
         if session.rank == 0:
             print(f"{task.name}: resumed at step {start} of {task.iterations}", flush=True)
@@ -184,6 +205,21 @@ def run(task: Task, session: Session, cadence: Cadence) -> bool:
     return True
 
 
+def _restore(task: Task, session: Session) -> tuple[int, int, Figures, int, int]:
+    """Give the task its state and drop it; returns the loop's own part."""
+    state, session.restored = dict(session.restored or {}), None
+    try:
+        own = state.pop(LOOP)
+        counters = own["step"], own["since"], own["sums"], own["skipped"], own["in_a_row"]
+        task.load_state_dict(state)
+    except (BeelineError, torch.OutOfMemoryError, torch.AcceleratorError):
+        raise  # nothing that the checkpoint is to blame for
+    except Exception as error:  # torch, optimisers and tasks each raise their own
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise MisfitError(f"the checkpoint is of another task ({reason}); the one before it is used") from error
+    return counters
+
+
 def peak_memory(device: torch.device) -> float:
     """The most memory that this process has held so far, in MB: the GPU's, or its own."""
     if device.type == "cuda":
@@ -192,11 +228,19 @@ def peak_memory(device: torch.device) -> float:
 
 
 def read_log(folder: Folder) -> list[dict[str, Any]]:
-    """The rows of train.jsonl, [] where there is none."""
+    """The rows of train.jsonl, [] where there is none. Of a file that was cut or damaged the rows before that, with a line."""
+    rows: list[dict[str, Any]] = []
     try:
-        return [json.loads(line) for line in folder.read(LOG).splitlines()]
+        for line in folder.read(LOG).splitlines():
+            row = json.loads(line)
+            if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+                raise ValueError("not a row with a step")
+            rows.append(row)
     except FileNotFoundError:
         return []
+    except ValueError as error:
+        print(f"{folder}/{LOG} is damaged after row {len(rows)} ({error}); later rows are left out", flush=True)
+    return rows
 
 
 def write_log(folder: Folder, rows: Sequence[dict[str, Any]]) -> None:

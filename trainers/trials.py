@@ -6,6 +6,7 @@ killed, the same command goes on: a trial from its checkpoint, ASHA from the run
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import replace
@@ -116,16 +117,18 @@ def run_trial(
     torch.set_num_threads(sweep.threads)
     number = int(config["trial"])
     lmm, place = configs[number], folder / folder_name(number)
-    there = checkpoints.steps(place)
     session = loop.Session(
         device=torch.device("cuda" if sweep.gpus else "cpu"),
         folder=place,
-        restored=checkpoints.load(place, there[-1]) if there else None,
         trackers=[metrics.TrainingGauges(f"sweeps/{sweep.name}/{folder_name(number)}")],
     )
-    task = Trial(session=session, workspace=workspace, recipe=recipe, config=lmm, pairs=pairs, images=images)
     every = lmm.checkpoint_every
-    loop.run(task, session, loop.Cadence(log_every=every, checkpoint_every=every, validate_every=every, keep=1))
+    loop.train(
+        lambda session: Trial(session=session, workspace=workspace, recipe=recipe, config=lmm, pairs=pairs, images=images),
+        session,
+        loop.Cadence(log_every=every, checkpoint_every=every, validate_every=every),
+        functools.partial(checkpoints.newest, place),
+    )
 
 
 class PerSchedule(TrialScheduler):

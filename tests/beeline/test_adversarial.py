@@ -164,3 +164,15 @@ def test_cutout_is_one_rectangle_of_a_fifth(height: int, width: int, side_y: int
         inside = ~line[:, 0] & ~line[:, -1]
         assert (lengths[inside] == side).all()
     assert hole.any(dim=0).all()  # it falls anywhere
+
+
+def test_losses_are_float32_for_logits_of_half_precision() -> None:
+    real, fake = (torch.randn(64, 30, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    halves = [logits.to(torch.bfloat16) for logits in (real, fake)]
+    exact = [logits.to(torch.float64) for logits in halves]
+    for loss, wanted in (
+        (hinge_discriminator([halves[0]], [halves[1]]), hinge_discriminator([exact[0]], [exact[1]])),
+        (hinge_generator([halves[1]]), hinge_generator([exact[1]])),
+    ):
+        assert loss.dtype == torch.float32
+        assert float(loss) == pytest.approx(float(wanted), rel=1e-5)

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from beeline.augment import ANISOTROPY_STD, LABELS, SCALE_STD, TRANSLATION_STD, augment
+from beeline.augment import ANISOTROPY_STD, LABELS, SCALE_STD, TRANSLATION_STD, augment, mirrored
 
 
 def blobs(count: int, size: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
@@ -81,3 +81,17 @@ def test_it_depends_on_the_generator_alone() -> None:
     first, second = (augment(images, 0.5, torch.Generator().manual_seed(3)) for _ in range(2))
     assert torch.equal(first[0], second[0])
     assert torch.equal(first[1], second[1])
+
+
+def test_half_of_the_stretches_are_along_an_axis() -> None:
+    _, labels = augment(torch.zeros(4000, 1, 4, 4), 1.0, torch.Generator().manual_seed(0))
+    along_axis = (labels[:, 6] == 0).float().mean()  # the sine of the doubled angle
+    assert float(along_axis) == pytest.approx(0.5, abs=0.03)
+
+
+def test_half_of_the_images_are_mirrored() -> None:
+    images = torch.rand(1000, 2, 3, 4, generator=torch.Generator().manual_seed(1))
+    made = mirrored(images, torch.Generator().manual_seed(0))
+    flipped = (made == images.flip(-1)).flatten(1).all(dim=1)
+    assert bool(((made == images).flatten(1).all(dim=1) ^ flipped).all())
+    assert float(flipped.float().mean()) == pytest.approx(0.5, abs=0.05)

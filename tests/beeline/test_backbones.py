@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 import warnings
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from beeline.backbones import BACKBONES, VGG16, TimmBackbone, build_backbone
+from beeline.backbones import BACKBONES, VGG16, VGG16_AVG, TimmBackbone, build_backbone, with_pooling_of
 from beeline.errors import BeelineError
 from beeline.perceptual import perceptual
 from beeline.torchvision_shim import import_torchvision
@@ -84,6 +85,23 @@ def test_vgg16_with_its_weights_is_lpips(channels: int, lpips_vgg: Any, vgg_of_l
     torch.testing.assert_close(perceptual(vgg_of_lpips, a, b), wanted, rtol=1e-4, atol=0)
 
 
+def test_vgg16_with_average_pooling(lpips_vgg: Any, vgg_of_lpips: VGG16) -> None:
+    """LPIPS as CTM uses it: the package's network with its pooling replaced."""
+    theirs, ours = copy.deepcopy(lpips_vgg), with_pooling_of(copy.deepcopy(vgg_of_lpips), VGG16_AVG)
+    for k in range(1, 6):
+        part = getattr(theirs.net, f"slice{k}")
+        for name, layer in part.named_children():
+            if isinstance(layer, torch.nn.MaxPool2d):
+                setattr(part, name, torch.nn.AvgPool2d(2))
+    a, b = images(64), images(64, seed=1)
+    wanted = theirs(a, b).reshape(2)
+    torch.testing.assert_close(perceptual(ours, a, b), wanted, rtol=1e-4, atol=0)
+    assert not torch.allclose(perceptual(vgg_of_lpips, a, b), wanted, rtol=1e-2)
+    made = build_backbone(VGG16_AVG)
+    assert isinstance(made, VGG16)
+    assert made.pooling == "average"
+
+
 @pytest.mark.parametrize(
     ("name", "side"), [("vgg16", 64), ("vgg16", 128), (LITE0, 64), (LITE0, 128), (LITE0, 224), (DEIT, 64), (DEIT, 128)]
 )
@@ -144,9 +162,8 @@ def test_deit_taps_at_224_are_the_blocks_of_the_fixed_size_network(backbone: Cal
     with torch.inference_mode():
         theirs(x)
         taps = network.taps(x)
-    for tap, tokens, stride in zip(taps, outputs, (4, 8, 16, 32), strict=True):
-        grid = tokens[:, 2:].transpose(1, 2).reshape(1, 768, 14, 14)  # without the class and distillation tokens
-        wanted = torch.nn.functional.interpolate(grid, size=(224 // stride,) * 2, mode="bilinear", align_corners=False)
+    for tap, tokens in zip(taps, outputs, strict=True):
+        wanted = tokens[:, 2:].transpose(1, 2).reshape(1, 768, 14, 14)  # without the class and distillation tokens
         torch.testing.assert_close(tap, wanted, rtol=1e-4, atol=1e-4)
 
 

@@ -19,7 +19,7 @@ from beeline.samplers import FewStep
 
 
 @pytest.mark.parametrize("kind", ["ddpmpp", "ncsnpp", "adm"])
-@pytest.mark.parametrize("few_step", [None, FewStep(num_steps=18, rule="line", trained_steps=(0, 8))])
+@pytest.mark.parametrize("few_step", [None, FewStep(num_steps=18, rule="line", line="ve", trained_steps=(0, 8))])
 def test_denoisers_come_back(make_denoiser: Callable[..., Denoiser], kind: str, few_step: FewStep | None) -> None:
     model = make_denoiser(kind=kind, label_dim=3, augment_dim=9, dropout=0.2)
     model.few_step = few_step

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 from sklearn.datasets import load_digits
+from torch.nn import functional as F
 
 from beeline.config import ProbeNetworkConfig
-from beeline.features import Probe, train_probe
+from beeline.features import Probe, bilinear, train_probe
 
 
 @pytest.fixture(scope="module")
@@ -69,3 +70,15 @@ def test_training_is_a_function_of_weights_and_seed(digits: tuple[torch.Tensor, 
 
     assert torch.equal(weights(1), weights(1))
     assert not torch.equal(weights(1), weights(2))
+
+
+@pytest.mark.parametrize("align_corners", [False, True])
+@pytest.mark.parametrize("size", [(24, 24), (5, 14), (8, 16)])
+def test_bilinear_is_pytorchs_interpolation(size: tuple[int, int], align_corners: bool) -> None:
+    maps = torch.randn(2, 3, 8, 7, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    wanted = F.interpolate(maps, size, mode="bilinear", align_corners=align_corners)
+    made = bilinear(maps, size, align_corners=align_corners)
+    torch.testing.assert_close(made, wanted, rtol=1e-5, atol=1e-6)
+    towards = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(1))
+    ours, theirs = (torch.autograd.grad(of, maps, towards)[0] for of in (made, wanted))
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)

@@ -182,6 +182,20 @@ def test_names_say_what_was_measured_and_on_how_many() -> None:
     ]  # fmt: skip
 
 
+def test_samples_in_class_order_are_judged_as_if_they_were_mixed() -> None:
+    """Twenty classes far apart, samples and real images in the order of the classes. The first samples are of four of them."""
+    rng, labels = np.random.default_rng(0), np.repeat(np.arange(20), 50)
+    centres = 20 * rng.standard_normal((20, 4))
+    fake, real = ((centres[labels] + rng.standard_normal((1000, 4))).astype(np.float32) for _ in range(2))
+    names = ("precision", "recall", "density", "coverage", "authenticity")
+    found = measures(Looks(fake), Reference(Statistics.of(real), real, np.arange(1000)), "probe", neighbours=200)
+    mixed = [neighbourhoods(fake[rng.permutation(1000)[:200]], real[rng.permutation(1000)[:200]]) for _ in range(5)]
+    first = neighbourhoods(fake[:200], real[spread(200, 1000)])
+    for name in names:
+        assert found[f"{name}_probe_200"] == pytest.approx(np.mean([one[name] for one in mixed]), abs=0.1)
+    assert first["recall"] < 0.3 < 0.8 < found["recall_probe_200"]
+
+
 @given(st.integers(1, 200), st.integers(1, 200))
 def test_rows_are_spread_evenly(count: int, total: int) -> None:
     rows = spread(count, total)
@@ -189,4 +203,8 @@ def test_rows_are_spread_evenly(count: int, total: int) -> None:
     if count <= total:
         assert rows[0] == 0 and set(np.diff(rows)) <= {total // count, total // count + 1}  # noqa: PT018
     else:
-        assert np.bincount(rows, minlength=total).min() >= count // total
+        times = np.bincount(rows, minlength=total)
+        assert times.min() >= count // total
+        assert times.max() - times.min() <= 1
+        halves = times[: total // 2].sum(), times[-(total // 2) :].sum()  # the first are not preferred
+        assert total < 2 or abs(halves[0] - halves[1]) <= 1

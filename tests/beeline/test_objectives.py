@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Literal
 
 import pytest
 import torch
@@ -153,6 +154,28 @@ def test_frozen_networks_see_the_generated_images_once(student: Denoiser, colour
     assert objective.critic is not None
     objective.backward(Learner(student, OPTIMIZER), Learner(objective.critic, OPTIMIZER), batch(), seeded())
     assert sorted(seen) == [False, False, True, True]  # x1 and real images without gradients, the generated ones twice with
+
+
+def test_real_images_are_mirrored_where_asked(student: Denoiser, colour_probe: Probe) -> None:
+    seen: list[torch.Tensor] = []
+    for mirror in (False, True):
+        config = replace(CONFIG, discriminator=replace(CONFIG.discriminator, mirror=mirror))
+        objective = LinesMatching(setting(config, CONFIG.adversarial, probe=colour_probe))
+        assert objective.critic is not None
+        look = objective.critic.look
+        objective.critic.look = lambda images, generator, look=look: (seen.append(images), look(images, generator))[1]
+        rows = batch(16)
+        objective.backward(Learner(student, OPTIMIZER), Learner(objective.critic, OPTIMIZER), rows, seeded())
+        assert rows.real is not None
+        kept = (seen[-1] == rows.real).flatten(1).all(dim=1)
+        flipped = (seen[-1] == rows.real.flip(-1)).flatten(1).all(dim=1)
+        assert bool((kept ^ flipped).all())
+        assert 0 < int(flipped.sum()) < 16 if mirror else not bool(flipped.any())
+
+
+@pytest.mark.parametrize(("distance", "network"), [("johnson", "vgg16"), ("lpips_avg", "vgg16_avg")])
+def test_distances_name_their_network(distance: Literal["johnson", "lpips_avg"], network: str) -> None:
+    assert LinesMatching.needs(CONFIG, replace(PHASE, distance=distance)).features == (network,)
 
 
 def test_needs_follow_the_switches() -> None:

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from beeline.features import Probe
-from beeline.perceptual import l2, perceptual, pseudo_huber
+from beeline.perceptual import johnson, l2, perceptual, pseudo_huber
 
 
 def images(seed: int, channels: int = 1) -> torch.Tensor:
@@ -105,3 +105,18 @@ def test_gradient_descent_approaches_the_target(probe: Probe) -> None:
         loss.backward()
         optimizer.step()
     assert float(perceptual(probe, ours.detach(), targets, pixel_weight=0.1).sum()) < before / 3
+
+
+class Five:
+    """A feature network with five taps, as VGG16 has."""
+
+    tap_channels, tap_strides, tap_weights = (2,) * 5, (1,) * 5, None
+
+    def taps(self, images: torch.Tensor) -> list[torch.Tensor]:
+        return [scale * images for scale in (1.0, 2.0, 3.0, 4.0, 100.0)]
+
+
+def test_johnson_is_the_mean_squared_difference_of_the_first_four_taps() -> None:
+    a, b = images(0, 2), images(1, 2)
+    wanted = (1 + 4 + 9 + 16 + 0.3) * l2(a, b)
+    torch.testing.assert_close(johnson(Five(), a, b, pixel_weight=0.3), wanted, rtol=1e-5, atol=0)

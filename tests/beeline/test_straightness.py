@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from beeline.schedule import edm_sigmas
+from beeline.lines import Line
+from beeline.schedule import SIGMA_MAX, edm_sigmas
 from beeline.straightness import straightness, trajectories
 
 X1 = torch.rand(40, 2, 4, 4, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -30,7 +31,7 @@ class Answer(nn.Module):
 
 
 def measure(answer: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> list[float]:
-    return straightness(Answer(answer), X1, NOISE, LABELS, SIGMAS)
+    return straightness(Answer(answer), X1, NOISE, LABELS, SIGMAS, line="ve")
 
 
 def test_perfect_denoiser_is_straight() -> None:
@@ -47,14 +48,41 @@ def test_levels_are_measured_each_for_itself() -> None:
     assert values == pytest.approx((SIGMAS**2 / variance).tolist(), rel=1e-4, abs=1e-6)
 
 
-def test_it_asks_at_points_of_the_line() -> None:
+@pytest.mark.parametrize("line", ["ve", "lerp"])
+def test_it_asks_at_points_of_the_line(line: Line) -> None:
     denoiser = Answer(lambda x, sigma: x)
-    straightness(denoiser, X1, NOISE, LABELS, SIGMAS)
+    straightness(denoiser, X1, NOISE, LABELS, SIGMAS, line=line)
     assert len(denoiser.asked) == 6
     for sigma, (x, level, labels) in zip(SIGMAS.float(), denoiser.asked, strict=True):
-        torch.testing.assert_close(x, X1 + sigma * NOISE)
+        torch.testing.assert_close(x, (X1 if line == "ve" else (1 - sigma / SIGMA_MAX) * X1) + sigma * NOISE)
         assert torch.equal(level, sigma.expand(40))
         assert labels is LABELS
+
+
+@pytest.mark.parametrize("line", ["ve", "lerp"])
+def test_the_best_student_of_gaussian_pairs_scores_as_its_closed_form(line: Line) -> None:
+    """x1 of N(0, v), noise of N(0, 1), independent: at a x1 + sigma noise the best answer is a v x / (a^2 v + sigma^2), and its
+    error is sigma^2 / (a^2 v + sigma^2) of the variance. v is large, so that the two lines differ: at sigma_max by half."""
+    v, count = SIGMA_MAX**2, 20_000
+    draw = torch.Generator().manual_seed(2)
+    x1, noise = (scale * torch.randn(count, 1, 2, 2, generator=draw) for scale in (SIGMA_MAX, 1.0))
+
+    def share(sigma: torch.Tensor, line: Line) -> torch.Tensor:
+        return torch.ones_like(sigma) if line == "ve" else 1 - sigma / SIGMA_MAX
+
+    def best(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        a = share(sigma, line)
+        return a * v * x / (a**2 * v + sigma**2)
+
+    a = share(SIGMAS, line)
+    expected = (SIGMAS**2 / (a**2 * v + SIGMAS**2)).tolist()
+    assert expected[0] == pytest.approx(0.5 if line == "ve" else 1.0)
+    found = straightness(Answer(best), x1, noise, None, SIGMAS, line=line)
+    assert found == pytest.approx(expected, rel=0.03)
+    other = straightness(Answer(best), x1, noise, None, SIGMAS, line="lerp" if line == "ve" else "ve")
+    # a student of "lerp" answers 0 at sigma_max, whatever it sees; elsewhere points of the other line only look worse
+    assert all(there >= here * 0.99 for here, there in zip(found[1:], other[1:], strict=True))
+    assert other[1] > 1.05 * found[1]
 
 
 def test_a_flow_to_one_image_is_straight_and_even() -> None:

@@ -1,4 +1,5 @@
-"""Real images through the command: corrupt ones are counted and named, and cost nothing that is sound."""
+"""Real images through the command: in an order that mixes classes; corrupt ones are counted and named, and cost nothing that is
+sound."""
 
 from __future__ import annotations
 
@@ -6,10 +7,18 @@ import io
 from pathlib import Path
 
 import numpy as np
-from harness import Run
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from harness import Run, files
 from PIL import Image
 
-from pipeline.shards import decode
+from beeline.config import ImagesConfig, to_dict
+from pipeline.images import open_source
+from pipeline.ingest_images import ImageShards, passes_for, shuffled
+from pipeline.reader import WINDOW, ShardReader
+from pipeline.shards import decode, shard_count
+from pipeline.storage import Folder
 
 
 def photo(value: int) -> bytes:
@@ -37,12 +46,67 @@ def test_corrupt_images_are_counted_and_named(run: Run, tmp_path: Path) -> None:
     assert "Traceback" not in failed.stderr
     images = tmp_path / "ws/images"
     assert not (images / "_SUCCESS").exists()
-    assert sorted(path.name for path in images.glob("part-*")) == ["part-00001.parquet", "part-00003.parquet"]
+    order = shuffled(30).tolist()
+    damaged = {order.index(3) // 8, order.index(21) // 8}
+    assert sorted(files(images, "part-*")) == [f"part-{k:05}.parquet" for k in range(4) if k not in damaged]
 
     for name, k in {"cat/03.jpg": 3, "dog/21.jpg": 21}.items():
         (photos / name).write_bytes(photo(8 * k))
     run("pipeline/ingest_images.py", *arguments)
     parts = [decode(path.read_bytes())[0] for path in sorted(images.glob("part-*"))]
     assert [index for part in parts for index in part.indices.tolist()] == list(range(30))
-    assert [int(image.mean()) for part in parts for image in part.images] == [8 * k for k in range(30)]
-    assert [label for part in parts for label in part.labels.tolist()] == [0] * 15 + [1] * 15
+    assert [int(image.mean()) for part in parts for image in part.images] == [8 * k for k in order]
+    assert [label for part in parts for label in part.labels.tolist()] == [int(k >= 15) for k in order]
+
+
+def ingested(place: Folder, config: ImagesConfig) -> dict[str, bytes]:
+    """images/ as the command's actors make it, by one of them in this process."""
+    source = open_source(config)
+    count = len(source.labels)
+    plan = {"images": to_dict(config, resources=False) | {"count": count}}
+    passes = passes_for(range(shard_count(count, config.shard_size)), source, config)
+    worker = ImageShards(place, plan, config, passes)
+    assert sum(worker.work(number)["images"] for number in range(len(passes))) == count
+    return files(Path(place.uri) / "images", "part-*")
+
+
+def in_class_order(path: Path, classes: int, each: int, row_group_size: int | None = None) -> Path:
+    """Parquet with `each` images of the first class, then of the second, and so on; the grey value of an image is its class."""
+    pixels = [io.BytesIO() for _ in range(classes)]
+    for k, buffer in enumerate(pixels):
+        Image.new("L", (4, 4), k).save(buffer, "PNG")
+    labels = np.repeat(np.arange(classes), each)
+    pq.write_table(
+        pa.table({"image": [pixels[k].getvalue() for k in labels], "label": labels}), path, row_group_size=row_group_size
+    )
+    return path
+
+
+def test_every_window_of_the_reader_holds_the_classes_of_a_random_sample(tmp_path: Path) -> None:
+    """A source in class order; a window mixes 64 row groups of 20 images."""
+    config = ImagesConfig(source=str(in_class_order(tmp_path / "a.parquet", 100, 64)), resolution=4, channels=1, shard_size=20)
+    ingested(Folder(str(tmp_path)), config)
+    reader = ShardReader(Folder(str(tmp_path / "images")), {"count": 6400, "shard_size": 20}, seed=0)
+    assert reader.group_rows == 20
+    for window in range(5):
+        rows = reader.batch(window * WINDOW * 20, WINDOW * 20)
+        assert (rows["image"][:, 0, 0, 0] == rows["label"]).all()
+        counts = np.bincount(rows["label"], minlength=100)
+        assert (counts > 0).sum() >= 99
+        assert ((counts - 12.8) ** 2 / 12.8).sum() < 140  # chi squared of 99 degrees of freedom; in class order, over 1,000
+
+
+def test_the_order_never_changes() -> None:
+    """Shards of one images/ may come from different actors, days and versions of NumPy."""
+    assert shuffled(12).tolist() == [11, 1, 8, 5, 2, 7, 9, 4, 10, 3, 0, 6]
+    assert sorted(shuffled(1000)) == list(range(1000))
+
+
+@pytest.mark.parametrize("rows", [7, 64])
+def test_shards_do_not_depend_on_the_passes_that_make_them(tmp_path: Path, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = in_class_order(tmp_path / "a.parquet", 8, 8, row_group_size=rows)
+    config = ImagesConfig(source=str(source), resolution=4, channels=1, shard_size=10, max_actors=1)
+    together = ingested(Folder(str(tmp_path / "together")), config)
+    monkeypatch.setattr("pipeline.ingest_images.PASS_BYTES", 1)
+    assert len(passes_for(range(7), open_source(config), config)) == 7
+    assert ingested(Folder(str(tmp_path / "apart")), config) == together

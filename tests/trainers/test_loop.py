@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from beeline.errors import BeelineError
 from pipeline import shards
@@ -63,3 +64,11 @@ def test_training_that_has_diverged_ends(session: loop.Session) -> None:
     with pytest.raises(BeelineError, match="100 steps in a row, up to step 107, are not finite"):
         loop.run(task, session, loop.Cadence(log_every=50, checkpoint_every=1000))
     assert not task.published
+
+
+def test_the_two_generators_of_a_step_draw_different_numbers(tmp_path: Path) -> None:
+    session = loop.Session(folder=Folder(str(tmp_path)))
+    explicit = torch.rand(8, generator=session.generator(0, 5))
+    assert not torch.equal(torch.rand(8), explicit)
+    again = torch.rand(8, generator=session.generator(0, 5))
+    assert torch.equal(again, explicit)

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -14,8 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import beeline
-from beeline.checkpoint import dump
+from beeline.checkpoint import build, dump
 from beeline.config import LmmConfig, PhaseConfig
+from beeline.errors import BeelineError
 from beeline.learner import Learner
 from beeline.lines import point
 from beeline.objectives import Batch, Needs, Setting
@@ -25,7 +26,7 @@ from beeline.samplers import FewStep
 from pipeline.stage import require
 from pipeline.storage import Folder
 from trainers import checkpoints, loop
-from trainers.student import StudentTask
+from trainers.student import StudentTask, all_needs, start_from
 
 DIGITS = RECIPES["digits"](0).students["lmm"]
 CADENCE = loop.Cadence(log_every=2, checkpoint_every=2)
@@ -89,6 +90,55 @@ def test_what_is_published(make: Make, tmp_path: Path) -> None:
     best = min(judged, key=lambda step: judged[step])
     assert f'"step": {best}' in (folder / "best" / "config.json").read_text()
     assert checkpoints.steps(session.folder) == [4, 6]
+
+
+def test_a_student_has_no_input_without_gradients() -> None:
+    """DDP refuses parameters without gradients: the augmentation input of EDM's teachers is gone, the output is the same."""
+    network = replace(RECIPES["digits"](0).teacher.network, augment_dim=9, dropout=0.1)
+    torch.manual_seed(0)
+    teacher = build(network).eval()
+    for parameter in teacher.parameters():
+        torch.nn.init.normal_(parameter, 0, 0.05)
+    student = start_from(teacher)
+    assert student.network_config == replace(network, augment_dim=0, dropout=0.0)
+    assert teacher.state_dict().keys() - student.state_dict().keys() == {"model.map_augment.weight"}
+    x, sigma, labels = torch.randn(4, 1, 8, 8), torch.full((4,), 3.0), torch.arange(4)
+    seen = student(x, sigma, labels)
+    torch.testing.assert_close(seen, teacher(x, sigma, labels))
+    seen.square().mean().backward()
+    assert all(parameter.grad is not None for parameter in student.parameters())
+
+
+@pytest.mark.parametrize("switch", ["continue", "restart"])
+def test_averages_go_on_through_the_phases(make: Make, switch: Literal["continue", "restart"]) -> None:
+    """Each average has a constant decay over the whole run: sum over steps of (1 - beta) beta^(last - step) weights."""
+    settings = config(ema_half_lives=(3.0, 30.0), phase_switch=switch)
+    task, _ = make(settings)
+    wanted = [weights(task) for _ in settings.ema_half_lives]
+    for step in range(8):
+        starts = {"continue": weights(task), "restart": copy.deepcopy(task.averages[0].state_dict())}
+        optimizer = task.student.optimizer
+        task.step(step)
+        for average, half_life in zip(wanted, settings.ema_half_lives, strict=True):
+            beta = 0.5 ** (1 / half_life)
+            for name, tensor in weights(task).items():
+                average[name] = beta * average[name] + (1 - beta) * tensor
+        if step == 4:  # the first of the second phase: one step of Adam from where it starts
+            assert (task.student.optimizer is optimizer) == (switch == "continue")
+            rate = task.student.optimizer.param_groups[0]["lr"]
+            for name, tensor in weights(task).items():
+                assert float((tensor - starts[switch][name]).abs().max()) <= 4 * rate
+    for average, ours in zip(task.averages, wanted, strict=True):
+        for name, tensor in average.state_dict().items():
+            torch.testing.assert_close(tensor, ours[name], rtol=1e-4, atol=1e-6)
+
+
+def test_a_phase_cannot_continue_with_the_moments_of_another_optimiser() -> None:
+    settings = config(phase_switch="continue")
+    other = replace(settings.adversarial, optimizer=replace(settings.adversarial.optimizer, kind="radam"))
+    with pytest.raises(BeelineError, match="adam and radam"):
+        all_needs(replace(settings, adversarial=other))
+    all_needs(replace(settings, adversarial=other, phase_switch="restart"))
 
 
 @pytest.mark.parametrize("parts", [2, 5])

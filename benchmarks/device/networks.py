@@ -1,0 +1,89 @@
+"""What the checks run: the networks of the recipes at full size, or small ones of the same kinds, with random weights."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from beeline.backbones import BACKBONES, build_backbone
+from beeline.checkpoint import build
+from beeline.config import LmmConfig, NetworkConfig
+from beeline.denoiser import Denoiser, as_one_hot
+from beeline.noise import stream_seed, x0
+from beeline.objectives import Batch
+from beeline.recipes import RECIPES
+from benchmarks.device.checks import Setting
+
+
+def network_config(setting: Setting, recipe: str = "cifar10", **changes: Any) -> NetworkConfig:
+    """A recipe's network without dropout, at full size or small."""
+    config = replace(RECIPES[recipe](0).teacher.network, dropout=0.0)
+    if setting.small:
+        width = 64 if config.kind == "adm" else 32
+        config = replace(config, img_resolution=16, model_channels=width, channel_mult=(1, 2), num_blocks=1)
+        config = replace(config, attn_resolutions=(8,), label_dim=min(config.label_dim, 10))
+    return replace(config, **changes)
+
+
+def random_denoiser(config: NetworkConfig, seed: int = 0) -> Denoiser:
+    """A denoiser whose weights are far from the zero start of its output layers, which would hide errors; on the CPU."""
+    torch.manual_seed(seed)
+    model = build(config).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.normal_(0, parameter[0].numel() ** -0.5)
+    return model
+
+
+@functools.cache
+def backbone(name: str) -> Any:
+    """A frozen feature network with random weights, on the CPU."""
+    torch.manual_seed(1 + BACKBONES.index(name))
+    return build_backbone(name)
+
+
+def student_config(setting: Setting, **changes: Any) -> LmmConfig:
+    """The paper's student of CIFAR-10, in float32 and not compiled unless `changes` say so; its features small where asked."""
+    config = replace(RECIPES["cifar10"](0).students["lmm"], precision="fp32", compiled=False)
+    if setting.small:
+        config = replace(
+            config,
+            reconstruction=replace(config.reconstruction, resize=32),
+            adversarial=replace(config.adversarial, resize=32),
+            discriminator=replace(config.discriminator, resize=128, networks=("tf_efficientnet_lite0",)),
+        )
+    return replace(config, **changes)
+
+
+def noise(setting: Setting, config: NetworkConfig, count: int, seed: int = 0) -> torch.Tensor:
+    """Unit-variance noise (count, C, H, W) of a run, on the CPU."""
+    shape = (config.img_channels, config.img_resolution, config.img_resolution)
+    return torch.from_numpy(x0(seed, range(count), shape))
+
+
+def classes(config: NetworkConfig, count: int) -> torch.Tensor | None:
+    """Labels (count,) on the CPU; None for a network without classes."""
+    return torch.arange(count) % config.label_dim if config.label_dim else None
+
+
+def images(config: NetworkConfig, count: int, seed: int) -> torch.Tensor:
+    """Smooth images (count, C, H, W) in [-1, 1], on the CPU."""
+    generator = torch.Generator().manual_seed(stream_seed(seed, "images"))
+    coarse = torch.randn(count, config.img_channels, 4, 4, generator=generator)
+    size = (config.img_resolution, config.img_resolution)
+    return torch.nn.functional.interpolate(coarse, size=size, mode="bicubic").clamp(-1, 1)
+
+
+def batch_of(setting: Setting, config: NetworkConfig, count: int, device: torch.device, seed: int = 0) -> Batch:
+    """A training batch of pairs and real images."""
+    labels = as_one_hot(classes(config, count), config.label_dim, count, device)
+    return Batch(
+        noise=noise(setting, config, count, seed).to(device),
+        x1=images(config, count, seed).to(device),
+        labels=labels,
+        real=images(config, count, seed + 1).to(device),
+        real_labels=labels,
+    )

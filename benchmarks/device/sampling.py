@@ -1,0 +1,178 @@
+"""Sampling in every precision: against the CPU, compiled with CUDA graphs, few-step rules, filled batches, repeats."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+
+from beeline.denoiser import Denoiser
+from beeline.inference import Precision, prepare
+from beeline.networks.layers import Conv2d
+from beeline.samplers import FewStep, FewStepRule, sample, solve
+from benchmarks.device.checks import (
+    COMPILING,
+    Check,
+    Checks,
+    Outcome,
+    Setting,
+    Skip,
+    at_most,
+    compiling_troubles,
+    identical,
+    rms,
+    start_compiling,
+    worst,
+)
+from benchmarks.device.networks import classes, network_config, noise, random_denoiser
+
+PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16", "fp16")
+# RMS of images in [-1, 1] against float32 on the CPU; small networks are rougher.
+LIMITS: dict[str, float] = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 3e-3}
+ROUGHER = 4
+STEPS = (0, 6, 12)
+RULES: tuple[FewStepRule, ...] = ("same_noise", "line", "fresh_noise")
+
+
+NONE = 1e-30  # a limit for what has to be 0
+
+
+class Here(Executor):
+    """Runs calls at once, in this thread."""
+
+    def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_result(fn(*args, **kwargs))
+        return future
+
+
+def version() -> tuple[int, ...]:
+    """PyTorch's, as numbers: (2, 13)."""
+    return tuple(int(part) for part in torch.__version__.split(".")[:2])
+
+
+class Sampler:
+    """One teacher with random weights, and its images by the CPU."""
+
+    def __init__(self, setting: Setting) -> None:
+        self.setting = setting
+        self.config = network_config(setting, augment_dim=0)
+        self.model = random_denoiser(self.config)
+        self.count = 2 if setting.small else 4
+        self.full = 4 if setting.small else 512  # as the benchmark: compiled code is found again by its shape
+        self.steps = 4 if setting.small else 18
+        self.noise = noise(setting, self.config, self.count)
+        self.labels = classes(self.config, self.count)
+        self.on_device = random_denoiser(self.config).to(setting.device)
+        self.reference = functools.cache(lambda: self.solved(self.model))
+
+    def solved(self, model: Denoiser, latents: torch.Tensor | None = None) -> torch.Tensor:
+        """Heun's images of the noise; labels stay on the CPU, as in `beeline.generate`."""
+        device = next(model.parameters()).device
+        latents = self.noise if latents is None else latents
+        with torch.inference_mode():
+            return solve(model, latents.to(device), self.labels, solver="heun", num_steps=self.steps)
+
+    def prepared(self, precision: Precision, *, compiled: bool = False, batch_size: int | None = None) -> Denoiser:
+        """The teacher on the device, ready to sample."""
+        return prepare(self.on_device, precision=precision, compiled=compiled, batch_size=batch_size)
+
+
+def checks(setting: Setting) -> Checks:
+    """The checks of this section."""
+    sampler = Sampler(setting)
+    limits = {name: limit * (ROUGHER if setting.small else 1) for name, limit in LIMITS.items()}
+
+    def against_cpu(precision: Precision) -> Outcome:
+        return at_most(rms(sampler.solved(sampler.prepared(precision)), sampler.reference()), limits[precision])
+
+    def repeated(precision: Precision) -> Outcome:
+        first, second = (sampler.solved(sampler.prepared(precision)) for _ in range(2))
+        return identical([first], [second])
+
+    def filled(precision: Precision) -> Outcome:
+        alone = sampler.solved(sampler.prepared(precision))
+        return at_most(rms(sampler.solved(sampler.prepared(precision, batch_size=3 * sampler.count)), alone), limits[precision])
+
+    def layout() -> Outcome:
+        made = sampler.prepared("bf16")
+        weights = [module.weight for module in made.modules() if isinstance(module, Conv2d) and module.weight is not None]
+        bad = sum(not weight.is_contiguous(memory_format=torch.channels_last) for weight in weights if weight.shape[-1] > 1)
+        seen: list[torch.Tensor] = []
+
+        def keep(_module: object, _inputs: object, output: torch.Tensor) -> None:
+            seen.append(output)
+
+        for module in made.modules():
+            if isinstance(module, Conv2d):
+                module.register_forward_hook(keep)
+        sampler.solved(made)
+        bad += sum(not output.is_contiguous(memory_format=torch.channels_last) for output in seen if output.shape[1] > 1)
+        return at_most(float(bad), 0.0, layers=len(weights), outputs=len(seen))
+
+    def few_step_images(model: Denoiser, rule: FewStepRule) -> torch.Tensor:
+        how = FewStep(num_steps=18, rule=rule)
+        return sample(model, range(sampler.count), sampler.labels, seed=0, steps=STEPS, how=how)
+
+    few_step_reference = functools.cache(lambda rule: few_step_images(sampler.model, rule))
+
+    def few_steps(rule: FewStepRule, precision: Precision) -> Outcome:
+        found = few_step_images(sampler.prepared(precision), rule)
+        return at_most(rms(found, few_step_reference(rule)), limits[precision])
+
+    def compiled(precision: Precision, executor: Callable[[], Executor]) -> Outcome:
+        """Compiled, batches filled: images as the CPU's, the same again, and untouched by later batches."""
+        start_compiling()
+        full = sampler.full if precision != "fp32" else min(sampler.full, 64)
+        made = sampler.prepared(precision, compiled=True, batch_size=full)
+        others = noise(setting, sampler.config, sampler.count, seed=1)
+        with executor() as thread:
+            first = thread.submit(sampler.solved, made).result()
+            kept = first.clone()
+            thread.submit(sampler.solved, made, others).result()
+            again = thread.submit(sampler.solved, made).result()
+        values = {
+            "RMS against the CPU": rms(kept, sampler.reference()),
+            "change of images by a later batch": float((first - kept).abs().max()),
+            "difference of a repeat": float((again - kept).abs().max()),
+            **compiling_troubles(),
+        }
+        return worst(values, {name: limits[precision] if name.startswith("RMS") else NONE for name in values})
+
+    def in_a_thread() -> Outcome:
+        """As gen_pairs.py samples."""
+        if setting.gpu and version() < (2, 13):
+            raise Skip(f"PyTorch {torch.__version__} has no CUDA graphs in threads (pytorch issue 123177); 2.13 has")
+        return compiled("bf16", lambda: ThreadPoolExecutor(1, "sampler"))
+
+    def full_batch() -> Outcome:
+        """The last batch of a shard is smaller: filled and cut, it must be as if it stood in a full one."""
+        many = noise(setting, sampler.config, 2 * sampler.count)
+        made = sampler.prepared("fp32", batch_size=2 * sampler.count)
+        labels = classes(sampler.config, 2 * sampler.count)
+        with torch.inference_mode():
+            sigma = torch.full((len(many),), 2.0, device=setting.device)
+            whole = made(many.to(setting.device), sigma, labels)
+            part = made(many[: sampler.count].to(setting.device), sigma[: sampler.count], sampler.labels)
+        return identical([part], [whole[: sampler.count]])
+
+    for precision in PRECISIONS:
+        yield Check(f"heun {precision}, images against the CPU's fp32", lambda p=precision: against_cpu(p))
+        yield Check(f"heun {precision}, the same twice", lambda p=precision: repeated(p))
+        yield Check(f"heun {precision}, a filled batch against a small one", lambda p=precision: filled(p))
+    for rule, precision in itertools.product(RULES, ("fp32",) if setting.small else PRECISIONS):
+        yield Check(f"few steps by {rule} {precision}, against the CPU's fp32", lambda r=rule, p=precision: few_steps(r, p))
+    yield Check("layers that leave channels last", layout)
+    yield Check("a filled batch against the same rows in a full one", full_batch)
+    for precision in ("bf16", "fp16", "fp32"):
+        what = "CUDA graphs" if setting.gpu else "no CUDA graphs on a CPU"
+        yield Check(
+            f"heun {precision} compiled ({what}), against the CPU's fp32, repeated",
+            lambda p=precision: compiled(p, Here),
+            COMPILING,
+        )
+    yield Check("heun bf16 compiled, in a thread of its own", in_a_thread, COMPILING)

@@ -1,0 +1,198 @@
+"""A GPU to test against on machines without one: tensors that hold values in main memory and say they are on cuda:0.
+
+`FakeTensorMode` has no values, and its backward pass ends the process on a CPU build of PyTorch. Here a tensor is on the
+"GPU" if its storage is marked so. A dispatch mode sees every operation, those of backward passes and optimisers too: it
+refuses operands on different devices, as CUDA does, computes on the CPU and marks what comes out. Python's doors to a device
+(`.to`, `device=`, generators, `.numpy()`, autocast) are patched; C++ never hears of CUDA.
+
+What it cannot see: CUDA's kernels and their precision, asynchrony, memory, streams and graphs, autocast's own list of
+operations (the CPU's is taken), torch.compile, several GPUs, threads that are started within it, and code that asks C++ for a
+tensor's device. With a real GPU `fake_cuda` gives that one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo  # here: it cannot be imported while torch is patched
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
+ATEN = torch.ops.aten
+COPIES = {ATEN.copy_.default, ATEN._foreach_copy_.default}
+INDEXED = {ATEN.index.Tensor, ATEN.index_put_.default, ATEN.index_put.default, ATEN._index_put_impl_.default}
+FACTORIES = (
+    "tensor", "as_tensor", "empty", "zeros", "ones", "full", "rand", "randn", "randint", "randperm", "arange", "linspace",
+    "eye", "empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like",
+)  # fmt: skip
+METHODS = ("new_empty", "new_zeros", "new_ones", "new_full", "new_tensor")
+_device_of = torch._C.TensorBase.device.__get__  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class _Marks:
+    """The storages on the GPU. A weak reference keeps an address from being used again, so that no mark goes stale."""
+
+    def __init__(self) -> None:
+        self.refs: dict[int, StorageWeakRef] = {}
+
+    def __contains__(self, tensor: torch.Tensor) -> bool:
+        return tensor.untyped_storage()._cdata in self.refs
+
+    def add(self, tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        self.refs[storage._cdata] = StorageWeakRef(storage)
+        return tensor
+
+
+class _Mode(TorchDispatchMode):
+    """Checks devices and carries marks through every operation."""
+
+    def __init__(self, marks: _Marks) -> None:
+        super().__init__()
+        self.marks = marks
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        on_gpu = [tensor in self.marks for tensor in tensors]
+        if any(on_gpu) and func not in COPIES:
+            self._check(func, args, tensors, on_gpu)
+        known = {tensor.untyped_storage()._cdata for tensor in tensors}
+        made = func(*args, **kwargs)
+        if any(on_gpu):
+            for leaf in tree_leaves(made):
+                if isinstance(leaf, torch.Tensor) and leaf.untyped_storage()._cdata not in known:
+                    self.marks.add(leaf)
+        return made
+
+    def _check(self, func: Any, args: Any, tensors: list[torch.Tensor], on_gpu: list[bool]) -> None:
+        if func in INDEXED and args[0] in self.marks:
+            return  # indices may be on the CPU
+        strangers = [tensor for tensor, here in zip(tensors, on_gpu, strict=True) if not here and tensor.ndim > 0]
+        if strangers:
+            raise RuntimeError(
+                f"Expected all tensors to be on the same device: {func} got cuda:0 and cpu, shape {tuple(strangers[0].shape)}"
+            )
+
+
+class _Generator(torch.Generator):
+    """A CPU's generator that says whose it was asked for."""
+
+    def __new__(cls, device: Any = "cpu") -> _Generator:
+        made = super().__new__(cls)
+        made.said = GPU if _is_gpu(device) else CPU
+        return made
+
+    @property
+    def device(self) -> torch.device:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.said
+
+
+class _Autocast(torch.autocast):
+    """The CPU's, whatever the device."""
+
+    def __init__(self, device_type: str, *args: Any, **kwargs: Any) -> None:
+        super().__init__("cpu", *args, **kwargs)
+
+
+def _is_gpu(device: Any) -> bool:
+    return device is not None and torch.device(device).type == "cuda"
+
+
+def _moves(arguments: Any, options: dict[str, Any]) -> Any:
+    """The device among the arguments of Tensor.to, or None."""
+    candidates = [*arguments, options.get("device"), options.get("other")]
+    for one in candidates:
+        if isinstance(one, torch.Tensor):
+            return one.device
+        if isinstance(one, torch.device | str):
+            return torch.device(one)
+    return None
+
+
+@contextlib.contextmanager
+def fake_cuda() -> Iterator[torch.device]:
+    """A GPU for the block: the machine's own, or a fake one."""
+    if torch.cuda.is_available():
+        yield GPU
+        return
+    marks, patch = _Marks(), pytest.MonkeyPatch()
+
+    def place(tensor: torch.Tensor, device: Any) -> torch.Tensor:
+        """A copy on the device, connected to `tensor` for gradients."""
+        made = tensor.clone(memory_format=torch.preserve_format)  # a copy of a GPU's tensor is on the GPU, so:
+        marks.refs.pop(made.untyped_storage()._cdata, None)
+        return marks.add(made) if _is_gpu(device) else made
+
+    def factory(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def make(*args: Any, **kwargs: Any) -> torch.Tensor:
+            source = args[0] if args and isinstance(args[0], torch.Tensor) else None
+            device = kwargs.get("device")
+            if device is None:
+                device = source.device if source is not None else CPU
+            generator = kwargs.get("generator")
+            if generator is not None and generator.device.type != torch.device(device).type:
+                raise RuntimeError(f"Expected a {device!r} device type for generator but found {generator.device.type!r}")
+            if "device" in kwargs:
+                kwargs["device"] = CPU
+            made = original(*args, **kwargs)
+            if _is_gpu(device) != (made in marks):
+                made = place(made.detach(), device).requires_grad_(made.requires_grad)
+            return made
+
+        return functools.wraps(original)(make)
+
+    def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        target = _moves(args, kwargs)
+        if target is None or target.type == self.device.type:
+            rest = [one for one in args if not isinstance(one, torch.device | str)]
+            if not [*rest, *(key for key in kwargs if key != "device")]:
+                return self
+            return move(self, *rest, **{key: value for key, value in kwargs.items() if key != "device"})
+        args = tuple(CPU if isinstance(one, torch.device | str) else one for one in args)
+        if "device" in kwargs:
+            kwargs["device"] = CPU
+        return move(place(self, target), *args, **kwargs)
+
+    def device(self: torch.Tensor) -> torch.device:
+        own = _device_of(self)
+        return GPU if own.type == "cpu" and self in marks else own
+
+    def only_on_cpu(original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            if self in marks:
+                raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first")
+            return original(self, *args, **kwargs)
+
+        return call
+
+    move = torch.Tensor.to
+    for name in FACTORIES:
+        patch.setattr(torch, name, factory(getattr(torch, name)))
+    for name in METHODS:
+        patch.setattr(torch.Tensor, name, factory(getattr(torch.Tensor, name)))
+    for name in ("numpy", "__array__"):
+        patch.setattr(torch.Tensor, name, only_on_cpu(getattr(torch.Tensor, name)))
+    patch.setattr(torch.Tensor, "to", to)
+    patch.setattr(torch.Tensor, "cpu", lambda self: to(self, CPU))
+    patch.setattr(torch.Tensor, "cuda", lambda self: to(self, GPU))
+    patch.setattr(torch.Tensor, "device", property(device), raising=False)
+    patch.setattr(torch.Tensor, "is_cuda", property(lambda self: device(self) == GPU), raising=False)
+    patch.setattr(torch, "Generator", _Generator)
+    patch.setattr(torch, "autocast", _Autocast)
+    patch.setattr(torch.cuda, "is_available", lambda: True)
+    patch.setattr(torch.cuda, "get_device_name", lambda *_: "fake")
+    patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    patch.setattr(torch.cuda, "max_memory_allocated", lambda *_: 2**20)
+    try:
+        with _Mode(marks):
+            yield GPU
+    finally:
+        patch.undo()

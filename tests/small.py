@@ -1,0 +1,82 @@
+"""A workspace made in this process, without Ray: images, probes, a teacher and a student of random weights, pairs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from measured import finished
+
+from beeline import noise
+from beeline.checkpoint import build, dump
+from beeline.config import NetworkConfig, PairsConfig, ProbeNetworkConfig
+from beeline.features import Probe
+from beeline.samplers import FewStep
+from pipeline.gen_pairs import make_pairs, pair_labels, plan_of
+from pipeline.shards import encode, shard_count, shard_name, shard_rows
+from pipeline.stage import PLAN, require_model
+from pipeline.storage import Folder
+
+CLASSES, COUNT, SHARD = 4, 48, 16
+NETWORK = NetworkConfig(
+    kind="ddpmpp", img_resolution=8, img_channels=1, label_dim=CLASSES, model_channels=16, channel_mult=(1,), num_blocks=1,
+    attn_resolutions=(8,),
+)  # fmt: skip
+PAIRS = PairsConfig(count=COUNT, shard_size=SHARD, batch_size=SHARD, num_steps=4, seed=3)
+FEW_STEP = FewStep(num_steps=4)
+
+
+def workspace(path: Path, network: NetworkConfig = NETWORK) -> Folder:
+    """The workspace in `path`, finished stages all of them."""
+    place = Folder(str(path))
+    write_images(place, network)
+    write_models(place, network)
+    write_pairs(place)
+    return place
+
+
+def write_images(place: Folder, network: NetworkConfig) -> None:
+    """images/: COUNT random pictures in three shards."""
+    channels, side = network.img_channels, network.img_resolution
+    config = {"count": COUNT, "shard_size": SHARD, "num_classes": CLASSES, "resolution": side, "channels": channels}
+    plan, chance, files = {"images": config}, np.random.default_rng(0), {}
+    for k in range(shard_count(COUNT, SHARD)):
+        rows = shard_rows(k, SHARD, COUNT)
+        pixels = chance.integers(0, 256, (len(rows), channels, side, side), dtype=np.uint8)
+        files[shard_name(k)] = encode("image", pixels, np.asarray(rows, np.int32) % CLASSES, rows, plan)
+    finished(place, "images", plan, files)
+
+
+def write_models(place: Folder, network: NetworkConfig) -> None:
+    """probe/losses, probe/measure, teacher and students/lmm."""
+    torch.manual_seed(0)
+    for which, activation in (("losses", "relu"), ("measure", "gelu")):
+        config = ProbeNetworkConfig(widths=(8, 12), strides=(1, 2), activation=activation)
+        probe = Probe(config, channels=network.img_channels, num_classes=CLASSES)
+        finished(place, f"probe/{which}", {}, dump(probe, {}))
+    finished(place, "probe", {}, {})
+    model = build(network)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, 0, 0.1)
+    finished(place, "teacher", {}, dump(model, {}))
+    model.few_step = FEW_STEP
+    finished(place, "students/lmm", {}, dump(model, {}))
+
+
+def write_pairs(place: Folder, config: PairsConfig = PAIRS) -> None:
+    """pairs/ of the teacher."""
+    teacher, teacher_digest = require_model(place, "teacher", "digits")
+    plan, files = plan_of(config, teacher, teacher_digest, None), {}
+    for k in range(shard_count(config.count, config.shard_size)):
+        rows = shard_rows(k, config.shard_size, config.count)
+        x0, labels = noise.x0(config.seed, rows, teacher.image_shape), pair_labels(rows, teacher.label_dim)
+        x1 = make_pairs(teacher, x0, labels, config)
+        files[shard_name(k)] = encode("x1", x1, labels, rows, plan, x0_crc32=noise.crc32(x0))
+    finished(place, "pairs", plan, files)
+
+
+def plans(place: Folder) -> dict[str, Any]:
+    """The plans of pairs/ and images/, as commands hand them on."""
+    return {name: (place / name).read_json(PLAN) for name in ("pairs", "images")}

@@ -1,0 +1,363 @@
+"""Every path that makes tensors, on a GPU: a fake one (fake_cuda.py says what it sees), or the machine's own."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import small
+import torch
+from fake_cuda import fake_cuda
+
+import beeline
+from beeline import calibrate, objectives
+from beeline.arrays import unpack
+from beeline.augment import LABELS, augment
+from beeline.backbones import build_backbone
+from beeline.checkpoint import build, dump, ema_update
+from beeline.config import (
+    DiscriminatorConfig,
+    EvaluateConfig,
+    LmmConfig,
+    OptimizerConfig,
+    PhaseConfig,
+    TeacherConfig,
+)
+from beeline.denoiser import Denoiser, edm_loss
+from beeline.features import Frozen, Probe, train_probe
+from beeline.inference import prepare
+from beeline.learner import Learner
+from beeline.measuring import Eye, MeasuringProbe, build_measuring
+from beeline.noise import x0
+from beeline.objectives import Batch, Setting
+from beeline.samplers import FewStep, generate, sample
+from beeline.schedule import edm_sigmas
+from beeline.straightness import straightness, trajectories
+from evaluation.jobs import HELD_OUT, Bench, Fidelity, HeldOut, Judge, Lines, RealImages, Samples, Setup, Sheet
+from evaluation.reference import merge_reference, reference_folder
+from evaluation.rows import Row, draw, teacher_row
+from pipeline.gen_pairs import load_sampler, make_pairs, pair_labels
+from pipeline.sheet import sheet_png
+from pipeline.stage import require_model, require_probe
+from pipeline.storage import Folder
+from trainers import checkpoints, loop
+from trainers.student import StudentTask
+from trainers.train_teacher import TeacherTask
+from trainers.validation import Validation
+
+OPTIMIZER = OptimizerConfig(lr=1e-3)
+RADAM = OptimizerConfig(kind="radam", lr=1e-3)
+PHASE = PhaseConfig(iterations=2, optimizer=OPTIMIZER)
+ADVERSARIAL = replace(PHASE, adversarial_weight=0.5)
+STUDENT = LmmConfig(
+    name="tried", num_steps=4, batch_size=4, reconstruction=PHASE, adversarial=ADVERSARIAL, ema_half_lives=(3.0, 30.0),
+    discriminator=DiscriminatorConfig(optimizer=OPTIMIZER, width=8, networks=("probe", "scratch")),
+)  # fmt: skip
+CADENCE = loop.Cadence(log_every=1, checkpoint_every=1, keep=10)
+COLOUR = replace(small.NETWORK, img_resolution=32, img_channels=3, attn_resolutions=())
+FULL = "beeline.objectives"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Folder:
+    """A workspace of 8x8 images, to read from."""
+    return small.workspace(tmp_path_factory.mktemp("small"))
+
+
+@pytest.fixture
+def place(made: Folder, tmp_path: Path) -> Folder:
+    """The same, to write to."""
+    return Folder(str(shutil.copytree(made.uri, tmp_path / "ws")))
+
+
+@pytest.fixture
+def device() -> Iterator[torch.device]:
+    with fake_cuda() as device:
+        yield device
+
+
+def same(on_gpu: Any, on_cpu: Any) -> None:
+    """Nearly equal: the GPU looks at other numbers of images at once."""
+    if isinstance(on_cpu, dict):
+        assert on_gpu.keys() == on_cpu.keys()
+        for key, value in on_cpu.items():
+            same(on_gpu[key], value)
+    elif isinstance(on_cpu, torch.Tensor):
+        same(on_gpu.cpu().numpy(), on_cpu.numpy())
+    elif isinstance(on_cpu, str):
+        assert on_gpu == on_cpu
+    else:
+        np.testing.assert_allclose(on_gpu, on_cpu, rtol=1e-3, atol=1e-4)
+
+
+def test_a_fake_gpu_refuses_what_a_gpu_refuses(device: torch.device) -> None:
+    x, y = torch.ones(3, 3, device=device), torch.ones(3, 3)
+    same_device = "same device"
+    for wrong in (lambda: x + y, lambda: y.copy_(y) @ x, lambda: torch.cat([x, y]), lambda: y[torch.arange(2).to(device)]):
+        with pytest.raises(RuntimeError, match=rf"(?i){same_device}|indices should be"):
+            wrong()
+    with pytest.raises(TypeError, match="can't convert cuda"):
+        x.numpy()
+    with pytest.raises(TypeError, match="can't convert cuda"):
+        np.asarray(x)
+    with pytest.raises(RuntimeError, match="generator"):
+        torch.rand(3, generator=torch.Generator(device))
+    with pytest.raises(RuntimeError, match="generator"):
+        torch.rand(3, generator=torch.Generator(), device=device)
+    weight = torch.nn.Linear(3, 3).to(device)
+    weight(x).sum().backward()
+    assert all(parameter.grad is not None and parameter.grad.is_cuda for parameter in weight.parameters())
+    assert (x * torch.tensor(2.0))[torch.arange(2)].sum().item() == 12  # numbers and indices may be on the CPU
+    assert y.copy_(x).device.type == copy.deepcopy(x).cpu().device.type == "cpu"
+
+
+# Sampling
+
+
+@pytest.mark.parametrize("solver", ["heun", "euler", "calibrated"])
+def test_pairs(made: Folder, device: torch.device, solver: Any) -> None:
+    plan = small.plans(made)["pairs"] | {"sigmas": edm_sigmas(5).tolist()}
+    config = replace(small.PAIRS, solver="calibrated" if solver == "calibrated" else "heun")
+    rows = range(20)
+    noise, labels = x0(3, rows, (1, 8, 8)), pair_labels(rows, small.CLASSES)
+    on_cpu = require_model(made, "teacher", "digits")[0]
+    on_cpu.levels = tuple(plan["sigmas"])
+    on_gpu = load_sampler(made, "digits", plan, config)
+    assert next(on_gpu.parameters()).is_cuda
+    if solver == "euler":
+        same(*(generate(model, 6, solver="euler", num_steps=4) for model in (on_gpu, on_cpu)))
+    else:
+        same(*(make_pairs(model, noise, labels, config) for model in (on_gpu, on_cpu)))
+
+
+@pytest.mark.parametrize("rule", ["same_noise", "line", "fresh_noise"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_few_steps(made: Folder, device: torch.device, rule: Any, precision: Any) -> None:
+    model = require_model(made, "students/lmm", "digits")[0]
+    row = Row(2, (0, 2), None, 4, rule)
+    on_gpu = prepare(copy.deepcopy(model).to(device), precision=precision)
+    images = draw(on_gpu, row, range(7), np.arange(7, dtype=np.int32) % 4, seed=1, batch_size=3)
+    assert images.device.type == "cuda"
+    assert sheet_png(images, columns=3)
+    if precision == "fp32":
+        same(images, draw(model, row, range(7), np.arange(7, dtype=np.int32) % 4, seed=1, batch_size=3))
+    how = FewStep(num_steps=4, rule=rule)
+    assert sample(on_gpu, range(2), torch.arange(2), seed=0, steps=(0, 1), how=how).is_cuda
+
+
+@pytest.mark.parametrize("line", ["ve", "lerp"])
+def test_straightness(made: Folder, device: torch.device, line: Any) -> None:
+    model = require_model(made, "students/lmm", "digits")[0]
+    generator = torch.Generator().manual_seed(0)
+    x1, noise = (torch.randn(8, 1, 8, 8, generator=generator) for _ in range(2))
+    labels, sigmas = torch.arange(8) % 4, edm_sigmas(4)
+    on_cpu = straightness(model, x1, noise, labels, sigmas, line=line), trajectories(model, noise, labels, num_steps=4)
+    model, x1, noise, labels = (one.to(device) for one in (model, x1, noise, labels))
+    on_gpu = straightness(model, x1, noise, labels, sigmas, line=line), trajectories(model, noise, labels, num_steps=4)
+    same(on_gpu[0], on_cpu[0])
+    same(np.array(on_gpu[1]), np.array(on_cpu[1]))
+
+
+def test_calibration(made: Folder, device: torch.device) -> None:
+    teacher = beeline.load(f"{made}/teacher").to(device)
+    bench = calibrate.Bench(teacher, 6, 0, batch_size=4)
+    levels, error = calibrate.search(lambda tried: bench.adams(tried).rms, calibrate.uniform_levels(4), 4, 0)
+    assert len(levels) == 4
+    assert 0 < error < float("inf")
+    assert bench.heun(3).rms > 0
+
+
+# Measuring
+
+
+@pytest.mark.parametrize("name", ["probe", "inception", "dinov2_vits14"])
+def test_measuring_networks(made: Folder, device: torch.device, name: str) -> None:
+    network = MeasuringProbe(require_probe(made, "measure", "digits")[0]) if name == "probe" else build_measuring(name)
+    seen = Eye(network, device).look(torch.randint(0, 256, (2, 1, 8, 8), dtype=torch.uint8))
+    assert seen.features.shape == (2, network.dimensions)
+    assert np.isfinite(seen.features).all()
+    assert (seen.logits is not None) == (name == "inception")
+
+
+def measured(place: Folder) -> dict[str, Any]:
+    """What every item of a measurement of teacher and student writes, by file."""
+    plans = small.plans(place)
+    config = EvaluateConfig(draws=1, shard_size=16, batch_size=8, samples=6, neighbours=20)
+    setup = Setup(workspace=place, recipe="digits", config=config, count=40, **plans)
+    rows = {
+        "teacher": [teacher_row(15), teacher_row(2)],
+        "students/lmm": [Row(2, (0, 2), None, 4, rule) for rule in (None, "same_noise", "fresh_noise")],
+    }
+    real = [RealImages("probe", group) for group in range(3)]
+    first: list[Any] = [*real, HeldOut(1)]
+    then: list[Any] = []
+    for name, ways in rows.items():
+        for row in ways:
+            parts = [Samples(name, row, 0, shard, range(16 * shard, min(16 * shard + 16, 40))) for shard in range(3)]
+            first += [*parts, Sheet(name, row, 6)]
+            then += [Judge(name, row, 0, tuple(part.file for part in parts)), Fidelity(name, row)]
+        then.append(Lines(name, 4))
+    bench = Bench(setup, [*first, *then])
+    for number in range(len(first)):
+        bench.work(number)
+    merge_reference(place / reference_folder("probe"), [part.file for part in real])
+    for number in range(len(first), len(bench.jobs)):
+        bench.work(number)
+    folders = ["evaluation/teacher", "evaluation/students/lmm", HELD_OUT, reference_folder("probe")]
+    files = {f"{name}/{file}": (place / name).read(file) for name in folders for file in (place / name).sizes()}
+    assert len(files) == 5 * (3 + 1 + 2) + 2 + 1 + 3 + 2
+    return {
+        name: (place / name.rpartition("/")[0]).read_json(name.rpartition("/")[2])
+        if name.endswith(".json")
+        else {key: array for key, array in unpack(data, name).items() if key != "device"}
+        for name, data in files.items()
+    }
+
+
+def test_every_item_of_a_measurement(made: Folder, place: Folder, tmp_path: Path) -> None:
+    on_cpu = measured(Folder(str(shutil.copytree(made.uri, tmp_path / "cpu"))))
+    with fake_cuda():
+        on_gpu = measured(place)
+    for name in on_cpu:
+        assert on_gpu[name].keys() == on_cpu[name].keys()
+        for key, value in on_cpu[name].items():
+            if key == "images":  # 8-bit: a rounding may go the other way
+                assert np.abs(on_gpu[name][key].astype(int) - value).max() <= 1
+            elif not name.rpartition("/")[2].startswith("draw-"):
+                np.testing.assert_allclose(on_gpu[name][key], value, rtol=1e-3, atol=2e-2) if key != "line" else None
+
+
+def test_a_validation(made: Folder, device: torch.device) -> None:
+    model = require_model(made, "students/lmm", "digits")[0].to(device)
+    validation = Validation(made, "digits", small.plans(made)["images"], count=20, seed=0, device=device)
+    figures, sheet = validation.judge(model)
+    assert figures["fd_probe_losses"] > 0
+    assert sheet.startswith(b"\x89PNG")
+
+
+# Training
+
+
+def trained(place: Folder, device: torch.device, config: LmmConfig) -> None:
+    """A student through both phases with validation, checkpoints at every step; then again from the middle of each phase."""
+
+    def task(session: loop.Session) -> StudentTask:
+        return StudentTask(session=session, workspace=place, recipe="digits", config=config, **small.plans(place))
+
+    folder = place / f"students/{config.name}"
+    session = loop.Session(folder=folder, device=device)
+    first = task(session)
+    assert loop.run(first, session, replace(CADENCE, validate_every=2))
+    assert all(tensor.is_cuda for average in first.averages for tensor in average.state_dict().values())
+    weights = folder.read("model.safetensors")
+    for step in checkpoints.steps(folder):
+        state = checkpoints.load(folder, step)
+        session = loop.Session(folder=folder, device=device, restored=state)
+        assert loop.run(task(session), session, replace(CADENCE, checkpoint_every=100, validate_every=2))
+        assert folder.read("model.safetensors") == weights
+    beeline.load(f"{folder}")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        replace(STUDENT, validate_every=2, validate_count=20, accumulate=2),
+        replace(
+            STUDENT, reconstruction=replace(PHASE, distance="l2", optimizer=RADAM), adversarial=replace(PHASE, iterations=0)
+        ),
+        replace(
+            STUDENT, precision="bf16", line="ve", rule="same_noise", phase_switch="restart",
+            reconstruction=replace(PHASE, distance="huber", levels="sigma"),
+            adversarial=replace(ADVERSARIAL, optimizer=RADAM, steps=(0, 2)),
+        ),
+        replace(STUDENT, objective=f"{FULL}.kd:Distillation", adversarial=replace(PHASE, iterations=0)),
+        replace(STUDENT, objective=f"{FULL}.rectified_flow:RectifiedFlow", adversarial=replace(PHASE, iterations=0)),
+    ],
+    ids=["adversarial", "radam", "bf16", "kd", "rf"],
+)  # fmt: skip
+def test_students(place: Folder, device: torch.device, config: LmmConfig) -> None:
+    trained(place, device, config)
+
+
+@pytest.mark.parametrize(
+    ("distance", "network"),
+    [
+        ("lpips", "tf_efficientnet_lite0"),
+        ("lpips_avg", "deit_base_distilled_patch16_224"),
+        ("johnson", "scratch"),
+    ],
+)
+def test_pretrained_networks(device: torch.device, distance: Any, network: Any) -> None:
+    """A step in colour with real images mirrored, and with random weights in the frozen networks."""
+    torch.manual_seed(0)
+    phase = replace(ADVERSARIAL, distance=distance, resize=48, optimizer=RADAM)
+    critic = replace(STUDENT.discriminator, networks=(network,), resize=128, mirror=True)
+    config = replace(STUDENT, adversarial=phase, discriminator=critic)
+    objective = objectives.load(config.objective)
+    names = objective.needs(config, phase).features
+    features = {name: Frozen(build_backbone(name), device=device) for name in names}
+    setting = Setting(config=config, phase=phase, image_shape=(3, 32, 32), num_classes=small.CLASSES, features=features)
+    made = objective(setting)
+    student = Learner(build(COLOUR).train().to(device), RADAM)
+    assert made.critic is not None
+    learner = Learner(made.critic.to(device), RADAM)
+    generator = torch.Generator(device).manual_seed(0)
+    noise, x1, real = (torch.randn(2, 3, 32, 32, device=device, generator=generator) for _ in range(3))
+    labels = torch.eye(small.CLASSES, device=device)[:2]
+    figures = made.backward(
+        student, learner, Batch(noise=noise, x1=x1, labels=labels, real=real, real_labels=labels), generator
+    )
+    assert all(np.isfinite(float(value)) for value in figures.values())
+    assert student.update(0, 10)["grad_norm"] > 0
+    assert learner.update(0, 10)["grad_norm"] > 0
+
+
+def test_a_teacher(place: Folder, device: torch.device) -> None:
+    """EDM's loss and averages, with augmentation, with mirrored images, in parts, under autocast."""
+    for changes in ({"augment": 0.5, "accumulate": 2}, {"flip": True, "precision": "bf16", "ema_ramp": 0.0}):
+        network = replace(small.NETWORK, augment_dim=LABELS if "augment" in changes else 0, dropout=0.1)
+        settings: dict[str, Any] = {"network": network, "iterations": 3, "batch_size": 8, "ema_half_life": 2.0} | changes
+        config = TeacherConfig(optimizer=OPTIMIZER, **settings)
+        session = loop.Session(folder=place / "teacher", device=device)
+        task = TeacherTask(session=session, workspace=place, config=config, images=small.plans(place)["images"])
+        assert loop.run(task, session, CADENCE)
+        assert loop.read_log(session.folder)[-1]["loss"] > 0
+        assert all(tensor.is_cuda for tensor in task.ema.state_dict().values())
+
+
+def test_losses_without_a_task(device: torch.device) -> None:
+    generator = torch.Generator(device).manual_seed(0)
+    model = build(replace(small.NETWORK, augment_dim=LABELS)).to(device)
+    average = copy.deepcopy(model)
+    images, labels = augment(torch.zeros(4, 1, 8, 8, device=device), 0.5, generator)
+    edm_loss(model, images, torch.arange(4, device=device), generator, labels).backward()
+    ema_update(average, model, 10.0, 1, 0.05)
+    assert images.is_cuda
+    assert dump(average, {})["model.safetensors"] == dump(model, {})["model.safetensors"]
+
+
+def test_a_probe(made: Folder, device: torch.device) -> None:
+    config = require_probe(made, "losses", "digits")[0].config
+    probe = Probe(config, channels=1, num_classes=4).to(device)
+    images, labels = torch.rand(40, 1, 8, 8, device=device), torch.arange(40, device=device) % 4
+    accuracy = train_probe(probe, images, labels, iterations=3, batch_size=8, lr=1e-3, seed=0)
+    assert 0 <= accuracy <= 1
+    assert dump(probe, {})
+
+
+MODELS: dict[str, Callable[[Denoiser], Any]] = {
+    "a network's own steps": lambda model: generate(model, 3),
+    "labels by class": lambda model: generate(model, 3, labels=torch.tensor([1, 2, 3])),
+    "labels as one-hot": lambda model: model(torch.zeros(2, 1, 8, 8).to("cuda"), torch.tensor(1.0), torch.eye(4)[:2]),
+}
+
+
+@pytest.mark.parametrize("call", MODELS.values(), ids=MODELS)
+def test_as_a_library(made: Folder, device: torch.device, call: Callable[[Denoiser], torch.Tensor]) -> None:
+    assert call(beeline.load(f"{made}/students/lmm").to(device)).is_cuda
