@@ -13,6 +13,7 @@ import ray.data
 from beeline.config import PoolConfig
 from pipeline import metrics
 from pipeline.command import ensure_ray
+from pipeline.room import check_room
 
 GROW_ABOVE = 0.5  # tasks in flight, of those that all actors could run at once; full pools are at 1 or 2
 
@@ -36,6 +37,7 @@ def run_pool(
     if not items:
         return
     ensure_ray()
+    check_room(name, min(pool.min_actors, len(items)), cpus=pool.cpus, gpus=pool.gpus)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False

@@ -36,6 +36,7 @@ from evaluation.results import METRICS
 from evaluation.rows import parse_steps
 from pipeline import metrics
 from pipeline.command import ensure_ray, run_command
+from pipeline.room import check_room
 from pipeline.stage import PLAN, Stage, fingerprint, publish_model, require, require_features, require_model, require_probe
 from pipeline.storage import Folder
 from trainers import checkpoints
@@ -117,6 +118,7 @@ def _train(
     if not configs:
         return
     ensure_ray()
+    check_room("sweep", 1, cpus=sweep.threads, gpus=sweep.gpus)
     rungs = {number: folder.read_json(f"{folder_name(number)}/{RUNGS}") or [] for number in tried}
     function = tune.with_parameters(
         run_trial, workspace=place, recipe=recipe, folder=folder, configs=configs, sweep=sweep, pairs=pairs, images=images
