@@ -23,6 +23,7 @@ from beeline.config import WorkersConfig
 from beeline.errors import BeelineError, StorageError
 from beeline.numerics import set_numerics
 from pipeline import metrics
+from pipeline.room import check_room
 from pipeline.runtime import ensure_ray
 from pipeline.storage import Folder
 from trainers import checkpoints, loop
@@ -47,6 +48,7 @@ def launch(
     is told will leave are left in time, and not counted.
     """
     ensure_ray()
+    check_room(name, workers.min_count or workers.count, cpus=workers.threads, gpus=workers.gpus)
     count = (workers.min_count, workers.count) if workers.min_count else workers.count
     config = {
         "build": build,
