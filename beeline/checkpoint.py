@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,17 @@ import torch
 from torch import nn
 
 from beeline.adams import check_levels
+from beeline.blueprint import Shapes, mismatch, shapes_of
 from beeline.config import NetworkConfig, ProbeNetworkConfig, from_dict, to_dict
 from beeline.denoiser import Denoiser
-from beeline.errors import BeelineError
+from beeline.errors import BeelineError, plain, reading
 from beeline.features import Probe
 from beeline.networks.dhariwal import DhariwalUNet
 from beeline.networks.songunet import SongUNet
 from beeline.samplers import FewStep
 
 FORMAT = 1
+MAX_LEVELS = 10_000  # of a student's schedule
 WEIGHTS, CONFIG, SOLVER = "model.safetensors", "config.json", "solver.json"
 
 
@@ -70,28 +73,43 @@ def dump(model: Denoiser | Probe, about: Mapping[str, Any]) -> dict[str, bytes]:
     return {WEIGHTS: safetensors.torch.save(tensors), CONFIG: text.encode()}
 
 
+def write_model(files: Mapping[str, bytes], folder: Path) -> None:
+    """Write a model folder, config.json last, each file whole or not at all. Raises BeelineError where it cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in (WEIGHTS, CONFIG):
+            temporary = folder / f"{name}.{os.getpid()}.tmp"
+            try:
+                temporary.write_bytes(files[name])
+                temporary.replace(folder / name)
+            finally:
+                temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise BeelineError(f"{folder} cannot be written ({plain(error)}); choose another --out") from error
+
+
 def restore(files: Mapping[str, bytes], where: str) -> Denoiser | Probe:
     """The model in eval mode, frozen, from its files; `where` is named in errors.
 
     Raises BeelineError for a format or kind this version does not know, damaged files, weights of another shape, and weights
     that are not finite.
     """
-    try:
+    with reading(f"{where} is not a readable checkpoint", "make or copy it again"):
         config = json.loads(files[CONFIG])
         tensors = safetensors.torch.load(files[WEIGHTS])
-    except (json.JSONDecodeError, UnicodeDecodeError, safetensors.SafetensorError) as error:
-        raise BeelineError(f"{where} is not a readable checkpoint ({error}); make or copy it again") from error
     if not isinstance(config, dict) or config.get("format") != FORMAT or config.get("kind") not in ("denoiser", "probe"):
         found = {key: config.get(key) for key in ("format", "kind")} if isinstance(config, dict) else type(config).__name__
         raise BeelineError(f"{where}/{CONFIG} holds {found}; this version reads format {FORMAT}, kind 'denoiser' or 'probe'")
-    try:
-        model = _build_from(config)
-    except (KeyError, TypeError, ValueError) as error:
-        raise BeelineError(f"{where}/{CONFIG} does not describe a network: {type(error).__name__} {error}") from error
-    try:
+    with reading(f"{where}/{CONFIG} does not describe a network", "make or copy the model again"):
+        try:
+            make, layers = _maker(config)
+        except BeelineError as error:  # a setting out of its range
+            raise BeelineError(f"{where}/{CONFIG} does not describe a network: {error}") from None
+        wrong = misfit(make, layers, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
+        if wrong:
+            raise BeelineError(f"{where}: the weights do not fit the network that {CONFIG} describes: {wrong}")
+        model = make()
         model.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise BeelineError(f"{where}: the weights do not fit the network that {CONFIG} describes: {error}") from error
     if bad := not_finite(tensors):
         raise BeelineError(f"{where}/{WEIGHTS} is not used: {bad}; make or copy it again")
     return model.eval().requires_grad_(False)
@@ -103,17 +121,40 @@ def not_finite(tensors: Mapping[str, torch.Tensor]) -> str:
     return f"{len(bad)} of its tensors hold NaN or infinity, {bad[0]} for example" if bad else ""
 
 
-def _build_from(config: Mapping[str, Any]) -> Denoiser | Probe:
+def misfit(make: Callable[[], nn.Module], layers: int, found: Shapes) -> str:
+    """How tensors of these names and shapes differ from those of the network that `make` builds; "" if they do not. It has at
+    least `layers` layers: where there are fewer tensors, not even its blueprint is made, for a file may ask for any number."""
+    if layers > len(found):
+        return f"{len(found):,} tensors for at least {layers:,} layers"
+    return mismatch(found, shapes_of(make))
+
+
+def _maker(config: Mapping[str, Any]) -> tuple[Callable[[], Denoiser | Probe], int]:
+    """What builds the model that a config.json describes, and the number of layers that it has at least."""
     network = dict(config["network"])
     if config["kind"] == "probe":
         channels, num_classes = network.pop("channels"), network.pop("num_classes")
-        return Probe(from_dict(ProbeNetworkConfig, network), channels=channels, num_classes=num_classes)
-    model = build(from_dict(NetworkConfig, network))
+        described = from_dict(ProbeNetworkConfig, network)
+        return lambda: Probe(described, channels=channels, num_classes=num_classes), len(described.widths)
+    denoiser, how = from_dict(NetworkConfig, network), None
     if config["few_step"]:
         few_step = dict(config["few_step"])
         few_step.setdefault("line", "ve" if few_step.get("rule") == "same_noise" else "lerp")  # files from before it was kept
-        model.few_step = from_dict(FewStep, few_step)
-    return model
+        how = from_dict(FewStep, few_step)
+        if type(how.num_steps) is not int or not 1 <= how.num_steps <= MAX_LEVELS:
+            raise BeelineError(f"few_step.num_steps is {how.num_steps!r:.30}; expected 1 to {MAX_LEVELS:,}")
+
+    def make() -> Denoiser:
+        model = build(denoiser)
+        model.few_step = how
+        return model
+
+    return make, layers_of(denoiser)
+
+
+def layers_of(config: NetworkConfig) -> int:
+    """Fewer than the layers of a denoiser, at no cost."""
+    return config.num_blocks * len(config.channel_mult)
 
 
 def load(folder: str | Path) -> Denoiser:
@@ -131,14 +172,10 @@ def load(folder: str | Path) -> Denoiser:
 
 def solver_levels(data: bytes, weights_sha256: str, where: str) -> tuple[float, ...]:
     """The levels in a solver.json. Raises BeelineError if it is damaged, or was calibrated for other weights."""
-    try:
+    with reading(f"{where}/{SOLVER} is damaged", f"make it again: python -m beeline.calibrate {where}"):
         found = json.loads(data)
         levels = check_levels(found["levels"])
-        calibrated_for = found["model_sha256"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise BeelineError(
-            f"{where}/{SOLVER} is damaged ({error}); make it again: python -m beeline.calibrate {where}"
-        ) from error
+        calibrated_for = str(found["model_sha256"])
     if calibrated_for != weights_sha256:
         raise BeelineError(
             f"{where}/{SOLVER} was calibrated for other weights (SHA-256 {calibrated_for[:12]}..., these are "

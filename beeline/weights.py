@@ -15,6 +15,7 @@ if __name__ == "__main__":
     guard()
 
 import argparse
+import functools
 import hashlib
 import http.client
 import importlib.metadata
@@ -32,9 +33,10 @@ import safetensors.torch
 import torch
 
 from beeline.backbones import BACKBONES, VGG16, TimmBackbone, build_backbone
-from beeline.checkpoint import CONFIG, FORMAT, WEIGHTS
+from beeline.blueprint import Shapes, mismatch, shapes_of
+from beeline.checkpoint import CONFIG, FORMAT, WEIGHTS, write_model
 from beeline.entry import run_main
-from beeline.errors import BeelineError
+from beeline.errors import BeelineError, reading, reason
 from beeline.measuring import MEASURING, DinoV2, Inception, build_measuring
 from beeline.places import local_path
 
@@ -108,12 +110,28 @@ def fetch(names: Sequence[str], out: Path, downloads: Path | None = None, source
     folder = downloads or Path(torch.hub.get_dir()) / "checkpoints"
     for name in dict.fromkeys(names or sources):
         target = out / name
-        if (target / CONFIG).is_file() and (target / WEIGHTS).is_file():
+        if _complete(target):
             print(f"{target}: complete already, left as it is")
             continue
         files = convert(name, obtain(sources[name], folder), sources[name])
-        _publish(files, target)
+        write_model(files, target)
         print(f"{target}: {sum(map(len, files.values())) / 1e6:,.1f} MB. Licence: {sources[name].licence}")
+
+
+def _complete(folder: Path) -> bool:
+    """Whether a model folder is there, with the weights that its config.json was written for. Damage is said."""
+    if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
+        return False
+    try:
+        config = json.loads((folder / CONFIG).read_bytes())
+        expected = config.get("weights_sha256")
+        if expected is None or expected == _sha256(folder / WEIGHTS):  # folders of earlier versions have none
+            return True
+        problem = "its weights have another SHA-256"
+    except Exception as error:  # whatever is wrong with it
+        problem = reason(error)
+    print(f"{folder}: damaged ({problem}); it is made again", flush=True)
+    return False
 
 
 def obtain(source: Source, downloads: Path) -> Path:
@@ -176,8 +194,8 @@ def read(file: Path) -> dict[str, Any]:
             content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # what a damaged file raises depends on the damage
         asked = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"it asks for {asked[1]}" if asked else f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-        raise BeelineError(f"{file} is not a file of tensors ({reason}); it was refused and nothing of it was run") from None
+        why = f"it asks for {asked[1]}" if asked else reason(error)
+        raise BeelineError(f"{file} is not a file of tensors ({why}); it was refused and nothing of it was run") from None
     tensors = content.get("model", content) if isinstance(content, Mapping) else None
     if not isinstance(tensors, Mapping):
         raise BeelineError(f"{file} holds a {type(content).__name__}; expected tensors by name")
@@ -193,11 +211,15 @@ def convert(name: str, original: Path, source: Source) -> dict[str, bytes]:
         tensors |= lins
         version = importlib.metadata.version("lpips")
         about["lins"] = {"source": f"lpips {version}, {file}", "sha256": source.lins_sha256, "licence": LPIPS_LICENCE}
-    try:
-        backbone, _ = _filled(name, tensors)  # what is left over are the classifier's layers
-    except ValueError as error:
-        raise BeelineError(f"{original} does not hold the weights of {name}: {error}") from None
-    return dump_backbone(backbone, about)
+    with reading(f"{original} does not hold the weights of {name}", "fetch it again"):
+        expected = _shapes(name)
+        used = {key: tensor for key, tensor in tensors.items() if key in expected and isinstance(tensor, torch.Tensor)}
+        counters = {key for key in expected if key.endswith("num_batches_tracked")}  # which older files do not have
+        asked = {key: shape for key, shape in expected.items() if key in used or key not in counters}
+        wrong = mismatch({key: tuple(tensor.shape) for key, tensor in used.items()}, asked)
+        if wrong:
+            raise BeelineError(f"{original} does not hold the weights of {name}: {wrong}")
+        return dump_backbone(_filled(name, used), about)
 
 
 def lpips_layers(sha256: str) -> tuple[dict[str, torch.Tensor], str]:
@@ -217,9 +239,11 @@ def lpips_layers(sha256: str) -> tuple[dict[str, torch.Tensor], str]:
 
 def dump_backbone(backbone: Network, about: Mapping[str, Any]) -> dict[str, bytes]:
     """The backbone's files, name to bytes; the same model gives the same bytes. `about` is free-form provenance."""
-    config = {"format": FORMAT, "kind": "backbone", "network": {"name": backbone.name}, "about": about}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in backbone.state_dict().items()}
-    return {WEIGHTS: safetensors.torch.save(tensors), CONFIG: json.dumps(config, indent=2).encode()}
+    weights = safetensors.torch.save(tensors)
+    config = {"format": FORMAT, "kind": "backbone", "network": {"name": backbone.name}}
+    config |= {"weights_sha256": hashlib.sha256(weights).hexdigest(), "about": about}
+    return {WEIGHTS: weights, CONFIG: json.dumps(config, indent=2).encode()}
 
 
 def load_backbone(files: Mapping[str, bytes], where: str) -> VGG16 | TimmBackbone:
@@ -241,52 +265,40 @@ def load_measuring(files: Mapping[str, bytes], where: str) -> Inception | DinoV2
 
 def _restored(files: Mapping[str, bytes], where: str, names: Sequence[str]) -> Network:
     fix = "make it again: python -m beeline.weights fetch"
-    try:
+    with reading(f"{where} is not a readable backbone", fix):
         config = json.loads(files[CONFIG])
         tensors = safetensors.torch.load(files[WEIGHTS])
-    except (KeyError, json.JSONDecodeError, UnicodeDecodeError, safetensors.SafetensorError) as error:
-        raise BeelineError(f"{where} is not a readable backbone ({type(error).__name__}: {error}); {fix}") from error
     if not isinstance(config, dict) or config.get("format") != FORMAT or config.get("kind") != "backbone":
         found = {key: config.get(key) for key in ("format", "kind")} if isinstance(config, dict) else type(config).__name__
         raise BeelineError(f"{where}/{CONFIG} holds {found}; this version reads format {FORMAT}, kind 'backbone'")
     network = config.get("network")
     name: Any = network.get("name") if isinstance(network, dict) else None
-    if name not in names:
+    if not isinstance(name, str) or name not in names:
         raise BeelineError(f"{where}/{CONFIG} names backbone {name!r}; this version has: {', '.join(names)}")
-    try:
-        backbone, left_over = _filled(name, tensors)
-        if left_over:
-            raise ValueError(f"{len(left_over)} tensors too many, {left_over[0]} for example")
-    except ValueError as error:
-        raise BeelineError(f"{where}: the weights do not fit {name}, which {CONFIG} names ({error}); {fix}") from None
-    return backbone
+    digest = config.get("weights_sha256")  # folders of earlier versions have none
+    if digest is not None and digest != hashlib.sha256(files[WEIGHTS]).hexdigest():
+        raise BeelineError(f"{where}/{WEIGHTS} is not what {CONFIG} was written for (its SHA-256 is another); {fix}")
+    wrong = mismatch({key: tuple(tensor.shape) for key, tensor in tensors.items()}, _shapes(name))
+    if wrong:
+        raise BeelineError(f"{where}: the weights do not fit {name}, which {CONFIG} names ({wrong}); {fix}")
+    return _filled(name, tensors)
 
 
-def _filled(name: str, tensors: Mapping[str, Any]) -> tuple[Network, list[str]]:
-    """The network with these weights, and the names it has no use for. Raises ValueError where some are missing or misfit."""
+def _build(name: str) -> Network:
+    return build_measuring(name) if name in MEASURING else build_backbone(name)
+
+
+@functools.cache
+def _shapes(name: str) -> Shapes:
+    return shapes_of(lambda: _build(name))
+
+
+def _filled(name: str, tensors: Mapping[str, torch.Tensor]) -> Network:
+    """The network with these weights, which fit."""
     with torch.random.fork_rng(devices=()):  # a network draws its first weights; loading must not move the caller's numbers
-        backbone = build_measuring(name) if name in MEASURING else build_backbone(name)
-    try:
-        keys = backbone.load_state_dict(tensors, strict=False)
-    except RuntimeError as error:
-        raise ValueError(str(error).splitlines()[1].strip()) from None  # the first line names the class only
-    if keys.missing_keys:
-        raise ValueError(f"{len(keys.missing_keys)} tensors are missing, {keys.missing_keys[0]} for example")
-    return backbone, keys.unexpected_keys
-
-
-def _publish(files: Mapping[str, bytes], folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in (WEIGHTS, CONFIG):
-            temporary = folder / f"{name}.{os.getpid()}.tmp"
-            try:
-                temporary.write_bytes(files[name])
-                temporary.replace(folder / name)
-            finally:
-                temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise BeelineError(f"{folder} cannot be written ({error}); choose another --out") from None
+        backbone = _build(name)
+    backbone.load_state_dict(tensors)
+    return backbone
 
 
 def main() -> None:

@@ -18,14 +18,14 @@ from typing import Any
 
 import torch
 
-from beeline.checkpoint import CONFIG, SOLVER
+from beeline.checkpoint import SOLVER
 from beeline.config import Recipe, to_dict
 from beeline.errors import BeelineError
 from cluster.contents import needed_weights
 from cluster.nodes import Need, Node, Surroundings, alike, fitting, look_at_cluster, needs
 from cluster.stages import stages
 from cluster.workspace import Workspace
-from pipeline.stage import PLAN, differences
+from pipeline.stage import differences
 from pipeline.storage import Folder
 from trainers.tracking import check_trackers
 
@@ -154,8 +154,8 @@ def _settings(recipe: Recipe, there: Workspace) -> Line:
         wanted["teacher"] = ("teacher", recipe.teacher)
     found = []
     for folder, (section, config) in wanted.items():
-        plan = there.json(folder, PLAN)
-        if plan and section in plan:
+        plan = there.plan(folder)
+        if plan and isinstance(plan.get(section), dict):
             settings = to_dict(config, resources=False)
             made = {key: plan[section].get(key) for key in settings}
             found += differences(made, settings, f"{folder}: {section}")
@@ -185,7 +185,7 @@ def _teacher(recipe: Recipe, there: Workspace, how: str) -> Line:
         if how == "import":
             return Line("teacher", f"none in {place}", f"Import one with: {by_hand}")
         return Line("teacher", f"will be trained; a released one may be imported instead: {by_hand}")
-    made = (there.json("teacher", CONFIG) or {}).get("network", {})
+    made = there.network
     asked = {name: getattr(network, name) for name in ("img_resolution", "img_channels", "label_dim")}
     other = differences({name: made.get(name) for name in asked}, asked)
     if other:

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import statistics
 from collections.abc import Callable
 from typing import Any
 
 from beeline.checkpoint import CONFIG, SOLVER, WEIGHTS
 from beeline.config import PairsConfig, Recipe
-from beeline.errors import BeelineError
+from beeline.errors import BeelineError, reading
+from beeline.layout import check_layout
 from beeline.recipes import RECIPES
 from beeline.samplers import evaluations
 from cluster import counting
 from cluster.speeds import Measured, Task
 from pipeline.manifest import read_manifest
+from pipeline.records import LAYOUTS, plan_in, success_in
 from pipeline.shards import shard_count, shard_name, shard_rows
 from pipeline.sources import open_source
-from pipeline.stage import PLAN, SUCCESS
 from pipeline.storage import Folder
 from trainers import checkpoints, loop
 from trainers.train_teacher import imported_from
@@ -38,14 +40,14 @@ class Workspace:
         except BeelineError as error:
             self.trouble = str(error)
 
-    def json(self, folder: str, name: str) -> Any:
-        """The JSON file, or None."""
-        return None if self.trouble else (self.place / folder).read_json(name)
+    def plan(self, folder: str) -> dict[str, Any] | None:
+        """The plan of a stage, or None."""
+        return None if self.trouble else plan_in(self.place / folder, LAYOUTS.get(folder, {}))
 
     @functools.cache  # noqa: B019  (a workspace lives as long as the command)
     def complete(self, folder: str) -> bool:
         """Whether the stage says that it is finished."""
-        return self.json(folder, SUCCESS) is not None
+        return not self.trouble and success_in(self.place / folder) is not None
 
     @functools.cached_property
     def teacher(self) -> bool:
@@ -56,6 +58,15 @@ class Workspace:
     def imported(self) -> str | None:
         """The file that the teacher was imported from."""
         return imported_from(self.place / "teacher") if self.teacher else None
+
+    @functools.cached_property
+    def network(self) -> dict[str, Any]:
+        """What the teacher's config.json says of its network."""
+        folder = self.place / "teacher"
+        with reading(f"{folder}/{CONFIG} does not describe a network", "make or copy the model again"):
+            config = folder.read_json(CONFIG)
+            check_layout(config, {"network": {}})
+            return config["network"]
 
     @functools.cached_property
     def images(self) -> int:
@@ -69,7 +80,7 @@ class Workspace:
 
     @functools.cached_property
     def _images(self) -> tuple[int, str]:
-        plan, config = self.json("images", PLAN), self.recipe.images
+        plan, config = self.plan("images"), self.recipe.images
         if plan:
             return int(plan["images"]["count"]), ""
         if config.source == "digits" or os.path.exists(config.source):
@@ -84,12 +95,20 @@ class Workspace:
     @functools.cached_property
     def calibrated(self) -> bool:
         """Whether the teacher has a calibrated solver."""
-        return self.json("teacher", SOLVER) is not None
+        return self.levels_found is not None
 
     @property
     def levels(self) -> int:
         """Evaluations of the calibrated solver, found or assumed."""
-        return len(self.json("teacher", SOLVER)["levels"]) if self.calibrated else CALIBRATED
+        return self.levels_found or CALIBRATED
+
+    @functools.cached_property
+    def levels_found(self) -> int | None:
+        """Evaluations of the calibrated solver, if there is one."""
+        folder = self.place / "teacher"
+        with reading(f"{folder}/{SOLVER} is damaged", f"make it again: python -m beeline.calibrate {folder}"):
+            found = None if self.trouble else folder.read_json(SOLVER)
+            return None if found is None else len(found["levels"])
 
     def weights(self, name: str) -> bool:
         """Whether a pretrained network is there."""
@@ -112,7 +131,7 @@ class Workspace:
     def trials(self, folder: str) -> set[int]:
         """Numbers of a sweep's trials that have ended."""
         names = [] if self.trouble else (self.place / folder).sizes()
-        return {int(name[6:10]) for name in names if name.startswith("trial-")}
+        return {int(found[1]) for name in names if (found := re.fullmatch(r"trial-(\d+)\.json", name))}
 
     def measured(self) -> list[Measured]:
         """The throughputs that its pairs and logs hold, of the recipe's settings."""
@@ -127,14 +146,14 @@ class Workspace:
         config = self.recipe.pairs
         rows = [row for row in read_manifest(self.place / "pairs") if row.get("sampling_seconds")]
         seconds = sum(row["sampling_seconds"] for row in rows)
-        plan = self.json("pairs", PLAN)
+        plan = self.plan("pairs")
         if not seconds or not plan:
             return []
         made, size = plan["pairs"], counting.evaluation(self.recipe.teacher.network)
         each = plan.get("evaluations", evaluations("heun", config.num_steps))
-        pairs = sum(row["pairs"] for row in rows)
+        pairs = sum(row["pairs"] or 0 for row in rows)
         units = config.gpus or config.threads
-        task = Task(kind="sampling", size=size, precision=made["precision"], compiled=made["compiled"])
+        task = Task(kind="sampling", size=size, precision=made.get("precision"), compiled=made.get("compiled"))
         source = (
             f"{self.place}/pairs/manifest.parquet, {pairs / seconds:,.2f} pairs per actor-second over {len(rows)} shards, "
             f"taking actors to have had what the settings say: {_each(config.gpus, config.threads)}"
@@ -150,7 +169,8 @@ class Workspace:
         rows, workers = loop.read_log(self.place / folder), config.workers
         size, made = counting.evaluation(recipe.teacher.network), []
         for number in (0, 1):
-            rates = [row["images_per_s"] for row in rows if row.get("phase", 0) == number and row.get("images_per_s")]
+            speeds = [row.get("images_per_s") for row in rows if row.get("phase", 0) == number]
+            rates = [speed for speed in speeds if isinstance(speed, int | float) and speed > 0]
             rates = rates[1:] or rates
             if not rates:
                 continue

@@ -11,11 +11,12 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from beeline.errors import BeelineError
+from beeline.errors import reading
+from beeline.layout import check_layout
 from evaluation.figures import Chart, Series, chart
 from evaluation.models import DISTANCES, TEACHER, Model
 from pipeline.manifest import read_manifest
-from pipeline.stage import PLAN, SUCCESS
+from pipeline.records import SUCCESS, plan_in, success_in
 from pipeline.storage import Folder
 
 LOG = "train.jsonl"
@@ -53,7 +54,7 @@ def stages(place: Folder, models: Sequence[Model]) -> list[StageRow]:
     names = ["images", "probe", TEACHER, "pairs", *students, *sweeps, *references, "evaluation/held-out", *measured]
     found = []
     for name in names:
-        done = (place / name).read_json(SUCCESS)
+        done = success_in(place / name)
         if done:
             facts = {key: value for key, value in done.items() if key not in ("seconds", "files", "device_seconds")}
             text = ", ".join(f"{key.replace('_', ' ')} {_fact(value)}" for key, value in facts.items())
@@ -112,9 +113,12 @@ def _seconds(value: float) -> str:
 
 def pairs_cost(place: Folder) -> PairsCost | None:
     """From pairs/, None where they are not finished."""
-    done, plan = (place / "pairs").read_json(SUCCESS), (place / "pairs").read_json(PLAN)
+    done, plan = success_in(place / "pairs"), plan_in(place / "pairs", {"evaluations": 1})
     if not done or not plan:
         return None
+    with reading(f"{place / 'pairs'}/{SUCCESS} is not as its stage writes it", "remove it and run the stage's command again"):
+        check_layout(done, {"evaluations": 0, "pairs": 0, "shards": 0, "device_seconds?": {}})
+        check_layout(list((done.get("device_seconds") or {}).values()), [float])
     rows = read_manifest(place / "pairs")
     known = [row for row in rows if row.get("sampling_seconds") is not None]
     seconds = sum(row["sampling_seconds"] for row in known)
@@ -148,10 +152,11 @@ def trainings(place: Folder, models: Sequence[Model]) -> tuple[list[Training], l
         if not log:
             continue
         title = name.removeprefix("students/")
-        settings = (place / name).read_json(PLAN) or {}
-        done = (place / name).read_json(SUCCESS) or {}
-        table.append(_training(title, log, done, settings))
-        for kind, points in _losses(log, settings.get("lmm")).items():
+        settings, done = plan_in(place / name, {}) or {}, success_in(place / name) or {}
+        with reading(f"{place / name}/{LOG} is not readable", "remove it to leave its curves out"):
+            table.append(_training(title, log, done, settings))
+            losses = _losses(log, settings.get("lmm"))
+        for kind, points in losses.items():
             steps, values = zip(*points, strict=True)
             curves.setdefault(kind, []).append(Series(name=title, number=number, x=steps, y=values, marked=False))
     charts = [
@@ -197,8 +202,10 @@ def _losses(log: Sequence[Mapping[str, Any]], lmm: Mapping[str, Any] | None) -> 
 
 def _log(folder: Folder) -> list[dict[str, Any]]:
     try:
-        return [json.loads(line) for line in folder.read(LOG).splitlines()]
+        data = folder.read(LOG)
     except FileNotFoundError:
         return []
-    except ValueError as error:
-        raise BeelineError(f"{folder}/{LOG} is not readable ({error}); remove it to leave its curves out") from error
+    with reading(f"{folder}/{LOG} is not readable", "remove it to leave its curves out"):
+        rows = [json.loads(line) for line in data.splitlines()]
+        check_layout(rows, [{"step": 0, "seconds?": float, "data_wait?": float, "skipped?": 0}])
+        return rows

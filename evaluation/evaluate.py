@@ -155,7 +155,7 @@ class Measurement:
         for name in results.temporary(folder):
             folder.remove(name)
         folder.clean()
-        published = folder.read_json(results.METRICS)["rows"]
+        published = (results.metrics_in(folder) or {"rows": []})["rows"]
         for row in published:
             metrics.gauge("evaluation_figure", row["mean"], model=self.name, sampler=row["sampler"], metric=row["metric"])
         measured = {row["sampler"]: row["nfe"] for row in published}

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from beeline.checkpoint import CONFIG
-from beeline.errors import BeelineError
-from evaluation.results import METRICS
-from pipeline.stage import SUCCESS
+from beeline.errors import BeelineError, reading
+from beeline.layout import check_layout
+from evaluation.results import METRICS, again, metrics_in
+from pipeline.records import success_in
 from pipeline.storage import Folder
 
 TEACHER = "teacher"
+STUDENT = r"students/[\w-][\w.-]*(/[\w-][\w.-]*)?"  # a model's folder in the workspace, and nothing outside of it
 PREFERRED = ("fid_", "fd_dinov2", "fd_probe", "fd_")  # what models are compared by, where there is a choice
 DIVERSITY = ("precision", "recall", "density", "coverage", "authenticity")
 DISTANCES = {
@@ -163,7 +166,7 @@ def measured_models(place: Folder) -> list[Model]:
     students = place / "evaluation" / "students"
     names = [f"students/{name}" for name in students.folders()]
     names += [f"{name}/{part}" for name in names for part in (place / "evaluation" / name).folders()]
-    found = [_model(place, name) for name in (TEACHER, *names) if (place / "evaluation" / name).read_json(SUCCESS)]
+    found = [_model(place, name) for name in (TEACHER, *names) if success_in(place / "evaluation" / name)]
     found.sort(key=lambda model: (model.name != TEACHER, _order(model)))
     return [dataclasses.replace(model, number=k) for k, model in enumerate(found)]
 
@@ -175,29 +178,28 @@ def _order(model: Model) -> tuple[Any, ...]:
 
 def _model(place: Folder, name: str) -> Model:
     folder = place / "evaluation" / name
-    found = folder.read_json(METRICS)
-    try:
+    found = metrics_in(folder)
+    with reading(f"{folder}/{METRICS} is not as expected", again(folder)):
+        if found is None:
+            raise ValueError("it is missing")
         figures = tuple(_figure(row) for row in found["rows"])
         ways = {row.sampler: Sampling(row.sampler, row.nfe, row.steps) for row in figures}
         samplings = tuple(ways[entry["label"]] for entry in found["order"])
         if len(samplings) != len(ways):
             raise ValueError(f"order names {len(samplings)} samplings, rows {len(ways)}")
-        straightness, provenance = found["straightness"], found["provenance"]
+        straightness = found.get("straightness")
         if straightness is not None:
             curves = {len(straightness[key]) for key in ("sigmas", "values", "own", "speed")}
             if len(curves) != 1:
                 raise ValueError(f"straightness has curves of {sorted(curves)} values")
-    except (KeyError, TypeError, ValueError) as error:
-        problem = f"lacks {error}" if isinstance(error, KeyError) else f"is not as expected ({error})"
-        raise BeelineError(
-            f"{folder}/{METRICS} {problem}. Remove {folder} and measure again with: "
-            f"python evaluation/evaluate.py RECIPE --workspace {place} --model {name}"
-        ) from error
-    trained = _trained(place, name)
-    return Model(
-        name=name, figures=figures, samplings=samplings, straightness=straightness, provenance=provenance,
-        trained=trained, iterations=_iterations(place, name, trained),
-    )  # fmt: skip
+    with reading(f"{place / name}/{CONFIG} does not say how the student was trained", "make or copy the model again"):
+        trained = _trained(place, name)
+        model = Model(
+            name=name, figures=figures, samplings=samplings, straightness=straightness, provenance=found["provenance"],
+            trained=trained, iterations=_iterations(place, name, trained),
+        )  # fmt: skip
+        _order(model), model.about
+    return model
 
 
 def _figure(row: Mapping[str, Any]) -> Figure:
@@ -212,17 +214,24 @@ def _figure(row: Mapping[str, Any]) -> Figure:
 
 
 def _trained(place: Folder, name: str) -> Mapping[str, Any] | None:
-    config = (place / name).read_json(CONFIG) or {}
-    return config.get("about", {}).get("trained") if name != TEACHER else None
+    if name == TEACHER:
+        return None
+    config = (place / name).read_json(CONFIG)
+    if config is None:
+        return None
+    check_layout(config, {"about?": {"trained?": {}}})
+    return (config.get("about") or {}).get("trained")
 
 
-def _iterations(place: Folder, name: str, trained: Mapping[str, Any] | None) -> tuple[int, ...]:
+def _iterations(place: Folder, name: str, trained: Mapping[str, Any] | None, seen: tuple[str, ...] = ()) -> tuple[int, ...]:
     """Of each phase, from the teacher's weights on."""
     if trained is None:
         return ()
     init, own = str(trained.get("init", TEACHER)), ["reconstruction"]
     own += [] if name.endswith("/reconstruction") else ["adversarial"]
-    before = _iterations(place, init, _trained(place, init)) if init not in (TEACHER, name) else ()
+    before: tuple[int, ...] = ()
+    if re.fullmatch(STUDENT, init) and init not in (name, *seen):  # a student may have been copied here from elsewhere
+        before = _iterations(place, init, _trained(place, init), (name, *seen))
     return *before, *(count for phase in own if (count := int(trained.get(phase, {}).get("iterations", 0))))
 
 

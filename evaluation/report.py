@@ -26,7 +26,9 @@ import jinja2
 import tyro
 from markupsafe import Markup, escape
 
-from beeline.errors import BeelineError
+from beeline.checkpoint import CONFIG
+from beeline.errors import BeelineError, reading
+from beeline.layout import check_layout
 from beeline.measures import rises
 from evaluation import cost, models, paper, strips
 from evaluation.explain import explain
@@ -35,7 +37,8 @@ from evaluation.models import DIVERSITY, TEACHER, Figure, Model
 from evaluation.results import NEAREST, SAMPLES
 from evaluation.sweeps import sweeps
 from pipeline.command import run_command
-from pipeline.stage import PLAN, require
+from pipeline.records import plan_in
+from pipeline.stage import require
 from pipeline.storage import Folder
 
 REPORT = "report.html"
@@ -138,7 +141,8 @@ def _evaluations(nfe: int) -> str:
 
 def _data(place: Folder) -> str:
     """The real images, in words."""
-    images = ((place / "images").read_json(PLAN) or {}).get("images")
+    sizes = {"images?": {"resolution": 1, "channels": 1, "count": 0, "num_classes?": 0}}
+    images = (plan_in(place / "images", sizes) or {}).get("images")
     if not images:
         return ""
     side, kind = images["resolution"], {1: "grey", 3: "colour"}.get(images["channels"], f"{images['channels']} channels")
@@ -237,10 +241,12 @@ def _plans(place: Folder, found: Sequence[Model]) -> list[tuple[str, str]]:
     students = [f"students/{name}" for name in (place / "students").folders()]
     swept = [f"sweeps/{name}" for name in (place / "sweeps").folders()]
     plans: list[tuple[str, Mapping[str, Any] | None]] = [
-        (name, (place / name).read_json(PLAN)) for name in ("images", "probe", TEACHER, "pairs", *students, *swept)
+        (name, plan_in(place / name, {})) for name in ("images", "probe", TEACHER, "pairs", *students, *swept)
     ]
-    imported = ((place / TEACHER).read_json("config.json") or {}).get("about", {}).get("imported")
-    plans.append(("teacher, imported", imported))
+    config = (place / TEACHER).read_json(CONFIG) or {}
+    with reading(f"{place / TEACHER}/{CONFIG} does not say where the teacher is from", "make or copy the model again"):
+        check_layout(config, {"about?": {}})
+        plans.append(("teacher, imported", (config.get("about") or {}).get("imported")))
     plans += [(f"evaluation/{model.name}", model.provenance) for model in found]
     return [(name, json.dumps(plan, indent=1)) for name, plan in plans if plan]
 

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from beeline.arrays import unpack
-from beeline.errors import BeelineError
+from beeline.errors import BeelineError, reading
+from beeline.layout import check_layout
 from beeline.measures import nearest
 from beeline.measuring import RESIZES
 from evaluation.jobs import Fidelity, Judge, Lines, Setup, Sheet
@@ -23,7 +24,33 @@ from pipeline.storage import Folder
 METRICS, SAMPLES, NEAREST = "metrics.json", "samples.png", "nearest.png"
 LIBRARIES = ("torch", "torchvision", "torch-fidelity", "timm", "numpy", "scipy", "ray", "beeline")
 SHOWN_NEAREST = 20
-TEMPORARY = ("part-", "draw-", "pairs-")  # beginnings of the names of what rows are made of
+FIGURE = {
+    "model": str, "nfe": 1, "steps?": [0], "sampler": str, "metric": str, "n": 1, "mean": float, "std": float, "min": float,
+    "draws": [float],
+}  # fmt: skip
+CURVES = {"sigmas": [float], "values": [float], "own": [float], "speed": [float]}
+MEANS = {"mean": float, "own_mean": float, "speed_mean": float}
+METRICS_LAYOUT = {
+    "rows": [FIGURE], "order": [{"label": str, "sheet": str}], "straightness?": CURVES | MEANS, "provenance": {},
+}  # fmt: skip
+
+
+def metrics_in(folder: Folder) -> dict[str, Any] | None:
+    """The metrics.json of a model's evaluation, None where there is none. Raises BeelineError for another layout."""
+    with reading(f"{folder}/{METRICS} is not as expected", again(folder)):
+        found = folder.read_json(METRICS)
+        if found is not None:
+            check_layout(found, METRICS_LAYOUT)
+            if not all(re.fullmatch(r"[\w.-]+\.npz", entry["sheet"]) for entry in found["order"]):
+                raise ValueError("a sheet's name is no file's")
+        return found
+
+
+def again(folder: Folder) -> str:
+    """What to do about damaged metrics."""
+    workspace, _, model = str(folder).partition("/evaluation/")
+    command = f"python evaluation/evaluate.py RECIPE --workspace {workspace} --model {model}"
+    return f"remove {folder} and measure again with: {command}"
 
 
 def measured(folder: Folder) -> list[str]:
@@ -57,14 +84,22 @@ def temporary(folder: Folder) -> list[str]:
 
 def _published(folder: Folder) -> dict[str, Any]:
     """ "rows" and "order" of metrics.json, those of the rows that it lacks at their end."""
-    there = folder.read_json(METRICS) or {"rows": [], "order": []}
+    there = metrics_in(folder) or {"rows": [], "order": []}
     labels = {entry["label"] for entry in there["order"]}
-    files = [folder.read_json(name) for name in folder.sizes() if name.startswith("row-")]
+    files = [_row_in(folder, name) for name in folder.sizes() if name.startswith("row-")]
     new = [found for found in files if found is not None and found["label"] not in labels]
     return {
         "rows": [*there["rows"], *(line for found in new for line in found["rows"])],
         "order": [*there["order"], *({key: found[key] for key in ("label", "sheet")} for found in new)],
     }
+
+
+def _row_in(folder: Folder, name: str) -> dict[str, Any] | None:
+    with reading(f"{folder}/{name} is not as expected", again(folder)):
+        found = folder.read_json(name)
+        if found is not None:
+            check_layout(found, {"label": str, "sheet": str, "rows": [FIGURE]})
+        return found
 
 
 def _write(setup: Setup, folder: Folder, found: Mapping[str, Any], plan: Mapping[str, Any], straight: bool) -> None:

@@ -10,12 +10,13 @@ import io
 import numpy as np
 from PIL import Image
 
-from beeline.errors import BeelineError
+from beeline.errors import BeelineError, reading
 from pipeline.sheet import GAP
 
 COLUMNS = 10  # images in a line of a picture
 BUDGET = 2_500_000  # bytes of all sheets up to which pictures are PNG; above, WebP keeps the page light
 QUALITY = 82
+MAX_PIXELS = 100_000_000  # of a sheet
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,10 +45,11 @@ class Sheet:
 
     def _cells(self) -> np.ndarray:
         """The images (lines, columns, side, side, 3), uint8. Raises BeelineError where the sheet has another shape."""
-        try:
-            sheet = np.asarray(Image.open(io.BytesIO(self.png)).convert("RGB"))
-        except OSError as error:
-            raise BeelineError(f"{self.where} is not a readable picture ({error}); {self._mend}") from error
+        with reading(f"{self.where} is not a readable picture", self._mend):
+            picture = Image.open(io.BytesIO(self.png), formats=("PNG",))
+            if picture.width * picture.height > MAX_PIXELS:
+                raise ValueError(f"{picture.width} by {picture.height} pixels, more than {MAX_PIXELS:,}")
+            sheet = np.asarray(picture.convert("RGB"))
         lines = max(1, self.rows * self.lines)
         height, width = sheet.shape[0] + GAP, sheet.shape[1] + GAP
         pitch = height // lines

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import math
 from collections.abc import Sequence
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from beeline.errors import BeelineError
+from beeline.errors import reading
+from beeline.layout import check_layout
 from evaluation.figures import Chart, Series, chart
 from evaluation.models import number
-from pipeline.stage import PLAN, SUCCESS
+from pipeline.manifest import rows_of
+from pipeline.records import plan_in, success_in
 from pipeline.storage import Folder
 
 TRIALS = "trials.parquet"
+TRIAL = {
+    "trial": 0, "steps": str, "nfe": 1, "step": 0, "stopped": bool, "metric?": str, "distance?": float, "std?": float,
+}  # fmt: skip
 FIXED = ("trial", "steps", "nfe", "step", "stopped", "metric", "distance", "std")  # of a trial; what else it has was tried
 
 
@@ -40,15 +41,21 @@ def sweeps(place: Folder) -> list[Sweep]:
     made = []
     for name in (place / "sweeps").folders():
         folder = place / "sweeps" / name
-        if folder.read_json(SUCCESS) is None:
+        if success_in(folder) is None:
             continue
-        settings = (folder.read_json(PLAN) or {}).get("sweep", {})
-        try:
-            trials = pq.read_table(io.BytesIO(folder.read(TRIALS))).to_pylist()
-            made.append(_sweep(name, str(settings.get("init", "")), trials))
-        except (pa.ArrowException, FileNotFoundError, LookupError, StopIteration, TypeError, ValueError) as error:
-            raise BeelineError(f"{folder}/{TRIALS} is not as expected ({error}); remove {folder} and sweep again") from error
+        plan = plan_in(folder, {"sweep?": {"init?": str}}) or {}
+        trials = trials_in(folder)
+        with reading(f"{folder}/{TRIALS} is not as expected", f"remove {folder} and sweep again"):
+            made.append(_sweep(name, (plan.get("sweep") or {}).get("init") or "", trials))
     return made
+
+
+def trials_in(folder: Folder) -> list[dict[str, Any]]:
+    """The trials of a finished sweep, as rows. Raises BeelineError where the table is not as sweep_lmm.py leaves it."""
+    with reading(f"{folder}/{TRIALS} is not as expected", f"remove {folder} and sweep again"):
+        trials = rows_of(folder.read(TRIALS))
+        check_layout(trials, [TRIAL])
+        return trials
 
 
 def _sweep(name: str, init: str, trials: list[dict[str, Any]]) -> Sweep:

@@ -14,10 +14,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from beeline.errors import reason
 from pipeline.storage import Folder
 
 MANIFEST = "manifest.parquet"
 EVERY = 30.0  # seconds
+MAX_ROWS = 1_000_000  # shards
+MAX_BYTES = 1 << 28  # of a manifest that is unpacked
 SCHEMA = pa.schema(
     [
         pa.field("shard", pa.int64()),
@@ -34,6 +37,12 @@ SCHEMA = pa.schema(
         pa.field("device", pa.string(), metadata={"of": "the sampler: a GPU's name, or CPU"}),
     ]
 )
+# What sums and comparisons are made of, and what it may be.
+SUMMED: dict[str, Any] = {
+    "shard": int, "bytes": int, "device": str | None,
+    **dict.fromkeys(("pairs", "evaluations", "retries"), int | None),
+    **dict.fromkeys(("sampling_seconds", "writing_seconds", "waiting_seconds"), float | None),
+}  # fmt: skip
 
 
 class Manifest:
@@ -73,8 +82,32 @@ class Manifest:
 
 
 def read_manifest(folder: Folder) -> list[dict[str, Any]]:
-    """The rows of a folder's manifest; [] where there is none, or none that can be read."""
+    """The rows of a folder's manifest; [] where there is none, or none that can be read: nothing but sums depends on it."""
     try:
-        return pq.read_table(io.BytesIO(folder.read(MANIFEST))).to_pylist()
-    except (FileNotFoundError, pa.ArrowException, OSError):
+        data = folder.read(MANIFEST)
+    except FileNotFoundError:
         return []
+    try:
+        rows = rows_of(data)
+        if any(not isinstance(row.get(name), SUMMED[name]) for row in rows for name in SUMMED):
+            raise ValueError("its columns are not those of a manifest")
+        return rows
+    except Exception as error:  # whatever the damage leads to
+        print(f"{folder}/{MANIFEST}: unreadable ({reason(error)}); what its shards took is not known", flush=True)
+        return []
+
+
+def rows_of(data: bytes) -> list[dict[str, Any]]:
+    """The rows of a small Parquet file, as a manifest. Raises whatever damage leads to, and ValueError where there are more
+    than MAX_ROWS or MAX_BYTES: a file of a few bytes can announce any number, and repeat a long text."""
+    file = pq.ParquetFile(io.BytesIO(data))
+    if file.metadata.num_rows > MAX_ROWS:
+        raise ValueError(f"it has {file.metadata.num_rows:,} rows; at most {MAX_ROWS:,} are read")
+    rows: list[dict[str, Any]] = []
+    size = 0
+    for batch in file.iter_batches(batch_size=64):
+        size += batch.nbytes
+        if size > MAX_BYTES:
+            raise ValueError(f"it unpacks to more than {MAX_BYTES:,} bytes")
+        rows += batch.to_pylist()
+    return rows

@@ -21,9 +21,9 @@ from beeline.errors import BeelineError
 from beeline.features import FeatureNetwork, Probe
 from beeline.measuring import DinoV2, Inception
 from beeline.weights import load_backbone, load_measuring
+from pipeline.records import LAYOUTS, PLAN, SUCCESS, plan_in, success_in
 from pipeline.storage import Folder
 
-PLAN, SUCCESS = "plan.json", "_SUCCESS"
 MADE_BY = {
     "images": "pipeline/ingest_images.py",
     "probe": "trainers/train_probe.py",
@@ -63,7 +63,7 @@ class Stage:
 
         Raises BeelineError if the folder holds another plan's work, or cannot be written.
         """
-        found = self.folder.read_json(PLAN)
+        found = plan_in(self.folder, {})
         if found is None:
             if WEIGHTS in self.folder.sizes():
                 raise BeelineError(
@@ -89,7 +89,7 @@ class Stage:
 
     def is_complete(self) -> bool:
         """Whether `_SUCCESS` is there and every file it lists has the size it had."""
-        done = self.folder.read_json(SUCCESS)
+        done = success_in(self.folder)
         if done is None:
             return False
         sizes = self.folder.sizes()
@@ -108,7 +108,7 @@ class Stage:
 def require(workspace: Folder, name: str, recipe: str) -> dict[str, Any]:
     """The plan of a complete stage. Raises BeelineError naming the command that makes it, or remakes what is damaged."""
     folder = workspace / name
-    plan, done = folder.read_json(PLAN), folder.read_json(SUCCESS)
+    plan, done = plan_in(folder, LAYOUTS.get(name, {})), success_in(folder)
     command = f"python {MADE_BY[name.split('/')[0]]} {recipe} --workspace {workspace}"
     if plan is None or done is None:
         raise BeelineError(f"{folder} is missing or not complete; make it with: {command}")

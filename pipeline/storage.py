@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.fs
 from botocore.exceptions import BotoCoreError, ClientError
 
-from beeline.errors import BeelineError, StorageError, plain
+from beeline.errors import BeelineError, StorageError, plain, reading
 from beeline.places import resolve
 
 JOB_MARK = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for the entrypoint of a submitted job
@@ -111,11 +111,11 @@ class Folder:
     def read_json(self, name: str) -> Any:
         """The file's JSON, or None where it does not exist. Raises BeelineError where it is damaged."""
         try:
-            return json.loads(self.read(name))
+            data = self.read(name)
         except FileNotFoundError:
             return None
-        except ValueError as error:
-            raise BeelineError(f"{self}/{name} is not valid JSON ({error}); remove it and run the command again") from error
+        with reading(f"{self}/{name} is not valid JSON", "remove it and run the command again"):
+            return json.loads(data)
 
     def sizes(self) -> dict[str, int]:
         """Names and sizes in bytes of the files directly in this folder, sorted by name; leftovers of writes excluded."""

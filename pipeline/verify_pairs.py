@@ -25,7 +25,7 @@ import tyro
 
 from beeline import noise
 from beeline.config import PairsConfig, VerifyConfig, from_dict
-from beeline.errors import BeelineError
+from beeline.errors import BeelineError, reading
 from beeline.noise import stream
 from pipeline.command import run_command
 from pipeline.gen_pairs import CONTACT, load_sampler, make_pairs, pair_labels, stored
@@ -33,9 +33,10 @@ from pipeline.manifest import read_manifest
 from pipeline.pool import run_pool
 from pipeline.progress import Progress
 from pipeline.reader import to_float
+from pipeline.records import LAYOUTS, PLAN, SUCCESS, plan_in, success_in
 from pipeline.shards import Columns, decode, shard_count, shard_name, shard_rows
 from pipeline.sheet import sheet_png
-from pipeline.stage import PLAN, SUCCESS, fingerprint
+from pipeline.stage import fingerprint
 from pipeline.storage import Folder
 
 NAMED = 20  # troubles that the error names
@@ -124,12 +125,15 @@ def verify_pairs(workspace: str, recipe: tyro.conf.Suppress[str], verify: Verify
     """
     place = Folder(workspace)
     folder = place / "pairs"
-    plan = folder.read_json(PLAN)
+    plan = plan_in(folder, LAYOUTS["pairs"])
     if plan is None:
         raise BeelineError(
             f"{folder} holds no pairs; make them with: python pipeline/gen_pairs.py {recipe} --workspace {place}"
         )
-    config = from_dict(PairsConfig, plan["pairs"])
+    with reading(
+        f"{folder}/{PLAN} is not as its stage writes it", f"move {folder} away and make it again, or restore the file"
+    ):
+        config = from_dict(PairsConfig, plan["pairs"])
     shards = range(shard_count(config.count, config.shard_size))
     chance = stream(verify.seed, "verify")
 
@@ -181,7 +185,7 @@ def verify_pairs(workspace: str, recipe: tyro.conf.Suppress[str], verify: Verify
             f"{'Now' if verify.remove else 'Remove them (--verify.remove), then'} run: "
             f"python pipeline/gen_pairs.py {recipe} --workspace {place} with the settings of {PLAN}"
         )
-    if folder.read_json(SUCCESS) is None:
+    if success_in(folder) is None:
         raise BeelineError(
             f"every shard of {folder} is sound, but {SUCCESS} is missing; finish it with: "
             f"python pipeline/gen_pairs.py {recipe} --workspace {place} with the settings of {PLAN}"

@@ -37,20 +37,23 @@ from ray.tune.trainable import wrap_function
 
 from beeline.checkpoint import CONFIG, WEIGHTS
 from beeline.config import EvaluateConfig, LmmConfig, SweepConfig, WorkersConfig, to_dict
-from beeline.errors import BeelineError, StorageError
+from beeline.errors import BeelineError, StorageError, reading
+from beeline.layout import check_layout
 from evaluation.evaluate import check_measurable, measure
-from evaluation.results import METRICS
+from evaluation.results import metrics_in
 from evaluation.rows import parse_steps
+from evaluation.sweeps import trials_in
 from pipeline import metrics
 from pipeline.command import run_command
+from pipeline.records import plan_in
 from pipeline.runtime import ensure_ray, find_user_error
-from pipeline.stage import PLAN, Stage, fingerprint, publish_model, require, require_features, require_model, require_probe
+from pipeline.stage import Stage, fingerprint, publish_model, require, require_features, require_model, require_probe
 from pipeline.storage import Folder
 from trainers import checkpoints
 from trainers.launch import check_batch
 from trainers.student import all_needs
 from trainers.train_lmm import check_sides
-from trainers.trials import RUNGS, PerSchedule, config_of, folder_name, run_trial, settings
+from trainers.trials import PerSchedule, config_of, folder_name, run_trial, rungs_in, settings
 from trainers.validation import METRIC
 
 TRIALS, PARETO = "trials.parquet", "pareto.png"
@@ -89,7 +92,7 @@ def sweep_lmm(
     if stage.begin(more=bool(left)):
         print(f"sweep: {len(tried) - len(left)} of {len(tried)} trials are there", flush=True)
         _train(place, recipe, sweep, folder, tried, {number: configs[number] for number in left}, pairs, images)
-        rows = [folder.read_json(_row_name(number)) for number in tried]
+        rows = [_row(folder, number) for number in tried]
         rows = _judge(place, recipe, sweep, evaluate, rows)
         buffer = io.BytesIO()
         pd.DataFrame(rows).to_parquet(buffer, index=False)
@@ -97,7 +100,7 @@ def sweep_lmm(
         folder.write(PARETO, _pareto_plot(rows))
         stage.finish(trials=len(rows), finished=len(judged(rows)))
     if sweep.promote:
-        _promote(place, sweep, pd.read_parquet(io.BytesIO(folder.read(TRIALS))).to_dict("records"))
+        _promote(place, sweep, trials_in(folder))
 
 
 def check_sweep(sweep: SweepConfig, lmm: LmmConfig) -> None:
@@ -128,14 +131,14 @@ def _train(
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # or Ctrl-C would end the trials and go on with the sweep
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new one has tables of its own even where verbose is 0
     logging.getLogger("ray.tune.execution.tune_controller").addFilter(_is_news)
-    rungs = {number: folder.read_json(f"{folder_name(number)}/{RUNGS}") or [] for number in tried}
+    rungs = {number: rungs_in(folder / folder_name(number)) for number in tried}
     function = tune.with_parameters(
         run_trial, workspace=place, recipe=recipe, folder=folder, configs=configs, sweep=sweep, pairs=pairs, images=images
     )
     resources, name = {"CPU": sweep.threads, "GPU": sweep.gpus}, f"Trial({sweep.name})"
     trainable = wrap_function(tune.with_resources(function, resources), name=name)
     trainable.__name__ = trainable.__qualname__ = name  # for Ray's dashboard: by itself it is an "ImplicitFunc"
-    ended = [folder.read_json(_row_name(number)) for number in tried if number not in configs]
+    ended = [_row(folder, number) for number in tried if number not in configs]
     # Tune's own files are of no use afterwards: what a sweep goes on from is in the workspace.
     with tempfile.TemporaryDirectory(prefix="beeline-sweep-") as scratch:
         tuner = tune.Tuner(
@@ -182,7 +185,7 @@ class _Rows(tune.Callback):
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         number = trial.config["trial"]
-        last = self.folder.read_json(f"{folder_name(number)}/{RUNGS}")[-1]
+        last = rungs_in(self.folder / folder_name(number))[-1]
         row = {**self.tried[number], **last, "stopped": last["step"] < self.sweep.iterations}
         self.folder.write_json(_row_name(number), row)
         for step in checkpoints.steps(self.folder / folder_name(number)):  # several times the size of the student
@@ -216,7 +219,9 @@ def _judge(
     for row in rows:
         figures: dict[str, Any] = {"metric": None, "distance": None, "std": None}
         if row["trial"] in names:
-            first = (place / "evaluation" / names[row["trial"]]).read_json(METRICS)["rows"][0]
+            found = metrics_in(place / "evaluation" / names[row["trial"]])
+            assert found is not None, "measure() leaves metrics of every trial"
+            first = found["rows"][0]
             figures = {"metric": first["metric"], "distance": first["mean"], "std": first["std"]}
         made.append(row | figures)
     return made
@@ -247,12 +252,21 @@ def _promote(place: Folder, sweep: SweepConfig, rows: list[dict[str, Any]]) -> N
     source = swept / folder_name(best["trial"])
     files = {name: source.read(name) for name in (WEIGHTS, CONFIG)}
     origin = {"sweep": sweep.name, **{key: best[key] for key in ("trial", "metric", "distance")}}
-    stage = Stage(place, f"students/{sweep.promote}", {"promoted": origin, "sweep": swept.read_json(PLAN)})
+    stage = Stage(place, f"students/{sweep.promote}", {"promoted": origin, "sweep": plan_in(swept, {})})
     if stage.begin():
         publish_model(stage.folder, files)
         stage.folder.write("train.jsonl", source.read("train.jsonl"))
         stage.finish(**origin)
         print(f"sweep: trial {origin['trial']} is students/{sweep.promote}", flush=True)
+
+
+def _row(folder: Folder, number: int) -> dict[str, Any]:
+    """What is kept of a trial that has ended."""
+    name = _row_name(number)
+    with reading(f"{folder}/{name} is not as a trial leaves it", "remove it and sweep again"):
+        row = folder.read_json(name)
+        check_layout(row, {"trial": 0, "steps": str, "nfe": 1, "step": 0, "stopped": bool, METRIC: float})
+        return row
 
 
 def _row_name(number: int) -> str:

@@ -22,7 +22,8 @@ from beeline.buildable import check_network
 from beeline.checkpoint import CONFIG, build, dump, ema_update
 from beeline.config import TeacherConfig, to_dict
 from beeline.denoiser import edm_loss
-from beeline.errors import BeelineError
+from beeline.errors import BeelineError, reading
+from beeline.layout import check_layout
 from beeline.learner import Learner
 from beeline.noise import stream_seed
 from pipeline.command import run_command
@@ -128,8 +129,10 @@ def check_teacher(teacher: TeacherConfig) -> None:
 
 def imported_from(folder: Folder) -> str | None:
     """The file that the model in `folder` was imported from, or None where it was trained here or there is none."""
-    config = folder.read_json(CONFIG) or {}
-    return config.get("about", {}).get("imported", {}).get("file")
+    with reading(f"{folder}/{CONFIG} does not say where the teacher is from", "make or copy the model again"):
+        config = folder.read_json(CONFIG) or {}
+        check_layout(config, {"about?": {"imported?": {"file?": str}}})
+        return ((config.get("about") or {}).get("imported") or {}).get("file")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,8 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 
 from beeline.config import LmmConfig, SweepConfig
+from beeline.errors import reading
+from beeline.layout import check_layout
 from beeline.noise import stream
 from beeline.numerics import set_numerics
 from evaluation.rows import parse_steps
@@ -86,6 +88,14 @@ def rung_of(sweep: SweepConfig) -> int:
     return max(1, sweep.iterations // REDUCTION ** (sweep.rungs - 1))
 
 
+def rungs_in(folder: Folder) -> list[dict[str, Any]]:
+    """The measurements so far of the trial in `folder`."""
+    with reading(f"{folder}/{RUNGS} is not as a trial leaves it", "remove it and sweep again"):
+        rungs = folder.read_json(RUNGS) or []
+        check_layout(rungs, [{"step": 0, METRIC: float}])
+        return rungs
+
+
 class Trial(StudentTask):
     """A student that reports each validation to Tune."""
 
@@ -94,7 +104,7 @@ class Trial(StudentTask):
         assert self.validation is not None
         figures, sheet = self.validation.judge(self.average())
         self.folder.write("samples.png", sheet)
-        rungs = [rung for rung in self.folder.read_json(RUNGS) or [] if rung["step"] < step]
+        rungs = [rung for rung in rungs_in(self.folder) if rung["step"] < step]
         self.folder.write_json(RUNGS, [*rungs, {"step": step, METRIC: figures[METRIC]}])
         if step < self.iterations:  # the last one needs no decision: ASHA would stop the trial before it is published
             tune.report({"step": step, METRIC: figures[METRIC]})

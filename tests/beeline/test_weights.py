@@ -223,11 +223,16 @@ def test_a_pickle_that_would_run_code_is_refused(zipped: bool, server: Server, t
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"y": torch.zeros(1)}, "does not hold the weights of vgg16: 31 tensors are missing, features.0.weight for example"),
+        ({"y": torch.zeros(1)}, "does not hold the weights of vgg16: 31 tensors are missing, features.0.bias for example"),
         ({"model": 1}, "holds a dict; expected tensors by name"),
         ([torch.zeros(1)], "holds a list; expected tensors by name"),
-        ({"features.0.weight": torch.zeros(64, 3, 5, 5)}, "size mismatch for features.0.weight"),
-        ({"features.0.weight": 1.0}, "features.0.weight"),
+        ({"features.0.weight": 1.0}, "31 tensors are missing, features.0.bias for example"),
+        (
+            vgg16_original()
+            | {f"lins.{k}": torch.zeros(width) for k, width in enumerate(VGG16.tap_channels)}
+            | {"features.0.weight": torch.zeros(64, 3, 5, 5)},
+            "features.0.weight has shape .64, 3, 5, 5., expected .64, 3, 3, 3.",
+        ),
     ],
 )
 def test_files_without_the_right_tensors(content: Any, message: str, server: Server, tmp_path: Path) -> None:
@@ -276,14 +281,18 @@ def test_what_is_dumped_loads_and_dumps_the_same_bytes(lite0: TimmBackbone) -> N
 
 def test_what_does_not_load(lite0: TimmBackbone) -> None:
     files = dump_backbone(lite0, {})
-    config = json.loads(files[CONFIG])
+    config = {key: value for key, value in json.loads(files[CONFIG]).items() if key != "weights_sha256"}
     tensors = safetensors.torch.load(files[WEIGHTS])
     less = {key: tensor for key, tensor in tensors.items() if key != "network.conv_stem.weight"}
     reshaped = tensors | {"network.conv_stem.weight": torch.zeros(32, 3, 5, 5)}
 
     def refused(message: str, **changes: bytes | None) -> None:
         names = {"weights": WEIGHTS, "config": CONFIG}
-        changed = files | {names[key]: data for key, data in changes.items() if data is not None}
+        changed = (
+            files
+            | {CONFIG: json.dumps(config).encode()}
+            | {names[key]: data for key, data in changes.items() if data is not None}
+        )
         with pytest.raises(BeelineError, match=message) as caught:
             load_backbone({key: data for key, data in changed.items() if key not in lacking}, "weights/lite0")
         assert str(caught.value).startswith("weights/lite0")
@@ -301,10 +310,36 @@ def test_what_does_not_load(lite0: TimmBackbone) -> None:
     refused("names backbone None", config=json.dumps(config | {"network": None}).encode())
     refused("do not fit vgg16", config=json.dumps(config | {"network": {"name": "vgg16"}}).encode())
     refused("1 tensors are missing, network.conv_stem.weight", weights=safetensors.torch.save(less))
-    refused("size mismatch for network.conv_stem.weight", weights=safetensors.torch.save(reshaped))
-    refused("1 tensors too many, extra", weights=safetensors.torch.save(tensors | {"extra": torch.zeros(1)}))
+    refused("network.conv_stem.weight has shape", weights=safetensors.torch.save(reshaped))
+    refused("1 tensors are too many, extra", weights=safetensors.torch.save(tensors | {"extra": torch.zeros(1)}))
     lacking = {CONFIG}
     refused("KeyError")
+
+
+def test_a_flipped_bit_is_noticed(tmp_path: Path, lite0: TimmBackbone, server: Server) -> None:
+    """On loading, and by the command that fetches, which then makes the folder again."""
+    files = dump_backbone(lite0, {})
+    weights = bytearray(files[WEIGHTS])
+    weights[-1] ^= 1
+    with pytest.raises(BeelineError, match=r"weights/lite0/model.safetensors is not what config.json was written for"):
+        load_backbone(files | {WEIGHTS: bytes(weights)}, "weights/lite0")
+    source = dataclasses.replace(server.put("lite0.pth", lite0_original(lite0)), prefix="network.")
+    fetch([LITE0], tmp_path, tmp_path / "cache", {LITE0: source})
+    good = (tmp_path / LITE0 / WEIGHTS).read_bytes()
+    for damage in (good[:-1], good[:-1] + bytes([good[-1] ^ 1])):
+        (tmp_path / LITE0 / WEIGHTS).write_bytes(damage)
+        fetch([LITE0], tmp_path, tmp_path / "cache", {LITE0: source})
+        assert (tmp_path / LITE0 / WEIGHTS).read_bytes() == good
+    (tmp_path / LITE0 / CONFIG).write_bytes(b"[]")
+    fetch([LITE0], tmp_path, tmp_path / "cache", {LITE0: source})
+    assert isinstance(loaded(tmp_path / LITE0), TimmBackbone)
+
+
+@pytest.mark.parametrize("name", ["../vgg16", "/etc/passwd", "vgg16/../../x", "VGG16", "", ".", "vgg16\0"])
+def test_names_that_are_not_backbones_write_nothing(name: str, tmp_path: Path) -> None:
+    with pytest.raises(BeelineError, match="is unknown; expected some of: vgg16, "):
+        fetch([name], tmp_path / "out", tmp_path / "cache")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(("name", "more"), [("inception", ""), ("dinov2_vits14", "mask_token")])

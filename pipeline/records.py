@@ -1,0 +1,50 @@
+"""plan.json and _SUCCESS as they are read: JSON of the layout that their stage writes, or one line that says what to do."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from beeline.errors import reading
+from beeline.layout import check_layout
+from pipeline.storage import Folder
+
+PLAN, SUCCESS = "plan.json", "_SUCCESS"
+FILES = {"seconds": float, "files": {}}
+# What other stages read of a plan.
+LAYOUTS: dict[str, Any] = {
+    "images": {"images": {"count": 1, "num_classes": 0, "resolution": 1, "channels": 1, "shard_size": 1}},
+    "pairs": {
+        "pairs": {"count": 1, "shard_size": 1, "num_steps": 1, "seed": 0, "dtype": str},
+        "evaluations": 1,
+        "num_classes": 0,
+        "shape": [1],
+        "sigmas": [float],
+    },
+}
+
+
+def plan_in(folder: Folder, layout: Any) -> dict[str, Any] | None:
+    """The plan in a stage's folder, None where there is none. Raises BeelineError for another layout (beeline/layout.py)."""
+    try:
+        data = folder.read(PLAN)
+    except FileNotFoundError:
+        return None
+    fix = f"move {folder} away and make it again, or restore the file"
+    with reading(f"{folder}/{PLAN} is not as its stage writes it", fix):
+        plan = json.loads(data)
+        check_layout(plan, layout)
+        return plan
+
+
+def success_in(folder: Folder) -> dict[str, Any] | None:
+    """What _SUCCESS says of a finished stage, None where there is none. Raises BeelineError for another layout."""
+    try:
+        data = folder.read(SUCCESS)
+    except FileNotFoundError:
+        return None
+    with reading(f"{folder}/{SUCCESS} is not as its stage writes it", "remove it and run the stage's command again"):
+        done = json.loads(data)
+        check_layout(done, FILES)
+        check_layout(list(done["files"].values()), [0], "files")
+        return done
