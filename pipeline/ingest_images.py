@@ -75,6 +75,7 @@ class ImageShards:
     def work(self, number: int) -> dict[str, Any]:
         """Make and publish the shards of a pass; the row counts their images and what was changed in them, and names the
         corrupt ones, whose shards are left out."""
+        begun = time.monotonic()
         shards = [shard_rows(k, self.config.shard_size, len(self.order)) for k in self.passes[number]]
         positions = np.concatenate([np.asarray(rows) for rows in shards])
         wanted = self.order[positions]
@@ -101,6 +102,7 @@ class ImageShards:
         self.source.pixels.changes.clear()
         return {
             "images": len(wanted),
+            "reading_seconds": time.monotonic() - begun,
             "written": json.dumps(written),
             "corrupt": json.dumps(corrupt),
             "changes": json.dumps(changes),
@@ -145,7 +147,7 @@ def ingest_images(workspace: str, recipe: tyro.conf.Suppress[str], images: Image
     stage = Stage(place, "images", plan)
     if not stage.begin():
         return
-    corrupt = _make(stage, place, source, images)
+    corrupt, seconds = _make(stage, place, source, images)
     stage.folder.clean()
     if corrupt:
         stage.folder.remove(PLAN)  # another source may take this place; shards that are kept name their plan themselves
@@ -154,11 +156,11 @@ def ingest_images(workspace: str, recipe: tyro.conf.Suppress[str], images: Image
             f"{len(corrupt):,} of {count:,} images in {images.source} cannot be read: {shown}. Repair them, or take them out "
             "of the source, and run the command again; shards without them are kept"
         )
-    stage.finish(images=count, shards=shard_count(count, images.shard_size))
+    stage.finish(images=count, shards=shard_count(count, images.shard_size), reading_seconds=round(seconds, 3))
 
 
-def _make(stage: Stage, place: Folder, source: Source, images: ImagesConfig) -> list[str]:
-    """Make the shards that are missing. Returns the corrupt images."""
+def _make(stage: Stage, place: Folder, source: Source, images: ImagesConfig) -> tuple[list[str], float]:
+    """Make the shards that are missing. Returns the corrupt images, and the actors' seconds."""
     count = len(source.names)
     expected = {shard_name(k) for k in range(shard_count(count, images.shard_size))}
     for name in stage.folder.sizes():
@@ -170,10 +172,12 @@ def _make(stage: Stage, place: Folder, source: Source, images: ImagesConfig) -> 
     passes = passes_for(left, source, images)
     arguments = {"workspace": place, "plan": stage.plan, "config": images, "passes": passes}
     corrupt: list[str] = []
+    seconds = 0.0
     changes: collections.Counter[str] = collections.Counter()
     with Progress("images", total, "images") as progress:
         for row in run_pool(ImageShards, arguments, range(len(passes)), images, name="images"):
             progress.add(row["images"])
+            seconds += row["reading_seconds"]
             corrupt += json.loads(row["corrupt"])
             changes.update(json.loads(row["changes"]))
             for entry in json.loads(row["written"]):
@@ -181,7 +185,7 @@ def _make(stage: Stage, place: Folder, source: Source, images: ImagesConfig) -> 
     manifest.publish()
     for change, number in sorted(changes.items()):
         print(f"images: {number:,} of them {change}", flush=True)
-    return corrupt
+    return corrupt, seconds
 
 
 if __name__ == "__main__":

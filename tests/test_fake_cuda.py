@@ -197,14 +197,14 @@ def measured(place: Folder) -> dict[str, Any]:
         "students/lmm": [Row(2, (0, 2), None, 4, rule) for rule in (None, "same_noise", "fresh_noise")],
     }
     real = [RealImages("probe", group) for group in range(3)]
-    first: list[Any] = [*real, HeldOut(1)]
+    first: list[Any] = [*real, HeldOut(64, 1)]
     then: list[Any] = []
     for name, ways in rows.items():
         for row in ways:
             parts = [Samples(name, row, 0, shard, range(16 * shard, min(16 * shard + 16, 40))) for shard in range(3)]
             first += [*parts, Sheet(name, row, 6)]
-            then += [Judge(name, row, 0, tuple(part.file for part in parts)), Fidelity(name, row)]
-        then.append(Lines(name, 4))
+            then += [Judge(name, row, 0, tuple(part.file for part in parts)), Fidelity(name, row, 64)]
+        then.append(Lines(name, 4, 64))
     bench = Bench(setup, [*first, *then])
     for number in range(len(first)):
         bench.work(number)

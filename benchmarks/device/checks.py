@@ -12,6 +12,7 @@ import torch._dynamo
 import torch._dynamo.utils
 from torch.overrides import TorchFunctionMode
 
+NONE = 1e-30  # a limit for what has to be 0
 COMPILING = 240.0  # seconds that a check may take which compiles
 
 

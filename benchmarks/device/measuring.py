@@ -22,6 +22,7 @@ from benchmarks.device.checks import Check, Checks, Outcome, Setting, Skip, at_m
 from benchmarks.device.networks import backbone, images, network_config
 
 LIMIT = 1e-3  # relative error of features; TF32 would give some 1e-2
+KINKS = 0.05  # of gradients through rectifiers and max pooling, a few of which tip over by rounding
 NO_FIDELITY = "torch-fidelity is not installed"
 
 
@@ -102,24 +103,32 @@ def _features(setting: Setting, name: str) -> Outcome:
 
 
 def taps(setting: Setting, name: str, precision: str) -> Outcome:
-    """Feature maps of a backbone, and the gradient of their mean square by the images."""
-    side = (32 if name == "vgg16" else 128) if setting.small else 224
-    made: dict[str, list[torch.Tensor]] = {}
-    for device in ("found", "cpu"):
-        place = setting.device if device == "found" else torch.device("cpu")
-        dtype = torch.bfloat16 if device == "found" and precision == "bf16" else torch.float32
-        shown = torch.nn.functional.interpolate(images(network_config(setting), 2, 0), (side, side), mode="bilinear")
-        shown = shown.to(place).requires_grad_()
-        seen = Frozen(backbone(name), device=place, dtype=dtype).taps(shown)
-        torch.stack([tap.float().square().mean() for tap in seen]).sum().backward()
-        assert shown.grad is not None
-        made[device] = [tap.detach() for tap in seen] + [shown.grad]
-    values = {
-        "taps": relative(made["found"][:-1], made["cpu"][:-1]),
-        "gradient": relative(made["found"][-1:], made["cpu"][-1:]),
-    }
-    limits = {"taps": LIMIT, "gradient": 5 * LIMIT} if precision == "fp32" else {"taps": 0.05, "gradient": 0.5}
+    """Feature maps of a backbone, and the gradient of their mean square by the images. In bf16 errors may be twice
+    those of the CPU's bf16."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    cpu = torch.device("cpu")
+    wanted = _seen(setting, name, torch.float32, cpu)
+    values = _differences(_seen(setting, name, dtype, setting.device), wanted)
+    limits = {"taps": LIMIT, "gradient": KINKS}
+    if precision == "bf16":
+        of_cpu = _differences(_seen(setting, name, dtype, cpu), wanted)
+        limits = {key: max(2 * error, 0.02) for key, error in of_cpu.items()}
     return worst(values, limits)
+
+
+def _seen(setting: Setting, name: str, dtype: torch.dtype, device: torch.device) -> list[torch.Tensor]:
+    """Taps of two images, and the gradient."""
+    side = (32 if name == "vgg16" else 128) if setting.small else 224
+    shown = torch.nn.functional.interpolate(images(network_config(setting), 2, 0), (side, side), mode="bilinear")
+    shown = shown.to(device).requires_grad_()
+    seen = Frozen(backbone(name), device=device, dtype=dtype).taps(shown)
+    torch.stack([tap.float().square().mean() for tap in seen]).sum().backward()
+    assert shown.grad is not None
+    return [*(tap.detach() for tap in seen), shown.grad]
+
+
+def _differences(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> dict[str, float]:
+    return {"taps": relative(found[:-1], wanted[:-1]), "gradient": relative(found[-1:], wanted[-1:])}
 
 
 def figures(setting: Setting) -> Outcome:

@@ -70,11 +70,13 @@ def classes(config: NetworkConfig, count: int) -> torch.Tensor | None:
 
 
 def images(config: NetworkConfig, count: int, seed: int) -> torch.Tensor:
-    """Smooth images (count, C, H, W) in [-1, 1], on the CPU."""
+    """Smooth images with a little noise, (count, C, H, W) in [-1, 1], on the CPU. Flat areas would make ties in max pooling,
+    whose gradient then depends on rounding."""
     generator = torch.Generator().manual_seed(stream_seed(seed, "images"))
     coarse = torch.randn(count, config.img_channels, 4, 4, generator=generator)
     size = (config.img_resolution, config.img_resolution)
-    return torch.nn.functional.interpolate(coarse, size=size, mode="bicubic").clamp(-1, 1)
+    smooth = torch.nn.functional.interpolate(coarse, size=size, mode="bicubic")
+    return (0.5 * smooth + 0.1 * torch.randn(smooth.shape, generator=generator)).tanh()
 
 
 def batch_of(setting: Setting, config: NetworkConfig, count: int, device: torch.device, seed: int = 0) -> Batch:

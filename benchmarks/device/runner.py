@@ -21,9 +21,10 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from benchmarks.device.checks import Check, Setting, Skip
+from benchmarks.device.checks import COMPILING, Check, Setting, Skip
 
 BROKEN = 3  # exit status of a process whose GPU context is lost
+LEAST = 30.0  # seconds that have to be left for what compiles
 GRACE = 15.0  # seconds past the deadline before a process is ended
 PATIENCE = {"cuda": 1.0, "cpu": 20.0}  # factors of the checks' limits: a CPU may be slow and busy
 
@@ -114,7 +115,7 @@ def free() -> None:
 def run(section: str, check: Check, deadline: float, *, compiling: bool = True) -> Row:
     """One check as a row; nothing that it raises goes further."""
     start = time.monotonic()
-    if time.time() > deadline:
+    if time.time() > deadline - (LEAST if check.limit == COMPILING else 0):
         return Row(section, check.name, "SKIP", "no time left", "", 0.0)
     if "compiled" in check.name and not compiling:
         return Row(section, check.name, "SKIP", "left out by --no-compile", "", 0.0)
@@ -149,11 +150,13 @@ class Lane:
         self.at: tuple[str, str] = (self.task.sections[0], "")
         self.since, self.limit = time.time(), 180.0 * PATIENCE[self.task.setting.device.type]
 
-    def overdue(self) -> str:
-        """Why the process is to be ended now, or ""."""
+    def overdue(self) -> tuple[str, str] | None:
+        """The status of the check that is to be ended now, and why; None where there is no reason to."""
         if time.time() - self.since > self.limit:
-            return f"still running after {self.limit:.0f} s, ended"
-        return "the time was up, ended" if time.time() > self.task.deadline + GRACE else ""
+            return "FAIL", f"still running after {self.limit:.0f} s, ended"
+        if time.time() > self.task.deadline + GRACE:
+            return "SKIP", f"no time left, ended after {time.time() - self.since:.0f} s"
+        return None
 
     def read(self) -> list[Row] | tuple[str, float]:
         """The next report: rows, or the peak memory of a section in MiB."""
@@ -161,7 +164,7 @@ class Lane:
             message = self.connection.recv()
         except (EOFError, OSError):
             self.process.join(10)
-            return self._lost(f"the process ended with status {self.process.exitcode}")
+            return self.lost("FAIL", f"the process ended with status {self.process.exitcode}")
         kind, *rest = message
         if kind == "start":
             self.at, self.since = (rest[0], rest[1]), time.time()
@@ -185,17 +188,14 @@ class Lane:
         self.process.join(10)
         self.connection.close()
 
-    def ended(self, reason: str) -> list[Row]:
-        """End the process, which is overdue, and start another for what is left."""
-        return self._lost(reason)
-
-    def _lost(self, reason: str) -> list[Row]:
+    def lost(self, status: str, reason: str) -> list[Row]:
+        """End the process, if it has not ended, and start another for what is left; the row of what it was at."""
         self.end()
         section, name = self.at
         rows = []
         if self.at not in self.done:
             tail = Path(self.task.log).read_text(errors="replace")[-4000:] if Path(self.task.log).exists() else ""
-            rows.append(Row(section, name or "the section itself", "FAIL", reason, "", time.time() - self.since, tail))
+            rows.append(Row(section, name or "the section itself", status, reason, "", time.time() - self.since, tail))
             self.done.add(self.at)
         left = self.task.sections[self.task.sections.index(section) + (not name) :]
         self.finished = not left or time.time() > self.task.deadline
@@ -221,7 +221,7 @@ def run_lanes(tasks: Sequence[Work], report: Callable[[Row], None], memory: dict
                     for row in found:
                         report(row)
                 elif reason := lane.overdue():
-                    for row in lane.ended(reason):
+                    for row in lane.lost(*reason):
                         report(row)
     finally:
         for lane in lanes:

@@ -16,6 +16,7 @@ from beeline.networks.layers import Conv2d
 from beeline.samplers import FewStep, FewStepRule, sample, solve
 from benchmarks.device.checks import (
     COMPILING,
+    NONE,
     Check,
     Checks,
     Outcome,
@@ -36,9 +37,6 @@ LIMITS: dict[str, float] = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 3e-3}
 ROUGHER = 4
 STEPS = (0, 6, 12)
 RULES: tuple[FewStepRule, ...] = ("same_noise", "line", "fresh_noise")
-
-
-NONE = 1e-30  # a limit for what has to be 0
 
 
 class Here(Executor):
@@ -170,9 +168,6 @@ def checks(setting: Setting) -> Checks:
     yield Check("a filled batch against the same rows in a full one", full_batch)
     for precision in ("bf16", "fp16", "fp32"):
         what = "CUDA graphs" if setting.gpu else "no CUDA graphs on a CPU"
-        yield Check(
-            f"heun {precision} compiled ({what}), against the CPU's fp32, repeated",
-            lambda p=precision: compiled(p, Here),
-            COMPILING,
-        )
+        name = f"heun {precision} compiled ({what}), against the CPU's fp32, repeated"
+        yield Check(name, lambda p=precision: compiled(p, Here), COMPILING)
     yield Check("heun bf16 compiled, in a thread of its own", in_a_thread, COMPILING)

@@ -33,6 +33,47 @@ PHASES = ("reconstruction", "adversarial")
 RUN = "the flags of a run"
 
 
+def largest(setting: Setting, model: Denoiser, rounds: int) -> dict[str, Any]:
+    """Both phases, compiled in bf16, at the largest of some batches that fits: images/s, GiB and seconds of the first step."""
+    for size in (2,) if setting.small else (512, 256, 128):
+        free()
+        try:
+            return _both_phases(setting, model, size, rounds)
+        except torch.OutOfMemoryError:
+            gc.collect()
+    raise Skip("a batch of 128 does not fit")
+
+
+def _both_phases(setting: Setting, model: Denoiser, size: int, rounds: int) -> dict[str, Any]:
+    config = student_config(setting, **POLICIES["bf16 compiled"])
+    networks: dict[str, Any] = {name: backbone(name) for name in BACKBONES}
+    step, found = Step(model, networks, config, config.reconstruction), {}
+    batch = batch_of(setting, network_config(setting, augment_dim=0), size, setting.device)
+    generator = torch.Generator(setting.device).manual_seed(0)
+    for phase in PHASES:
+        if phase != PHASES[0]:
+            step.begin(config.adversarial)  # the same compiled network
+        if setting.gpu:
+            torch.cuda.reset_peak_memory_stats()
+        start = time.perf_counter()
+        float(step(batch, generator)["lines"])
+        first = time.perf_counter() - start
+        seconds = timed({phase: lambda: step(batch, generator)}, setting.device, rounds)[phase]
+        peak = torch.cuda.max_memory_allocated() / 2**30 if setting.gpu else 0.0
+        found[phase] = {"batch_size": size, "images_per_s": size / seconds, "peak_gib": peak, "first_step_s": round(first, 1)}
+    return found
+
+
+def worded(found: dict[str, Any]) -> str:
+    """The result of `largest` as a line."""
+    return "; ".join(
+        f"{phase} {row['images_per_s']:,.0f} images/s at batch {row['batch_size']}"
+        + (f", {row['share_of_ceiling']:.0%} of the ceiling" if "share_of_ceiling" in row else "")
+        + f", {row['peak_gib']:.0f} GiB"
+        for phase, row in found.items()
+    )
+
+
 class Speeds:
     """What the checks of this section share, and the results so far."""
 
@@ -146,43 +187,25 @@ class Speeds:
         base = self.phases[phase].get("plain", {}).get("images_per_s", rate)
         share = rate * self.step_flops[phase] / self.ceilings["fp32" if policy == "plain" else policy.split()[0]]
         row = {"images_per_s": rate, "against_plain": rate / base, "share_of_ceiling": share, "first_step_s": round(first, 1)}
+        if self.setting.gpu or phase == PHASES[0]:
+            batch = batch_of(self.setting, self.config, count, self.device)
+            parts = timed(step.parts(batch, torch.Generator(self.device).manual_seed(0)), self.device, self.rounds)
+            row["share_of_step"] = {part: value / seconds for part, value in parts.items()}
         self.phases[phase][policy] = row
         self.save()
         text = f"{rate:,.0f} images/s at batch {count}, {row['against_plain']:.2f}x plain, {share:.0%} of the ceiling"
         return measured(text, gflop_per_image=self.step_flops[phase] / 1e9, **row)
 
-    def largest_batch(self, phase: str) -> Outcome:
-        """Images/s, compiled in bf16, at the largest batch whose eager step fits."""
-        if not self.setting.gpu:
-            raise Skip("for GPUs")
-        size = next((size for size in (512, 256, 128) if self.fits(phase, size)), 0)
-        if not size:
-            raise Skip("a batch of 128 does not fit")
-        free()
-        torch.cuda.reset_peak_memory_stats()
-        seconds, first = self.seconds_of(self.step(phase, "bf16 compiled"), size)
-        peak = torch.cuda.max_memory_allocated() / 2**30
-        rate = size / seconds
-        share = rate * self.step_flops[phase] / self.ceilings["bf16"] if phase in self.step_flops else float("nan")
-        self.largest[phase] = {"batch_size": size, "images_per_s": rate, "share_of_ceiling": share, "peak_gib": peak}
+    def largest_batch(self) -> Outcome:
+        """Images/s of both phases, compiled in bf16, at the largest batch that fits, and the memory they take."""
+        found = largest(self.setting, self.model, self.rounds)
+        for phase, row in found.items():
+            if phase in self.step_flops:
+                flops = row["images_per_s"] * self.step_flops[phase]
+                row["share_of_ceiling"] = flops / self.ceilings["bf16"]
+        self.largest = found
         self.save()
-        text = f"{rate:,.0f} images/s at batch {size}, {share:.0%} of the ceiling, {peak:.0f} GiB, first step {first:.0f} s"
-        return measured(text, **self.largest[phase])
-
-    def fits(self, phase: str, size: int) -> bool:
-        """Whether an eager step of `size` images fits the memory."""
-        free()
-        try:
-            self.seconds_of_one(phase, size)
-        except torch.OutOfMemoryError:
-            gc.collect()
-            return False
-        return True
-
-    def seconds_of_one(self, phase: str, size: int) -> None:
-        """One eager step in bf16."""
-        batch = batch_of(self.setting, self.config, size, self.device)
-        self.step(phase, "bf16")(batch, torch.Generator(self.device).manual_seed(0))
+        return measured(worded(found), **found)
 
     def flags(self, what: str, policy: str) -> Outcome:
         """What TF32 and determinism change in speed, by the same code under other flags."""
@@ -253,6 +276,7 @@ def checks(setting: Setting) -> Checks:
     yield sampling("bf16 compiled")
     for phase in PHASES:
         yield training(phase, "bf16 compiled")
+    yield Check("bf16 compiled at the largest batch", speeds.largest_batch, COMPILING)
     if "fp16" in precisions:
         yield sampling("fp16 compiled")
     for what, policy in (("sampling", "fp32"), ("sampling", "bf16"), ("adversarial", "bf16"), ("reconstruction", "fp32")):
@@ -260,8 +284,6 @@ def checks(setting: Setting) -> Checks:
     for name in ("inception", *DINOV2):
         if not (setting.small and name in ("inception", "dinov2_vitl14")):
             yield Check(f"measuring in {name}", lambda n=name: speeds.look(n))
-    for phase in reversed(PHASES):
-        yield Check(f"{phase} bf16 compiled at the largest batch", lambda p=phase: speeds.largest_batch(p), COMPILING)
     for phase in PHASES:
         yield training(phase, "fp32")
     yield sampling("fp32 compiled")

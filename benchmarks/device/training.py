@@ -13,19 +13,18 @@ import torch
 from beeline.backbones import BACKBONES
 from beeline.noise import stream_seed
 from benchmarks.device.checks import (
-    COMPILING,
     Check,
     Checks,
     Outcome,
     SameDraws,
     Setting,
     at_most,
-    compiling_troubles,
     identical,
     relative,
     start_compiling,
     worst,
 )
+from benchmarks.device.measuring import KINKS
 from benchmarks.device.networks import backbone, batch_of, network_config, random_denoiser, student_config
 from benchmarks.training import Step
 
@@ -33,11 +32,10 @@ Precision = Literal["fp32", "bf16"]
 PHASES = ("reconstruction", "adversarial")
 # Relative errors of float32 against the CPU's. In bf16 an error may be twice that of the CPU's bf16, or these if more.
 LIMITS: dict[str, dict[str, float]] = {
-    "fp32": {"losses": 1e-3, "student's gradient": 5e-3, "critic's gradient": 5e-3},
+    "fp32": {"losses": 1e-3, "student's gradient": KINKS, "critic's gradient": 5e-3},
     "bf16": {"losses": 2e-2, "student's gradient": 0.05, "critic's gradient": 0.05},
 }
 STEPS = 4  # of a run that is interrupted in its middle
-NONE = 1e-30  # a limit for what has to be 0
 SIGNS = ("real_positive", "fake_positive")  # shares of few images: they jump
 
 
@@ -153,6 +151,19 @@ def difference(found: dict[str, Any], wanted: dict[str, Any]) -> dict[str, float
     return made | ({"critic's gradient": relative(found["critic"], wanted["critic"])} if wanted["critic"] else {})
 
 
+def finite(runs: Runs, phase: str, precision: Precision, compiled: bool) -> Outcome:
+    """How many figures of a run are not finite, and how many of its steps were skipped."""
+    figures = runs.trained(phase, precision, compiled)["figures"]
+    bad = sum(not math.isfinite(value) for row in figures for value in row.values()) + sum(row["skipped"] for row in figures)
+    return at_most(float(bad), 0.0, figures=figures)
+
+
+def resumed(runs: Runs, phase: str, precision: Precision, compiled: bool) -> Outcome:
+    """Whether the run that went on from a checkpoint ends as the undisturbed one."""
+    made = runs.trained(phase, precision, compiled)
+    return identical(made["resumed"], made["undisturbed"])
+
+
 def checks(setting: Setting) -> Checks:
     """The checks of this section."""
     runs = Runs(setting)
@@ -166,48 +177,20 @@ def checks(setting: Setting) -> Checks:
             details={**made.details, "found": found["figures"], "cpu": wanted["figures"]},
         )  # fmt: skip
 
-    def finite(phase: str, precision: Precision, compiled: bool) -> Outcome:
-        figures = runs.trained(phase, precision, compiled)["figures"]
-        bad = sum(not math.isfinite(value) for row in figures for value in row.values()) + sum(
-            row["skipped"] for row in figures
-        )
-        return at_most(float(bad), 0.0, figures=figures)
-
-    def resumed(phase: str, precision: Precision, compiled: bool) -> Outcome:
-        made = runs.trained(phase, precision, compiled)
-        return identical(made["resumed"], made["undisturbed"])
-
     def on_cpu(phase: str, precision: Precision) -> Outcome:
-        state = torch.load(
-            io.BytesIO(runs.trained(phase, precision, False)["checkpoint"]), map_location="cpu", weights_only=True
-        )  # fmt: skip
+        checkpoint = io.BytesIO(runs.trained(phase, precision, False)["checkpoint"])
+        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
         step = runs.step(phase, precision, torch.device("cpu"))
         step.load_state_dict(state)
         return identical(state_of(step), tensors(state))
-
-    def compiled(phase: str, precision: Precision) -> Outcome:
-        eager = runs.gradients(runs.step(phase, precision, setting.device), runs.many, same_draws=False)
-        step = runs.compiled(phase, precision)
-        values = difference(runs.gradients(step, runs.many, same_draws=False), eager)
-        for learner in (step.student, step.critic):
-            if learner is not None:
-                learner.optimizer.zero_grad(set_to_none=True)
-        troubles = compiling_troubles()
-        return worst(values | troubles, runs.limits(phase, precision) | dict.fromkeys(troubles, NONE))
 
     for phase in PHASES:
         for precision in ("fp32", "bf16"):
             name = f"{phase} {precision}"
             yield Check(f"{name}, losses and gradients against the CPU's fp32", lambda p=phase, q=precision: against_cpu(p, q))
-            yield Check(f"{name}, not finite or skipped in {STEPS} steps", lambda p=phase, q=precision: finite(p, q, False))
-            yield Check(f"{name}, resumed from a checkpoint", lambda p=phase, q=precision: resumed(p, q, False))
+            yield Check(
+                f"{name}, not finite or skipped in {STEPS} steps", lambda p=phase, q=precision: finite(runs, p, q, False)
+            )
+            yield Check(f"{name}, resumed from a checkpoint", lambda p=phase, q=precision: resumed(runs, p, q, False))
             yield Check(f"{name}, the checkpoint loads on the CPU", lambda p=phase, q=precision: on_cpu(p, q))
         runs.trained.cache_clear()
-    for phase in PHASES:
-        runs.trained.cache_clear()
-        name = f"{phase} bf16 compiled"
-        yield Check(f"{name}, losses and gradients against eager", lambda p=phase: compiled(p, "bf16"), COMPILING)
-        yield Check(f"{name}, not finite or skipped in {STEPS} steps", lambda p=phase: finite(p, "bf16", True), COMPILING)
-        yield Check(f"{name}, resumed from a checkpoint", lambda p=phase: resumed(p, "bf16", True), COMPILING)
-    name = "reconstruction fp32 compiled"
-    yield Check(f"{name}, losses and gradients against eager", lambda: compiled("reconstruction", "fp32"), COMPILING)
