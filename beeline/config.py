@@ -169,6 +169,8 @@ class ImagesConfig(PoolConfig):
     """How other images are fitted: centre square and Lanczos, the whole image stretched, or as ADM prepared ImageNet."""
     shard_size: Size = 1024
     """Images per Parquet file."""
+    limit: Whole = 0
+    """Take only so many images, evenly spread over the classes; 0 takes all."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -461,6 +463,10 @@ class EvaluateConfig(PoolConfig):
     """Samples, and real images, that precision, recall and their kin look at: their cost grows with its square."""
     samples: Annotated[int, Range(1, MAX_SHOWN)] = 40
     """Images of the sample sheet."""
+    held_out: Size = 256
+    """Pairs that no student has seen, sampled for straightness and nearness to the teacher's images."""
+    few: bool = resource(False)
+    """Measure on fewer samples than features, too. Such figures mean nothing: for rehearsals (cluster/rehearse.py)."""
     reference: str = resource("")
     """Statistics of the real images in Inception's features as EDM publishes them (an .npz file with mu and sigma; local path
     or s3://...), instead of those of images/. Its SHA-256 is part of the result."""

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -18,26 +16,10 @@ from torch.nn import functional as F
 from beeline.checkpoint import WEIGHTS
 from beeline.config import to_dict
 from beeline.denoiser import Denoiser
+from beeline.machine import describe
 
+__all__ = ["RESULTS", "ceilings", "describe", "describe_model", "synchronize", "timed", "write"]
 RESULTS = Path(__file__).parent / "results"
-
-
-def describe(device: torch.device) -> dict[str, Any]:
-    """The machine, as far as it bears on speed."""
-    model = platform.processor()
-    if os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo") as file:
-            names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
-        model = names[0] if names else model
-    return {
-        "cpu": model,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
 
 
 def describe_model(model: Denoiser, folder: Path | None) -> dict[str, Any]:

@@ -12,11 +12,12 @@ from beeline.config import LmmConfig, PairsConfig, Recipe
 from beeline.measures import KID_SUBSET
 from beeline.measuring import PROBES
 from beeline.samplers import evaluations
+from cluster.steps import models
 from cluster.workspace import Workspace
 from evaluation.reference import KEPT
 from evaluation.rows import parse_steps, teacher_row
 from pipeline.shards import encode, group_rows, shard_count
-from trainers.student import RECONSTRUCTION, all_needs, running
+from trainers.student import all_needs, running
 from trainers.trials import config_of, settings
 
 KID_SUBSETS = 100
@@ -53,11 +54,8 @@ def store_bytes(column: str, shape: Sequence[int], dtype: str, count: int, shard
 
 def measured_models(recipe: Recipe) -> dict[str, list[int]]:
     """What run_pipeline.py measures: the evaluations of each row of each model."""
-    students = {f"students/{name}": recipe.evaluate.steps for name in recipe.students}
-    if recipe.students["lmm"].reconstruction.iterations:
-        students[f"students/lmm/{RECONSTRUCTION}"] = recipe.few_steps
-    rows = {name: [len(parse_steps(text)) for text in dict.fromkeys(steps)] for name, steps in students.items()}
-    return {"teacher": [teacher_row(nfe).nfe for nfe in dict.fromkeys(recipe.evaluate.nfe)], **rows}
+    rows = {name: [len(parse_steps(text)) for text in dict.fromkeys(texts)] for name, texts in models(recipe).items()}
+    return rows | {"teacher": [teacher_row(nfe).nfe for nfe in dict.fromkeys(recipe.evaluate.nfe)]}
 
 
 def figures(network: str, dimensions: int, count: int, images: int, neighbours: int) -> float:

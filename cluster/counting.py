@@ -24,10 +24,12 @@ from beeline.augment import augment
 from beeline.backbones import build_backbone
 from beeline.checkpoint import build
 from beeline.config import (
+    ImagesConfig,
     LmmConfig,
     NetworkConfig,
     OptimizerConfig,
     PhaseConfig,
+    ProbeConfig,
     ProbeNetworkConfig,
     TeacherConfig,
 )
@@ -180,6 +182,11 @@ def look(name: str, probe: ProbeNetworkConfig, channels: int, resolution: int) -
         network: Any = _empty(bare)
         images = torch.zeros(BATCH, channels, resolution, resolution, dtype=torch.uint8)
         return _counted(lambda: network.look(images)), network.dimensions
+
+
+def look_at(name: str, probe: ProbeConfig, images: ImagesConfig) -> tuple[float, int]:
+    """FLOPs per image of a recipe's measuring network `name`, and its features."""
+    return look(name, getattr(probe, PROBES.get(name, "measure")), images.channels, images.resolution)
 
 
 @functools.cache

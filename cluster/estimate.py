@@ -31,7 +31,7 @@ from beeline.settings import check as check_value
 from cluster import speeds
 from cluster.readiness import access, check_all, report
 from cluster.speeds import CPU, Measured, Speed
-from cluster.stages import IMAGES_PER_CORE, Job, Stage, stages
+from cluster.stages import Job, Stage, stages
 from cluster.workspace import Workspace
 from pipeline.command import run_command
 from pipeline.storage import Folder
@@ -167,7 +167,7 @@ def _uneven(job: Job, units: float) -> float:
 def _seconds(job: Job, device: str, measured: list[Measured], utilisation: float) -> tuple[float, str]:
     """Of one unit of the device for all of a job, and the sentence about its speed."""
     if job.task is None:
-        return job.seconds, f"assumed: {IMAGES_PER_CORE:g} images/s are decoded by a core"
+        return job.seconds, job.source
     found: Speed = speeds.speed(job.task, device, measured=measured, utilisation=utilisation)
     unit = "core" if device == CPU or job.on_core else "GPU"
     figure = f"{found.flops / 1e12:,.0f} TFLOP/s" if found.flops >= 1e13 else f"{found.flops / 1e9:,.0f} GFLOP/s"

@@ -130,7 +130,7 @@ def needs(recipe: Recipe, there: Workspace, teacher: str) -> Iterator[Need]:
         yield pool("pairs", "pairs", recipe.pairs)
     sweep = recipe.sweep
     side = sweep.max_concurrent or sweep.trials
-    yield Need(stage="sweep", option="--sweep.gpus", least=1, most=side, gpus=sweep.gpus, cpus=sweep.threads)
+    yield Need(stage=f"sweeps/{sweep.name}", option="--sweep.gpus", least=1, most=side, gpus=sweep.gpus, cpus=sweep.threads)
     yield pool("evaluation", "evaluate", recipe.evaluate)
 
 

@@ -242,7 +242,7 @@ def _machines(recipe: Recipe, there: Workspace, teacher: str) -> list[Line]:
         cpus = max(4, os.cpu_count() or 1)  # as pipeline.runtime tells Ray
         around = Surroundings(nodes=[Node(cpus, gpus)])
         lines = [Line("machine", f"this one, {os.cpu_count()} cores, {gpus} GPUs")]
-    lines += [line for need in alike(asked) if (line := _room(need, around)).fix]
+    lines += [line for need in alike(asked) if (line := room(need, around)).fix]
     if all(not line.fix for line in lines):
         most = max(asked, key=lambda need: need.gpus * need.most)
         wish = f"; {most.stage} could use up to {most.gpus * most.most:g} GPUs" if most.gpus else "; no stage asks for GPUs"
@@ -250,7 +250,7 @@ def _machines(recipe: Recipe, there: Workspace, teacher: str) -> list[Line]:
     return lines
 
 
-def _room(need: Need, around: Surroundings) -> Line:
+def room(need: Need, around: Surroundings) -> Line:
     """Whether the processes that must run at once fit on the nodes, those included that an autoscaler may add."""
     fits = sum(fitting(need, node) for node in around.nodes)
     later = sum(fitting(need, node) * node.count for node in around.promised)

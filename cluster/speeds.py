@@ -1,7 +1,7 @@
 """How fast machines compute, and who says so: this workspace, a benchmark of ours, or a share of a data sheet's peak.
 
-What was measured in the workspace comes first, then benchmarks/results of the same kind of device, of the network that is
-nearest in size. Only where there is neither is a speed assumed, and then it says that it is.
+What was measured in the workspace, or in its rehearsal, comes first, then benchmarks/results of the same kind of device, of the
+network that is nearest in size. Only where there is neither is a speed assumed, and then it says that it is.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import math
 import os
 import platform
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +85,8 @@ class Measured:
     ours: bool
     """In the user's workspace, rather than by a benchmark."""
     on_gpu: bool
+    device: str = ""
+    """The kind of device; "" where it is not on record."""
 
 
 def known(gpu: str) -> str:
@@ -100,19 +102,18 @@ def here() -> str:
     if not torch.cuda.is_available():
         return CPU
     name = torch.cuda.get_device_name()
-    return _kind({"gpu": name}) or known(name)
+    return kind_of({"gpu": name}) or known(name)
 
 
 def speed(task: Task, device: str, *, measured: list[Measured], utilisation: float = UTILISATION) -> Speed:
     """Of `task` on one `device`, from the measurement that is nearest to it, or assumed."""
     if task.kind == "figures":
         return _figures()
-    alike = [m for m in measured if m.on_gpu == (device != CPU)] + benchmarks(device)
-    candidates = [m for m in alike if m.task.precision == task.precision]
-    other_networks = (
-        task.kind == "looking" and device != CPU
-    )  # measuring networks say nothing about denoisers, nor these of them
-    if candidates and not other_networks:
+    alike = [m for m in measured if m.on_gpu == (device != CPU) and m.device in ("", device)] + benchmarks(device)
+    strict = task.kind == "looking" and device != CPU  # measuring networks say nothing about denoisers, nor these of them
+    kinds = [m for m in alike if m.task.kind == task.kind or not (strict or m.task.kind == "looking")]
+    candidates = [m for m in kinds if m.task.precision == task.precision]
+    if candidates:
         best = min(candidates, key=lambda m: _distance(m, task))
         note = "" if best.task.kind == task.kind else f"; of {best.task.kind}, taken for this too"
         return Speed(best.rate(), f"measured: {best.source}{note}")
@@ -139,7 +140,7 @@ def benchmarks(device: str) -> list[Measured]:
             result = json.loads(path.read_text())
         except ValueError:
             continue
-        if "model" not in result or _kind(result["machine"]) != device:
+        if "model" not in result or kind_of(result["machine"]) != device:
             continue
         if "policies" in result:
             found += _of_sampling(path, result)
@@ -148,7 +149,8 @@ def benchmarks(device: str) -> list[Measured]:
     return found
 
 
-def _kind(machine: dict[str, Any]) -> str | None:
+def kind_of(machine: Mapping[str, Any]) -> str | None:
+    """The kind of device that a machine's description names, None for a GPU of which no speed is known."""
     name = machine.get("gpu")
     if not name:
         return CPU
@@ -156,21 +158,21 @@ def _kind(machine: dict[str, Any]) -> str | None:
 
 
 def _of_sampling(path: Path, result: dict[str, Any]) -> list[Measured]:
-    flops, units, where = result["gflop_per_evaluation"] * 1e9, _units(result["machine"]), _where(result["machine"])
+    flops, units, place = result["gflop_per_evaluation"] * 1e9, _units(result["machine"]), where(result["machine"])
     made, gpu = [], bool(result["machine"].get("gpu"))
     for policy, row in result["policies"].items():
         if policy != "plain":
             task = Task(kind="sampling", size=flops, precision=policy.split()[0], compiled="compiled" in policy)
             rate = row["evaluations_per_s"] * flops / units
             made.append(
-                Measured(task=task, rate=lambda rate=rate: rate, source=f"{_named(path)}, {where}", ours=False, on_gpu=gpu)
+                Measured(task=task, rate=lambda rate=rate: rate, source=f"{_named(path)}, {place}", ours=False, on_gpu=gpu)
             )
     return made
 
 
 def _of_training(path: Path, result: dict[str, Any]) -> list[Measured]:
     network = from_dict(NetworkConfig, result["model"]["network"])
-    size, units, where = counting.evaluation(network), _units(result["machine"]), _where(result["machine"])
+    size, units, place = counting.evaluation(network), _units(result["machine"]), where(result["machine"])
     recipe = RECIPES["cifar10"](0)  # whose losses the benchmark trains with
     lmm = recipe.students["lmm"]
     made, gpu = [], bool(result["machine"].get("gpu"))
@@ -184,7 +186,7 @@ def _of_training(path: Path, result: dict[str, Any]) -> list[Measured]:
 
             task = Task(kind=phase, size=size, precision=policy.split()[0], compiled="compiled" in policy)
             made.append(
-                Measured(task=task, rate=functools.cache(rate), source=f"{_named(path)}, {where}", ours=False, on_gpu=gpu)
+                Measured(task=task, rate=functools.cache(rate), source=f"{_named(path)}, {place}", ours=False, on_gpu=gpu)
             )
     return made
 
@@ -193,7 +195,8 @@ def _units(machine: dict[str, Any]) -> int:
     return 1 if machine.get("gpu") else int(machine["threads"])
 
 
-def _where(machine: dict[str, Any]) -> str:
+def where(machine: Mapping[str, Any]) -> str:
+    """What a speed holds for, in words."""
     if machine.get("gpu"):
         return f"on one {machine['gpu']}"
     other = "" if machine["cpu"] in _cpu() else " (this machine has another)"

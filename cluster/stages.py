@@ -8,13 +8,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from beeline.config import LmmConfig, PoolConfig, Recipe, WorkersConfig
-from beeline.measuring import PROBES
 from beeline.schedule import edm_sigmas
 from cluster import counting
 from cluster.contents import figures, measured_models, needed_weights, pair_evaluations, store_bytes, trials
 from cluster.speeds import Task
 from cluster.workspace import Workspace
-from evaluation.jobs import PAIRS
 from evaluation.reference import KEPT
 from evaluation.rows import parse_steps
 from pipeline.shards import shard_count
@@ -37,6 +35,8 @@ class Job:
     count: Callable[[], float] = lambda: 0.0
     """The operations; counting them may take seconds."""
     seconds: float = 0.0
+    source: str = ""
+    """How the seconds are known."""
     processes: int
     gpus: float
     threads: int
@@ -84,7 +84,11 @@ def stages(recipe: Recipe, there: Workspace, teacher: str) -> list[Stage]:
 
 def _images(recipe: Recipe, there: Workspace) -> Stage:
     config, count = recipe.images, there.images
-    job = replace(_pool(config, None, shard_count(count, config.shard_size)), seconds=count / IMAGES_PER_CORE)
+    seen = there.rehearsed.get("images")
+    each, source = 1 / IMAGES_PER_CORE, f"assumed: {IMAGES_PER_CORE:g} images/s are decoded by a core"
+    if seen and seen.each:
+        each, source = seen.each, f"measured: {seen.source}, {1 / seen.each:,.0f} images/s for each actor"
+    job = replace(_pool(config, None, shard_count(count, config.shard_size)), seconds=count * each, source=source)
     shape = (config.channels, config.resolution, config.resolution)
     stored = store_bytes("image", shape, "uint8", count, config.shard_size, {"images": {}})
     note = "" if count else f"how many there are in {config.source} is not known here: what depends on them is left out"
@@ -240,8 +244,12 @@ def _evaluation(recipe: Recipe, there: Workspace) -> Stage:
     config, size = recipe.evaluate, counting.evaluation(recipe.teacher.network)
     left = {name: rows for name, rows in measured_models(recipe).items() if not there.complete(f"evaluation/{name}")}
     rows, samples = [nfe for model in left.values() for nfe in model], config.draws * _count(recipe, there)
-    lines = 3 * recipe.pairs.num_steps * PAIRS * sum(_any_level(recipe, name) for name in left)
-    sampled = sum(rows) * (samples + config.samples + PAIRS) + lines + PAIRS * pair_evaluations(recipe.pairs, there)
+    lines = 3 * recipe.pairs.num_steps * config.held_out * sum(_any_level(recipe, name) for name in left)
+    sampled = (
+        sum(rows) * (samples + config.samples + config.held_out)
+        + lines
+        + config.held_out * pair_evaluations(recipe.pairs, there)
+    )
     task = Task(kind="sampling", size=size, precision=config.precision, compiled=config.compiled)
     jobs = [replace(_pool(config, task, len(rows) * config.draws * shard_count(_count(recipe, there), config.shard_size)),
                     count=lambda: sampled * size)]  # fmt: skip
@@ -275,8 +283,7 @@ def _any_level(recipe: Recipe, model: str) -> bool:
 
 
 def _look(recipe: Recipe, name: str) -> tuple[float, int]:
-    probe = getattr(recipe.probe, PROBES[name]) if name in PROBES else recipe.probe.measure
-    return counting.look(name, probe, recipe.images.channels, recipe.images.resolution)
+    return counting.look_at(name, recipe.probe, recipe.images)
 
 
 def _figures(recipe: Recipe, there: Workspace, features: Sequence[str], rows: int) -> Job:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 import re
@@ -16,9 +17,11 @@ from beeline.layout import check_layout
 from beeline.recipes import RECIPES
 from beeline.samplers import evaluations
 from cluster import counting
-from cluster.speeds import Measured, Task
+from cluster.speeds import CPU, Measured, Task, kind_of, where
+from cluster.steps import models
+from evaluation.evaluate import PER_EVALUATION, PER_LOOK
 from pipeline.manifest import read_manifest
-from pipeline.records import LAYOUTS, plan_in, success_in
+from pipeline.records import LAYOUTS, SUCCESS, plan_in, success_in
 from pipeline.shards import shard_count, shard_name, shard_rows
 from pipeline.sources import open_source
 from pipeline.storage import Folder
@@ -26,7 +29,23 @@ from trainers import checkpoints, loop
 from trainers.train_teacher import imported_from
 
 PUBLISHED = {"cifar10": 50_000, "cifar10_uncond": 50_000, "cifar10_small": 50_000, "afhqv2": 15_803, "imagenet64": 1_281_167}
+REHEARSAL, RECORD = "rehearsal", "rehearsal.json"
+SPEED = {"kind": str, "size": float, "precision": str, "compiled": bool, "flops_per_s": float, "on_gpu": bool}
+LAYOUT = {  # of a rehearsal's record (beeline/layout.py), as far as plans use it
+    "machine": {"cpu": str, "threads": 1, "gpu?": str},
+    "stages": [{"stage": str, "ok": bool, "seconds_per_unit?": float, "speeds": [SPEED]}],
+}
 CALIBRATED = 12  # evaluations of a calibrated solver that is yet to be found
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rehearsed:
+    """A stage that works in a rehearsal: seconds for each unit, if known, speeds, and the kind of device that had them."""
+
+    each: float | None
+    speeds: tuple[dict[str, Any], ...]
+    device: str
+    source: str
 
 
 class Workspace:
@@ -44,10 +63,14 @@ class Workspace:
         """The plan of a stage, or None."""
         return None if self.trouble else plan_in(self.place / folder, LAYOUTS.get(folder, {}))
 
+    def success(self, folder: str) -> dict[str, Any]:
+        """What a finished stage says of itself; {} of others."""
+        return (None if self.trouble else success_in(self.place / folder)) or {}
+
     @functools.cache  # noqa: B019  (a workspace lives as long as the command)
     def complete(self, folder: str) -> bool:
         """Whether the stage says that it is finished."""
-        return not self.trouble and success_in(self.place / folder) is not None
+        return self.success(folder) is not None
 
     @functools.cached_property
     def teacher(self) -> bool:
@@ -134,38 +157,94 @@ class Workspace:
         return {int(found[1]) for name in names if (found := re.fullmatch(r"trial-(\d+)\.json", name))}
 
     def measured(self) -> list[Measured]:
-        """The throughputs that its pairs and logs hold, of the recipe's settings."""
+        """The throughputs that its pairs, logs and measurements hold, of the recipe's settings, then those of its rehearsal."""
         if self.trouble:
             return []
-        found = [*self._of_pairs(), *self._of_log("teacher")]
-        for name in self.recipe.students:
-            found += self._of_log(name)
+        names = ["pairs", "teacher", *(f"students/{lmm.name}" for lmm in self.recipe.students.values())]
+        names += [f"evaluation/{name}" for name in models(self.recipe)]
+        return [speed for name in names for speed in self.speeds(name)] + self._of_rehearsal()
+
+    def speeds(self, stage: str) -> list[Measured]:
+        """The throughputs that a stage's own records hold."""
+        kind, _, name = stage.partition("/")
+        if kind == "pairs":
+            return self._of_pairs()
+        if kind == "evaluation":
+            return self._of_evaluation(name)
+        return self._of_log(stage) if kind in ("teacher", "students") else []
+
+    def _of_rehearsal(self) -> list[Measured]:
+        """What a rehearsal measured (cluster/rehearse.py), on the kind of device that it ran on."""
+        found = []
+        for row in self.rehearsed.values():
+            for speed in row.speeds:
+                task = Task(**{field.name: speed[field.name] for field in dataclasses.fields(Task)})
+                rate, on_gpu = functools.partial(float, speed["flops_per_s"]), bool(speed["on_gpu"])
+                device = row.device if on_gpu else CPU
+                found.append(Measured(task=task, rate=rate, source=row.source, ours=True, on_gpu=on_gpu, device=device))
+        return found
+
+    @functools.cached_property
+    def rehearsed(self) -> dict[str, Rehearsed]:
+        """The stages that worked in the workspace's rehearsal, by name."""
+        folder = self.place / REHEARSAL
+        with reading(f"{folder}/{RECORD} is not as a rehearsal writes it", "rehearse again, or remove it"):
+            record: dict[str, Any] = (None if self.trouble else folder.read_json(RECORD)) or {"stages": []}
+            check_layout(record, LAYOUT if record["stages"] else {})
+        return {
+            row["stage"]: Rehearsed(
+                each=row["seconds_per_unit"],
+                speeds=tuple(row["speeds"]),
+                device=kind_of(record["machine"]) or "unknown",
+                source=f"{folder}/{RECORD}, {row['stage']}, {where(record['machine'])}",
+            )
+            for row in record["stages"]
+            if row["ok"]
+        }
+
+    def _of_evaluation(self, name: str) -> list[Measured]:
+        """How fast a model was sampled to be measured, and its samples were looked at."""
+        config, images = self.recipe.evaluate, self.recipe.images
+        done = self.success(f"evaluation/{name}")
+        size, units = counting.evaluation(self.recipe.teacher.network), config.gpus or config.threads
+        looking = sum(counting.look_at(network, self.recipe.probe, images)[0] for network in config.features)
+        each = {"sampling": (size, done.get(PER_EVALUATION)), "looking": (looking, done.get(PER_LOOK))}
+        found = []
+        for kind, (flops, seconds) in each.items():
+            if not seconds:
+                continue
+            precision = config.precision if kind == "sampling" else "fp32"
+            task = Task(kind=kind, size=size, precision=precision, compiled=config.compiled)
+            source = f"{self.place}/evaluation/{name}/{SUCCESS}, {_each(config.gpus, config.threads)} for each actor"
+            rate = functools.partial(float, flops / seconds / units)
+            found.append(Measured(task=task, rate=rate, source=source, ours=True, on_gpu=config.gpus > 0))
         return found
 
     def _of_pairs(self) -> list[Measured]:
         config = self.recipe.pairs
         rows = [row for row in read_manifest(self.place / "pairs") if row.get("sampling_seconds")]
-        seconds = sum(row["sampling_seconds"] for row in rows)
         plan = self.plan("pairs")
-        if not seconds or not plan:
+        if not rows or not plan:
             return []
+        speed = statistics.median(
+            (row["pairs"] or 0) / row["sampling_seconds"] for row in rows
+        )  # an actor's first shard may compile
         made, size = plan["pairs"], counting.evaluation(self.recipe.teacher.network)
         each = plan.get("evaluations", evaluations("heun", config.num_steps))
-        pairs = sum(row["pairs"] or 0 for row in rows)
         units = config.gpus or config.threads
         task = Task(kind="sampling", size=size, precision=made.get("precision"), compiled=made.get("compiled"))
         source = (
-            f"{self.place}/pairs/manifest.parquet, {pairs / seconds:,.2f} pairs per actor-second over {len(rows)} shards, "
+            f"{self.place}/pairs/manifest.parquet, {speed:,.2f} pairs per actor-second over {len(rows)} shards, "
             f"taking actors to have had what the settings say: {_each(config.gpus, config.threads)}"
         )
-        rate = pairs * each * size / seconds / units
+        rate = speed * each * size / units
         return [Measured(task=task, rate=lambda: rate, source=source, ours=True, on_gpu=config.gpus > 0)]
 
-    def _of_log(self, name: str) -> list[Measured]:
+    def _of_log(self, folder: str) -> list[Measured]:
         """Of a training, for each of its phases: the median of images/s, the first line, of a cold start, left out."""
-        recipe, teaching = self.recipe, name == "teacher"
-        config = recipe.teacher if teaching else recipe.students[name]
-        folder = "teacher" if teaching else f"students/{recipe.students[name].name}"
+        recipe, teaching = self.recipe, folder == "teacher"
+        students = {f"students/{lmm.name}": lmm for lmm in recipe.students.values()}
+        config = recipe.teacher if teaching else students[folder]
         rows, workers = loop.read_log(self.place / folder), config.workers
         size, made = counting.evaluation(recipe.teacher.network), []
         for number in (0, 1):
@@ -178,7 +257,7 @@ class Workspace:
             if teaching:
                 kind, count = "teacher", functools.partial(counting.of_teacher, recipe.teacher)
             else:
-                lmm = recipe.students[name]
+                lmm = students[folder]
                 phase = (lmm.reconstruction, lmm.adversarial)[number]
                 found = counting.of_phase(recipe.teacher.network, recipe.probe.losses, lmm, phase)
                 kind, count = "adversarial" if found.critic_bytes else "reconstruction", found.count

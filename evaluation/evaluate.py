@@ -18,6 +18,7 @@ if __name__ == "__main__":
 
 import dataclasses
 import hashlib
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any
@@ -32,7 +33,8 @@ from beeline.settings import ModelPath, Some, check
 from evaluation import results
 from evaluation.jobs import (
     HELD_OUT,
-    PAIRS,
+    LOOKING,
+    SAMPLING,
     Bench,
     Fidelity,
     HeldOut,
@@ -52,6 +54,8 @@ from pipeline.pool import run_pool
 from pipeline.progress import Progress
 from pipeline.stage import Stage, check_fits, fingerprint, require, require_measuring, require_model, require_probe
 from pipeline.storage import Folder
+
+PER_EVALUATION, PER_LOOK = "seconds_per_evaluation", "seconds_per_look"  # of _SUCCESS
 
 
 def evaluate(
@@ -86,10 +90,10 @@ def measure(workspace: str, recipe: str, config: EvaluateConfig, models: Mapping
     work = [measurement for measurement in found if measurement.stage.begin(more=bool(measurement.rows))]
     if not work:
         return
-    _prepare_and_sample(setup, work, digests)
+    seconds = _prepare_and_sample(setup, work, digests)
     _judge(setup, work)
     for measurement in work:
-        measurement.publish(setup)
+        measurement.publish(setup, seconds.get(measurement.name, {}))
 
 
 def check_measurable(
@@ -101,7 +105,7 @@ def check_measurable(
     networks = _networks(place, config, recipe)
     count = config.count or images["images"]["count"]
     for name, (_, dimensions) in networks.items():
-        if count <= dimensions:
+        if count <= dimensions and not config.few:
             raise BeelineError(
                 f"{count} samples are too few for a distance in the {dimensions} features of {name}; take more than "
                 f"{dimensions} (--count), or measure in other features (--features)"
@@ -145,11 +149,13 @@ class Measurement:
         """What needs held-out pairs."""
         if setup.pairs is None:
             return []
-        lines = [Lines(self.name, setup.pairs["pairs"]["num_steps"])] if self.straight else []
-        return [*(Fidelity(self.name, row) for row in self.rows), *lines]
+        count = setup.config.held_out
+        lines = [Lines(self.name, setup.pairs["pairs"]["num_steps"], count)] if self.straight else []
+        return [*(Fidelity(self.name, row, count) for row in self.rows), *lines]
 
-    def publish(self, setup: Setup) -> None:
-        """Metrics and sheets; then what was only needed for published rows goes. What another command still measures stays."""
+    def publish(self, setup: Setup, seconds: Mapping[str, float]) -> None:
+        """Metrics and sheets, and the `seconds` of its samples; then what was only needed for published rows goes. What another
+        command still measures stays."""
         folder = self.stage.folder
         results.publish(setup, self.name, self.rows, self.stage.plan, self.straight)
         for name in results.temporary(folder):
@@ -160,7 +166,7 @@ class Measurement:
             metrics.gauge("evaluation_figure", row["mean"], model=self.name, sampler=row["sampler"], metric=row["metric"])
         measured = {row["sampler"]: row["nfe"] for row in published}
         samples = setup.config.draws * setup.count
-        finish(self.stage, samples=samples * len(measured), evaluations=samples * sum(measured.values()))
+        finish(self.stage, samples=samples * len(measured), evaluations=samples * sum(measured.values()), **seconds)
 
 
 def finish(stage: Stage, **facts: Any) -> None:
@@ -231,8 +237,9 @@ def _measurement(setup: Setup, name: str, config: EvaluateConfig, networks: Mapp
     return Measurement(name, stage, left, straight)
 
 
-def _prepare_and_sample(setup: Setup, work: Sequence[Measurement], networks: Mapping[str, str]) -> None:
-    """The first pass: what real images look like, held-out pairs, all samples."""
+def _prepare_and_sample(setup: Setup, work: Sequence[Measurement], networks: Mapping[str, str]) -> dict[str, dict[str, float]]:
+    """The first pass: what real images look like, held-out pairs, all samples. Returns by model the seconds that its samples
+    took."""
     place, images = setup.workspace, setup.images
     references = {}
     for name, digest in networks.items():
@@ -240,14 +247,18 @@ def _prepare_and_sample(setup: Setup, work: Sequence[Measurement], networks: Map
         stage = Stage(place, reference_folder(name), plan)
         if stage.begin(quiet=True):
             references[name] = stage, [RealImages(name, group) for group in range(len(groups(images["images"])))]
-    held_out = Stage(place, HELD_OUT, {"pairs": fingerprint(setup.pairs)})
-    pairs = [HeldOut(PAIRS * setup.pairs["evaluations"])] if setup.pairs is not None and held_out.begin(quiet=True) else []
+    held_out = Stage(place, HELD_OUT, {"pairs": fingerprint(setup.pairs), "count": setup.config.held_out})
+    pairs = (
+        [HeldOut(setup.config.held_out, setup.pairs["evaluations"])]
+        if setup.pairs is not None and held_out.begin(quiet=True)
+        else []
+    )
     jobs: list[Any] = [*pairs, *(job for stage, parts in references.values() for job in _left(stage.folder, parts))]
     for measurement in work:
         jobs += _left(measurement.stage.folder, [*measurement.samples(setup), *measurement.sheets(setup)])
-    _run(setup, "evaluation", jobs)
+    rows = _run(setup, "evaluation", jobs)
     if pairs:
-        held_out.finish(pairs=PAIRS)
+        held_out.finish(pairs=setup.config.held_out)
     for stage, parts in references.values():
         _merge(stage, [part.file for part in parts], images["images"]["count"])
         for part in parts:
@@ -255,6 +266,7 @@ def _prepare_and_sample(setup: Setup, work: Sequence[Measurement], networks: Map
         stage.folder.clean()
     for name in networks:
         reference(place, name, setup.moments)  # a reference of another network is refused before samples are judged
+    return _seconds(jobs, rows)
 
 
 def _merge(stage: Stage, files: list[str], count: int) -> None:
@@ -285,13 +297,32 @@ def _left(folder: Folder, jobs: Sequence[Any]) -> list[Any]:
     return [job for job in left if job.file not in there or not sound(folder, job.file)]
 
 
-def _run(setup: Setup, what: str, jobs: list[Any]) -> None:
+def _seconds(jobs: Sequence[Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """By model, of the samples of this run: seconds of an actor for an evaluation and for looking at an image, medians over
+    work items, so that an actor's first one, which may compile, does not count."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        job = jobs[row["item"]]
+        if isinstance(job, Samples):
+            each = row[SAMPLING] / job.evaluations, row[LOOKING] / len(job.indices)
+            found.setdefault(job.model, []).append(each)
+    return {
+        name: dict(zip((PER_EVALUATION, PER_LOOK), map(statistics.median, zip(*times, strict=True)), strict=True))
+        for name, times in found.items()
+    }
+
+
+def _run(setup: Setup, what: str, jobs: list[Any]) -> list[dict[str, Any]]:
+    """The rows of all work items."""
+    rows = []
     arguments = {"setup": setup, "jobs": jobs}
     evaluations = sum(job.evaluations for job in jobs) if any(isinstance(job, Samples) for job in jobs) else 0
     total, unit = (evaluations, "network evaluations") if evaluations else (len(jobs), "measurements")
     with Progress(what, total, unit) as progress:
         for done in run_pool(Bench, arguments, range(len(jobs)), setup.config, name=what):
             progress.add(done["evaluations"] if evaluations else 1)
+            rows.append(done)
+    return rows
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import time
 from typing import Any, ClassVar
 
 import numpy as np
@@ -38,13 +39,13 @@ from pipeline.stage import require_measuring, require_model, require_probe
 from pipeline.storage import Folder
 
 HELD_OUT = "evaluation/held-out"
-PAIRS = 256  # held-out pairs
 HELD_OUT_PAIRS = "pairs.npz"
+SAMPLING, LOOKING = "sampling_seconds", "looking_seconds"
 
 
-def held_out_rows(pairs: dict[str, Any]) -> list[int]:
-    """Indices of the held-out pairs: those after the store's, whose classes, index mod classes, are evenly spread."""
-    return [pairs["pairs"]["count"] + int(i) for i in spread(PAIRS, max(PAIRS, pairs["num_classes"]))]
+def held_out_rows(pairs: dict[str, Any], count: int) -> list[int]:
+    """Indices of `count` held-out pairs: those after the store's, whose classes, index mod classes, are evenly spread."""
+    return [pairs["pairs"]["count"] + int(i) for i in spread(count, max(count, pairs["num_classes"]))]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,10 +74,12 @@ class Bench:
         self.reference = functools.cache(lambda name: reference(setup.workspace, name, setup.moments))
 
     def work(self, number: int) -> dict[str, Any]:
-        """Do item `number`; the row says how many network evaluations it took, and how many samples it measured."""
+        """Do item `number`; the row says how many network evaluations it took, how many samples it measured, and of samples
+        the seconds that drawing them took, and looking at them."""
         job = self.jobs[number]
-        job.run(self)
-        return {"evaluations": job.evaluations, "samples": len(job.indices) if isinstance(job, Samples) else 0}
+        seconds = job.run(self) or {}
+        samples = len(job.indices) if isinstance(job, Samples) else 0
+        return {"item": number, "evaluations": job.evaluations, "samples": samples, SAMPLING: 0.0, LOOKING: 0.0} | seconds
 
     def place(self, *folders: str) -> Folder:
         """A folder of the workspace."""
@@ -104,7 +107,7 @@ class Bench:
         found = unpack(self.place(HELD_OUT).read(HELD_OUT_PAIRS), "pairs")
         assert self.setup.pairs is not None
         first = self.setup.pairs["pairs"]["count"]
-        return {"index": np.arange(first, first + PAIRS)} | found  # files of earlier versions do not say
+        return {"index": np.arange(first, first + len(found["noise"]))} | found  # files of earlier versions do not say
 
     def _eye(self, name: str) -> Eye:
         setup = self.setup
@@ -154,9 +157,14 @@ class RealImages:
 
 @dataclasses.dataclass(frozen=True)
 class HeldOut:
-    """Pairs made as those of pairs/ are, of the noise that comes after theirs; `evaluations` in all."""
+    """`count` pairs made as those of pairs/ are, of the noise that comes after theirs, `each` evaluations a pair."""
 
-    evaluations: int
+    count: int
+    each: int
+
+    @property
+    def evaluations(self) -> int:
+        return self.count * self.each
 
     def run(self, bench: Bench) -> None:
         """Write them into evaluation/held-out."""
@@ -164,7 +172,7 @@ class HeldOut:
         assert plan is not None
         config = from_dict(PairsConfig, plan["pairs"])
         teacher = load_sampler(bench.setup.workspace, bench.setup.recipe, plan, config)
-        rows = held_out_rows(plan)
+        rows = held_out_rows(plan, self.count)
         labels, noise = pair_labels(rows, teacher.label_dim), x0(config.seed, rows, teacher.image_shape)
         x1 = make_pairs(teacher, noise, labels, config)
         arrays = {"x1": x1, "noise": noise, "label": labels, "index": np.array(rows)}
@@ -189,18 +197,25 @@ class Samples:
     def evaluations(self) -> int:
         return self.row.nfe * len(self.indices)
 
-    def run(self, bench: Bench) -> None:
-        """Sample, look, and write what was seen."""
-        config = bench.setup.config
+    def run(self, bench: Bench) -> dict[str, float]:
+        """Sample, look, and write what was seen. Returns the seconds of both, without those of loading networks."""
+        config, model = bench.setup.config, bench.model(self.model)
         labels = bench.labels[self.indices.start : self.indices.stop]
         seed = noise_seed(config, self.draw)
-        images = draw(bench.model(self.model), self.row, self.indices, labels, seed=seed, batch_size=config.batch_size)
+        for name in config.features:
+            bench.eye(name)
+        begun = time.monotonic()
+        drawn = draw(model, self.row, self.indices, labels, seed=seed, batch_size=config.batch_size)
+        images = quantised(drawn).cpu()  # a GPU has finished when its images are here
+        sampled = time.monotonic()
         arrays = {}
-        for name, seen in bench.look(quantised(images)).items():
+        for name, seen in bench.look(images).items():
             arrays[f"{name}.features"] = seen.features
             if seen.logits is not None:
                 arrays[f"{name}.logits"] = seen.logits
+        looked = time.monotonic()
         bench.place("evaluation", self.model).write(self.file, pack(arrays))
+        return {SAMPLING: sampled - begun, LOOKING: looked - sampled}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -266,6 +281,7 @@ class Fidelity:
 
     model: str
     row: Row
+    count: int
 
     @property
     def file(self) -> str:
@@ -273,7 +289,7 @@ class Fidelity:
 
     @property
     def evaluations(self) -> int:
-        return self.row.nfe * PAIRS
+        return self.row.nfe * self.count
 
     def run(self, bench: Bench) -> None:
         """Sample the held-out noise and compare."""
@@ -285,7 +301,7 @@ class Fidelity:
             seed=plan["pairs"]["seed"], batch_size=config.batch_size,
         )  # fmt: skip
         rms = float((images - x1.clamp(-1, 1)).to(torch.float64).square().mean().sqrt())
-        bench.place("evaluation", self.model).write_json(self.file, {counted("pair_rms", PAIRS): rms})
+        bench.place("evaluation", self.model).write_json(self.file, {counted("pair_rms", self.count): rms})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -295,11 +311,12 @@ class Lines:
 
     model: str
     num_steps: int
+    count: int
     file: ClassVar[str] = "lines.json"
 
     @property
     def evaluations(self) -> int:
-        return 3 * self.num_steps * PAIRS
+        return 3 * self.num_steps * self.count
 
     def run(self, bench: Bench) -> None:
         """Measure at every level of EDM's schedule."""
@@ -309,7 +326,7 @@ class Lines:
         line = model.few_step.line if model.few_step is not None else "ve"
         values = straightness(model, x1, noise, given, sigmas, line=line)
         own, speed = trajectories(model, noise, given, num_steps=self.num_steps)
-        found = {"line": line, "sigmas": sigmas.tolist(), "values": values, "own": own, "speed": speed, "pairs": PAIRS}
+        found = {"line": line, "sigmas": sigmas.tolist(), "values": values, "own": own, "speed": speed, "pairs": self.count}
         means = {"mean": float(np.mean(values)), "own_mean": float(np.mean(own)), "speed_mean": float(np.mean(speed))}
         bench.place("evaluation", self.model).write_json(self.file, means | found)
 

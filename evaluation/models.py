@@ -198,7 +198,7 @@ def _model(place: Folder, name: str) -> Model:
             name=name, figures=figures, samplings=samplings, straightness=straightness, provenance=found["provenance"],
             trained=trained, iterations=_iterations(place, name, trained),
         )  # fmt: skip
-        _order(model), model.about
+        _ = _order(model), model.about  # what the report asks of it
     return model
 
 

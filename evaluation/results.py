@@ -24,6 +24,7 @@ from pipeline.storage import Folder
 METRICS, SAMPLES, NEAREST = "metrics.json", "samples.png", "nearest.png"
 LIBRARIES = ("torch", "torchvision", "torch-fidelity", "timm", "numpy", "scipy", "ray", "beeline")
 SHOWN_NEAREST = 20
+TEMPORARY = ("part-", "draw-", "pairs-")  # beginnings of the names of what rows are made of
 FIGURE = {
     "model": str, "nfe": 1, "steps?": [0], "sampler": str, "metric": str, "n": 1, "mean": float, "std": float, "min": float,
     "draws": [float],
@@ -135,7 +136,7 @@ def _figures(setup: Setup, folder: Folder, model: str, row: Row) -> list[dict[st
     """A row of metrics.json for each figure of a row of the table; None where another command has published the row and has
     removed what it was made of."""
     judged = [folder.read_json(Judge(model, row, number, ()).file) for number in range(setup.config.draws)]
-    near = folder.read_json(Fidelity(model, row).file) if setup.pairs is not None else {}
+    near = folder.read_json(Fidelity(model, row, 0).file) if setup.pairs is not None else {}
     if None in [*judged, near]:
         if row.label in measured(folder):
             return None

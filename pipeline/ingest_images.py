@@ -17,6 +17,8 @@ if __name__ == "__main__":
 import collections
 import hashlib
 import json
+import time
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,6 +30,7 @@ from beeline.errors import BeelineError, one_line
 from beeline.noise import stream
 from beeline.settings import MAX_SHARDS
 from pipeline.command import run_command
+from pipeline.manifest import Manifest
 from pipeline.pool import run_pool
 from pipeline.progress import Progress
 from pipeline.shards import encode, shard_count, shard_name, shard_rows, survey
@@ -72,6 +75,7 @@ class ImageShards:
     def work(self, number: int) -> dict[str, Any]:
         """Make and publish the shards of a pass; the row counts their images and what was changed in them, and names the
         corrupt ones, whose shards are left out."""
+        begun = time.monotonic()
         shards = [shard_rows(k, self.config.shard_size, len(self.order)) for k in self.passes[number]]
         positions = np.concatenate([np.asarray(rows) for rows in shards])
         wanted = self.order[positions]
@@ -84,15 +88,25 @@ class ImageShards:
             except CorruptImage as error:
                 sound[i] = False
                 corrupt.append(str(error))
-        start = 0
+        start, written = 0, []
         for k, rows in zip(self.passes[number], shards, strict=True):
             part = slice(start, start := start + len(rows))
             if sound[part].all():
                 labels = self.source.classes.labels[wanted[part]]
-                self.folder.write(shard_name(k), encode("image", images[part], labels, rows, self.plan))
+                data = encode("image", images[part], labels, rows, self.plan)
+                self.folder.write(shard_name(k), data)
+                written.append(
+                    {"shard": k, "bytes": len(data), "crc32": zlib.crc32(data), "published": round(time.time() * 1000)}
+                )
         changes = dict(self.source.pixels.changes)
         self.source.pixels.changes.clear()
-        return {"images": len(wanted), "corrupt": json.dumps(corrupt), "changes": json.dumps(changes)}
+        return {
+            "images": len(wanted),
+            "reading_seconds": time.monotonic() - begun,
+            "written": json.dumps(written),
+            "corrupt": json.dumps(corrupt),
+            "changes": json.dumps(changes),
+        }
 
 
 def passes_for(shards: Sequence[int], source: Source, config: ImagesConfig) -> list[list[int]]:
@@ -133,7 +147,7 @@ def ingest_images(workspace: str, recipe: tyro.conf.Suppress[str], images: Image
     stage = Stage(place, "images", plan)
     if not stage.begin():
         return
-    corrupt = _make(stage, place, source, images)
+    corrupt, seconds = _make(stage, place, source, images)
     stage.folder.clean()
     if corrupt:
         stage.folder.remove(PLAN)  # another source may take this place; shards that are kept name their plan themselves
@@ -142,30 +156,36 @@ def ingest_images(workspace: str, recipe: tyro.conf.Suppress[str], images: Image
             f"{len(corrupt):,} of {count:,} images in {images.source} cannot be read: {shown}. Repair them, or take them out "
             "of the source, and run the command again; shards without them are kept"
         )
-    stage.finish(images=count, shards=shard_count(count, images.shard_size))
+    stage.finish(images=count, shards=shard_count(count, images.shard_size), reading_seconds=round(seconds, 3))
 
 
-def _make(stage: Stage, place: Folder, source: Source, images: ImagesConfig) -> list[str]:
-    """Make the shards that are missing. Returns the corrupt images."""
+def _make(stage: Stage, place: Folder, source: Source, images: ImagesConfig) -> tuple[list[str], float]:
+    """Make the shards that are missing. Returns the corrupt images, and the actors' seconds."""
     count = len(source.names)
     expected = {shard_name(k) for k in range(shard_count(count, images.shard_size))}
     for name in stage.folder.sizes():
         if name.startswith("part-") and name not in expected:  # of a source with more images, some of them corrupt
             stage.folder.remove(name)
-    left = survey(stage.folder, stage.plan, count, images.shard_size).todo
+    found = survey(stage.folder, stage.plan, count, images.shard_size)
+    manifest, left = Manifest(stage.folder, found.sizes), found.todo
     total = sum(len(shard_rows(k, images.shard_size, count)) for k in left)
     passes = passes_for(left, source, images)
     arguments = {"workspace": place, "plan": stage.plan, "config": images, "passes": passes}
     corrupt: list[str] = []
+    seconds = 0.0
     changes: collections.Counter[str] = collections.Counter()
     with Progress("images", total, "images") as progress:
         for row in run_pool(ImageShards, arguments, range(len(passes)), images, name="images"):
             progress.add(row["images"])
+            seconds += row["reading_seconds"]
             corrupt += json.loads(row["corrupt"])
             changes.update(json.loads(row["changes"]))
+            for entry in json.loads(row["written"]):
+                manifest.add(entry)
+    manifest.publish()
     for change, number in sorted(changes.items()):
         print(f"images: {number:,} of them {change}", flush=True)
-    return corrupt
+    return corrupt, seconds
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The manifest of a shard store: a row per shard that says how it was made, and what that took.
+"""The manifest of a shard store: a row per shard with its CRC-32, and for pairs/ how it was made and what that took.
 
 The driver keeps it and publishes it every half minute: of shards that were published just before a driver was killed the
 sizes are known, and nothing else. Nothing depends on it but sums: whether a shard is there and sound, its file says.

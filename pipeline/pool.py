@@ -14,6 +14,7 @@ import ray.data
 from beeline.config import PoolConfig
 from beeline.errors import BeelineError
 from pipeline import metrics
+from pipeline.room import check_room
 from pipeline.runtime import ensure_ray, quiet_data
 
 GROW_ABOVE = 0.5  # tasks in flight, of those that all actors could run at once; full pools are at 1 or 2
@@ -40,6 +41,7 @@ def run_pool(
         return
     ensure_ray()
     quiet_data()
+    check_room(name, min(pool.min_actors, len(items)), cpus=pool.cpus, gpus=pool.gpus)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False

@@ -197,7 +197,7 @@ def _compare(metadata: Mapping[str, Any], key: str, number: int, *arrays: np.nda
 def _crc(*arrays: np.ndarray) -> int:
     crc = 0
     for array in arrays:
-        crc = zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8), crc)
+        crc = zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data, crc)
     return crc
 
 

@@ -18,6 +18,7 @@ from beeline.checkpoint import build
 from beeline.config import NetworkConfig
 
 SOURCE = "raise SystemExit('the embedded source was run')"
+SMALLEST = {"model_channels": 4, "channel_mult": [1], "num_blocks": 1, "attn_resolutions": []}
 SMALL = {"model_channels": 16, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [4]}
 NETWORKS = {
     "ddpmpp": ("SongUNet", {"augment_dim": 9}),
@@ -86,10 +87,10 @@ def persistent(edm: Any, module: nn.Module, class_name: str, **attributes: Any) 
     return Persistent(edm, class_name, state)
 
 
-def network(kind: str, label_dim: int) -> tuple[Any, Any]:
+def network(kind: str, label_dim: int, sizes: dict[str, Any]) -> tuple[Any, Any]:
     """A denoiser with random weights and the keyword arguments that EDM would record for its network."""
     _, extra = NETWORKS[kind]
-    recorded = {**SMALL, **extra}
+    recorded = {**sizes, **extra}
     arguments = {
         key: tuple(value) if isinstance(value, list) else value
         for key, value in recorded.items()
@@ -105,17 +106,23 @@ def network(kind: str, label_dim: int) -> tuple[Any, Any]:
 
 
 def released(
-    edm: Any, kind: str, classes: int = 10, half: bool = False, edit: Callable[[Any], None] | None = None, **changes: Any
+    edm: Any,
+    kind: str,
+    classes: int = 10,
+    half: bool = False,
+    edit: Callable[[Any], None] | None = None,
+    sizes: dict[str, Any] = SMALL,
+    **changes: Any,
 ) -> tuple[bytes, Any]:
     """The bytes of a file in released layout, and the model whose weights it holds. `edit` changes the network before it is
     written: a parameter's attribute `stand_in`, if it has one, is written in its place. `changes` are recorded arguments."""
-    model, recorded = network(kind, classes)
+    model, recorded = network(kind, classes, sizes)
     if edit:
         edit(model.model)
-    sizes = {"img_resolution": 8, "in_channels": 3, "out_channels": 3, "label_dim": classes}
+    images = {"img_resolution": 8, "in_channels": 3, "out_channels": 3, "label_dim": classes}
     if half:
         model.half().float()  # what survives in half precision
-    recorded = {**sizes, **recorded, **changes}
+    recorded = {**images, **recorded, **changes}
     source = model.model.half() if half else model.model
     inner = persistent(edm, source, NETWORKS[kind][0], _init_args=(), _init_kwargs=recorded)
     state = {

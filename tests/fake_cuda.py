@@ -52,11 +52,15 @@ class _Marks:
 
 
 class _Mode(TorchDispatchMode):
-    """Checks devices and carries marks through every operation."""
+    """Checks devices and carries marks through every operation.
+
+    C++ makes tensors of its own on the way, where it believes its operands to be (`F.one_hot`): they are where they are used.
+    Those that Python makes pass its patched doors, which say so by `from_python`.
+    """
 
     def __init__(self, marks: _Marks) -> None:
         super().__init__()
-        self.marks = marks
+        self.marks, self.anywhere, self.from_python = marks, _Marks(), False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -64,18 +68,20 @@ class _Mode(TorchDispatchMode):
         on_gpu = [tensor in self.marks for tensor in tensors]
         if any(on_gpu) and func not in COPIES:
             self._check(func, args, tensors, on_gpu)
-        known = {tensor.untyped_storage()._cdata for tensor in tensors}
+        known = {tensor.untyped_storage()._cdata for tensor in tensors if tensor not in self.anywhere}
         made = func(*args, **kwargs)
-        if any(on_gpu):
+        of_its_own = not tensors and not self.from_python
+        if any(on_gpu) or of_its_own:
             for leaf in tree_leaves(made):
                 if isinstance(leaf, torch.Tensor) and leaf.untyped_storage()._cdata not in known:
-                    self.marks.add(leaf)
+                    (self.anywhere if of_its_own else self.marks).add(leaf)
         return made
 
     def _check(self, func: Any, args: Any, tensors: list[torch.Tensor], on_gpu: list[bool]) -> None:
         if func in INDEXED and args[0] in self.marks:
             return  # indices may be on the CPU
-        strangers = [tensor for tensor, here in zip(tensors, on_gpu, strict=True) if not here and tensor.ndim > 0]
+        others = [tensor for tensor, here in zip(tensors, on_gpu, strict=True) if not here]
+        strangers = [tensor for tensor in others if tensor.ndim > 0 and tensor not in self.anywhere]
         if strangers:
             raise RuntimeError(
                 f"Expected all tensors to be on the same device: {func} got cuda:0 and cpu, shape {tuple(strangers[0].shape)}"
@@ -84,6 +90,8 @@ class _Mode(TorchDispatchMode):
 
 class _Generator(torch.Generator):
     """A CPU's generator that says whose it was asked for."""
+
+    said: torch.device
 
     def __new__(cls, device: Any = "cpu") -> _Generator:
         made = super().__new__(cls)
@@ -124,6 +132,7 @@ def fake_cuda() -> Iterator[torch.device]:
         yield GPU
         return
     marks, patch = _Marks(), pytest.MonkeyPatch()
+    mode = _Mode(marks)
 
     def place(tensor: torch.Tensor, device: Any) -> torch.Tensor:
         """A copy on the device, connected to `tensor` for gradients."""
@@ -142,7 +151,11 @@ def fake_cuda() -> Iterator[torch.device]:
                 raise RuntimeError(f"Expected a {device!r} device type for generator but found {generator.device.type!r}")
             if "device" in kwargs:
                 kwargs["device"] = CPU
-            made = original(*args, **kwargs)
+            mode.from_python = True
+            try:
+                made = original(*args, **kwargs)
+            finally:
+                mode.from_python = False
             if _is_gpu(device) != (made in marks):
                 made = place(made.detach(), device).requires_grad_(made.requires_grad)
             return made
@@ -192,7 +205,7 @@ def fake_cuda() -> Iterator[torch.device]:
     patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     patch.setattr(torch.cuda, "max_memory_allocated", lambda *_: 2**20)
     try:
-        with _Mode(marks):
+        with mode:
             yield GPU
     finally:
         patch.undo()

@@ -189,6 +189,7 @@ FORBIDDEN = {
     "pty.spawn", "pickle.find_class", "socket.connect", "socket.bind",
     "os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.chmod", "os.link", "os.symlink", "shutil.rmtree", "ctypes.dlopen",
 }  # fmt: skip
+OWN = (sys.prefix, sys.base_prefix, os.path.dirname(os.__file__), str(Path(__file__).parent.parent))
 WRITING = {"os.remove", "os.rename", "os.rmdir", "os.mkdir"}  # what commands do that write a result
 _seen: list[str] | None = None  # what the hook has noticed; None while nobody watches
 _hooked = False
@@ -218,7 +219,7 @@ def _code(event: str, arguments: tuple[Any, ...]) -> None:
         name = module
     else:
         name = str(getattr(arguments[0], "co_filename", "") if event == "exec" else arguments[1])
-        unexpected = not name.startswith((sys.prefix, sys.base_prefix, os.path.dirname(os.__file__), "<frozen"))
+        unexpected = not name.startswith((*OWN, "<frozen"))
     if unexpected:
         _seen.append(f"{event} {name}")
 

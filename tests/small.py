@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,8 @@ def write_images(place: Folder, network: NetworkConfig) -> None:
 def write_models(place: Folder, network: NetworkConfig) -> None:
     """probe/losses, probe/measure, teacher and students/lmm."""
     torch.manual_seed(0)
-    for which, activation in (("losses", "relu"), ("measure", "gelu")):
-        config = ProbeNetworkConfig(widths=(8, 12), strides=(1, 2), activation=activation)
+    losses = ProbeNetworkConfig(widths=(8, 12), strides=(1, 2))
+    for which, config in (("losses", losses), ("measure", dataclasses.replace(losses, activation="gelu"))):
         probe = Probe(config, channels=network.img_channels, num_classes=CLASSES)
         finished(place, f"probe/{which}", {}, dump(probe, {}))
     finished(place, "probe", {}, {})

@@ -18,6 +18,7 @@ COMMANDS = [
     "evaluation/evaluate.py",
     "evaluation/report.py",
     "cluster/run_pipeline.py",
+    "cluster/rehearse.py",
 ]
 
 

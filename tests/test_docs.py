@@ -12,7 +12,7 @@ import pytest
 from harness import ROOT, parse_command
 
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-ERRORS = ("BeelineError", "SettingError", "StorageError", "_fail")
+ERRORS = ("BeelineError", "SettingError", "StorageError", "_fail", "reading")
 
 
 def messages() -> Iterator[tuple[str, str]]:
@@ -21,7 +21,8 @@ def messages() -> Iterator[tuple[str, str]]:
         for path in sorted((ROOT / folder).rglob("*.py")):
             for node in ast.walk(ast.parse(path.read_text())):
                 if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ERRORS and node.args:
-                    yield f"{path.relative_to(ROOT)}:{node.lineno}", _text(node.args[0])
+                    parts = node.args[:2] if getattr(node.func, "id", "") == "reading" else node.args[:1]
+                    yield f"{path.relative_to(ROOT)}:{node.lineno}", " (…); ".join(map(_text, parts))
 
 
 def _text(node: ast.AST) -> str:

@@ -158,7 +158,8 @@ def test_straightness(made: Folder, device: torch.device, line: Any) -> None:
     x1, noise = (torch.randn(8, 1, 8, 8, generator=generator) for _ in range(2))
     labels, sigmas = torch.arange(8) % 4, edm_sigmas(4)
     on_cpu = straightness(model, x1, noise, labels, sigmas, line=line), trajectories(model, noise, labels, num_steps=4)
-    model, x1, noise, labels = (one.to(device) for one in (model, x1, noise, labels))
+    x1, noise, labels = (one.to(device) for one in (x1, noise, labels))
+    model.to(device)
     on_gpu = straightness(model, x1, noise, labels, sigmas, line=line), trajectories(model, noise, labels, num_steps=4)
     same(on_gpu[0], on_cpu[0])
     same(np.array(on_gpu[1]), np.array(on_cpu[1]))
@@ -196,14 +197,14 @@ def measured(place: Folder) -> dict[str, Any]:
         "students/lmm": [Row(2, (0, 2), None, 4, rule) for rule in (None, "same_noise", "fresh_noise")],
     }
     real = [RealImages("probe", group) for group in range(3)]
-    first: list[Any] = [*real, HeldOut(1)]
+    first: list[Any] = [*real, HeldOut(64, 1)]
     then: list[Any] = []
     for name, ways in rows.items():
         for row in ways:
             parts = [Samples(name, row, 0, shard, range(16 * shard, min(16 * shard + 16, 40))) for shard in range(3)]
             first += [*parts, Sheet(name, row, 6)]
-            then += [Judge(name, row, 0, tuple(part.file for part in parts)), Fidelity(name, row)]
-        then.append(Lines(name, 4))
+            then += [Judge(name, row, 0, tuple(part.file for part in parts)), Fidelity(name, row, 64)]
+        then.append(Lines(name, 4, 64))
     bench = Bench(setup, [*first, *then])
     for number in range(len(first)):
         bench.work(number)
@@ -254,13 +255,13 @@ def trained(place: Folder, device: torch.device, config: LmmConfig) -> None:
     folder = place / f"students/{config.name}"
     session = loop.Session(folder=folder, device=device)
     first = task(session)
-    assert loop.run(first, session, replace(CADENCE, validate_every=2))
+    assert loop.run(first, session, replace(CADENCE, validate_every=config.validate_every))
     assert all(tensor.is_cuda for average in first.averages for tensor in average.state_dict().values())
     weights = folder.read("model.safetensors")
     for step in checkpoints.steps(folder):
         state = checkpoints.load(folder, step)
         session = loop.Session(folder=folder, device=device, restored=state)
-        assert loop.run(task(session), session, replace(CADENCE, checkpoint_every=100, validate_every=2))
+        assert loop.run(task(session), session, replace(CADENCE, checkpoint_every=100, validate_every=config.validate_every))
         assert folder.read("model.safetensors") == weights
     beeline.load(f"{folder}")
 

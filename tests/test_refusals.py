@@ -8,9 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import ray
 from harness import ROOT, Run
 
+from beeline.errors import BeelineError
 from pipeline.command import run_command
+from pipeline.room import check_room
 
 INGEST = ("pipeline.ingest_images", "ingest_images")
 PROBE = ("trainers.train_probe", "train_probes")
@@ -189,6 +192,20 @@ def test_the_right_command_follows_a_wrong_one(run: Run, tmp_path: Path) -> None
     assert "error: the losses probe reached a held-out accuracy of nan" in failed.stderr
     assert not (tmp_path / "ws/probe/plan.json").exists()
     run(*weak, "--probe.min-accuracy", "0")
+
+
+def test_more_than_this_machine_has_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0})
+    check_room("pairs", 8, cpus=0.5, gpus=0)
+    for processes, cpus, gpus, found in (
+        (9, 0.5, 0.0, "9 x 0.5 CPU at once, and Ray on this machine has 4"),
+        (1, 1.0, 0.5, "1 x 0.5 GPU at once, and Ray on this machine has 0"),
+    ):
+        with pytest.raises(BeelineError, match=f"pairs asks for {found}"):
+            check_room("pairs", processes, cpus=cpus, gpus=gpus)
+    monkeypatch.setenv("RAY_ADDRESS", "head:6379")
+    check_room("pairs", 99, cpus=9, gpus=9)
 
 
 def test_commands_without_a_recipe(trained: Path) -> None:

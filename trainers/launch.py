@@ -7,6 +7,8 @@ Ray gets a folder on the driver's machine, where it writes nothing but an empty 
 from __future__ import annotations
 
 import functools
+import logging
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Collection, Mapping
@@ -21,6 +23,7 @@ from beeline.config import WorkersConfig
 from beeline.errors import BeelineError, StorageError
 from beeline.numerics import set_numerics
 from pipeline import metrics
+from pipeline.room import check_room
 from pipeline.runtime import ensure_ray
 from pipeline.storage import Folder
 from trainers import checkpoints, loop
@@ -45,6 +48,7 @@ def launch(
     is told will leave are left in time, and not counted.
     """
     ensure_ray()
+    check_room(name, workers.min_count or workers.count, cpus=workers.threads, gpus=workers.gpus)
     count = (workers.min_count, workers.count) if workers.min_count else workers.count
     config = {
         "build": build,
@@ -107,6 +111,7 @@ def _rank(config: dict[str, Any]) -> bool:
     # 1x1 convolutions: the two layouts hold the same numbers in the same order.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     set_numerics()
+    logging.getLogger("ray.train.v2._internal.util").addFilter(_is_news)
     torch.set_num_threads(config["threads"])
     context, device = ray.train.get_context(), ray.train.torch.get_device()
     if device.type == "cuda":
@@ -127,6 +132,11 @@ def _rank(config: dict[str, Any]) -> bool:
     return loop.train(
         lambda session: config["build"](session=session, **config["arguments"]), session, config["cadence"], newest
     )
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether Ray Train logs more than an error for the user, which the command tells in one line."""
+    return not isinstance(sys.exc_info()[1], BeelineError)
 
 
 def _newest(folder: Folder, rank: int, device: torch.device, refused: Collection[int]) -> tuple[int, loop.State] | None:

@@ -46,6 +46,7 @@ from evaluation.sweeps import trials_in
 from pipeline import metrics
 from pipeline.command import run_command
 from pipeline.records import plan_in
+from pipeline.room import check_room
 from pipeline.runtime import ensure_ray, find_user_error
 from pipeline.stage import Stage, fingerprint, publish_model, require, require_features, require_model, require_probe
 from pipeline.storage import Folder
@@ -128,6 +129,7 @@ def _train(
     if not configs:
         return
     ensure_ray()
+    check_room("sweep", 1, cpus=sweep.threads, gpus=sweep.gpus)
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # or Ctrl-C would end the trials and go on with the sweep
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new one has tables of its own even where verbose is 0
     logging.getLogger("ray.tune.execution.tune_controller").addFilter(_is_news)

@@ -23,6 +23,7 @@ from beeline.noise import stream_seed
 from beeline.numerics import set_numerics
 from pipeline.command import run_command
 from pipeline.reader import some_images, to_float
+from pipeline.room import check_room
 from pipeline.runtime import ensure_ray
 from pipeline.stage import Stage, fingerprint, publish_model, require
 from pipeline.storage import Folder
@@ -54,6 +55,7 @@ def train_probes(workspace: str, recipe: tyro.conf.Suppress[str], probe: ProbeCo
     if not stage.begin():
         return
     ensure_ray()
+    check_room("probe", 1, cpus=1, gpus=probe.gpus)
     remote = ray.remote(num_cpus=1, num_gpus=probe.gpus)(_train)
     jobs = {
         which: remote.options(name=f"probe/{which}").remote(place, getattr(probe, which), probe, images) for which in PROBES
@@ -70,7 +72,7 @@ def train_probes(workspace: str, recipe: tyro.conf.Suppress[str], probe: ProbeCo
             )
     for which in PROBES:
         publish_model(place / "probe" / which, files[which])
-    stage.finish(accuracies=accuracies)
+    stage.finish(accuracies=accuracies, iterations=len(jobs) * probe.iterations)
 
 
 def _train(workspace: Folder, network: ProbeNetworkConfig, config: ProbeConfig, images: dict) -> tuple[dict[str, bytes], float]:

@@ -27,6 +27,7 @@ from pipeline.sources.folder import FolderImages, walk
 from pipeline.sources.labels import Classes
 from pipeline.sources.listing import sorted_out
 from pipeline.sources.parquet import MAGIC, ParquetImages
+from pipeline.sources.part import Part
 from pipeline.sources.pixels import CorruptImage as CorruptImage
 from pipeline.sources.pixels import Pixels, kind_of
 
@@ -51,7 +52,13 @@ class Source(Protocol):
 
 
 def open_source(config: ImagesConfig) -> Source:
-    """The source that `config.source` names. Raises BeelineError where there is none, or where it is damaged or unclear."""
+    """The source that `config.source` names, or a part of it. Raises BeelineError where there is none, or where it is damaged
+    or unclear."""
+    source = _whole(config)
+    return Part(source, config.limit) if 0 < config.limit < len(source.names) else source
+
+
+def _whole(config: ImagesConfig) -> Source:
     if config.source == "digits":
         return Digits(config)
     with reading(f"images.source {config.source} cannot be read", "check the file, or make or download it again"):

@@ -26,9 +26,13 @@ LABELS = (
     *("label", "labels", "class", "fine_label", "target", "targets", "category"),
     *("class_id", "class_label", "class_idx", "label_id", "category_id", "cls", "y"),
 )
+CLASS_TYPES = (
+    *(pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, pa.types.is_string, pa.types.is_large_string),
+    *(pa.types.is_dictionary, pa.types.is_null),
+)
 MAGIC = b"PAR1"
 ROWS = 8  # images decoded from Parquet at once
-MAX_RATIO = 100  # by which a column of images can be compressed: they are compressed already
+MAX_RATIO = 100  # by which Parquet with images can be compressed: they are compressed already
 FEW = 2**20  # rows that even a small file may have: cells that are repeated take no space
 BUFFER = 2**20  # bytes read at once
 
@@ -80,6 +84,12 @@ class ParquetImages:
         self._at: tuple[int, int] = (-1, 0)  # row group, and first row of the batch that was read last
         self._batch: pa.Array = pa.nulls(0)
         self._batches: Iterator[pa.RecordBatch] = iter(())
+        with reading(f"{files[0]} cannot be read", "expected a Parquet file with a column of images"):
+            if all(_encoded(self._value(row)) is None for row in range(min(ROWS, len(self.names)))):
+                raise BeelineError(
+                    f"{files[0]} holds the paths of its images and not the images: column {columns.image} has no bytes. Write "
+                    "it again with the images in it (datasets: embed_external_files=True), or give the folder of images"
+                )
 
     def image(self, index: int) -> np.ndarray:
         return self.pixels.decoded(lambda: _bytes(self._value(index)), self.names[index])
@@ -90,23 +100,13 @@ class ParquetImages:
         with pq.ParquetFile(file) as opened:
             metadata, columns = opened.metadata, _columns(opened.schema_arrow, file)
             groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
-            rows, size = sum(group.num_rows for group in groups), os.path.getsize(file)
-            if not 0 <= rows <= max(size, FEW):
-                raise BeelineError(
-                    f"{file} claims {rows:,} rows in {size:,} bytes; it is damaged, or was not written for images"
-                )
-            nulls = sum(_checked(group, columns, file) for group in groups)
+            _check_sizes(groups, file)
             first = len(self.names)
             for number, group in enumerate(groups):
                 self._groups.append((len(self.names), file, number))
                 start = len(self.names) - first
                 self.names += [f"{os.path.basename(file)} row {start + row}" for row in range(group.num_rows)]
-            if rows and nulls == rows:
-                raise BeelineError(
-                    f"{file} holds the paths of its images and not the images: column {columns.image} has no bytes. Write it "
-                    "again with the images in it (datasets: embed_external_files=True), or give the folder of images"
-                )
-            return columns, _labels(file, columns.label) if columns.label else []
+            return columns, _labels(opened, columns.label, file) if columns.label else []
 
     def _value(self, index: int) -> Any:
         """The cell of a row. Rows are read on from the last one; a row before it means to start again."""
@@ -124,17 +124,22 @@ class ParquetImages:
         return self._batch[index - start].as_py()
 
 
-def _labels(file: str, column: str) -> list[Any]:
+def _labels(opened: pq.ParquetFile, column: str, file: str) -> list[Any]:
     """The cells of a column. Words are read as a dictionary, so that one that is repeated takes its memory once."""
-    kind = pq.read_schema(file).field(column).type
-    words = pa.types.is_string(kind) or pa.types.is_large_string(kind)
-    cells = pq.read_table(file, columns=[column], read_dictionary=[column] if words else None)[column]
-    if not pa.types.is_dictionary(cells.type):
-        return cells.to_pylist()
+    kind = opened.schema_arrow.field(column).type
+    if not any(is_kind(kind) for is_kind in CLASS_TYPES):
+        raise BeelineError(f"the column {column} of {file} holds {kind}; expected one class for each image: a number or a word")
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        cells = pq.read_table(file, columns=[column], read_dictionary=[column])[column]
+    else:
+        cells = opened.read(columns=[column])[column]
     labels: list[Any] = []
     for chunk in cells.chunks:
-        known = [*chunk.dictionary.to_pylist(), None]
-        labels += [known[-1 if index is None else index] for index in chunk.indices.to_pylist()]
+        if pa.types.is_dictionary(chunk.type):
+            known = [*chunk.dictionary.to_pylist(), None]
+            labels += [known[-1 if index is None else index] for index in chunk.indices.to_pylist()]
+        else:
+            labels += chunk.to_pylist()
     return labels
 
 
@@ -184,29 +189,25 @@ def _holds_images(kind: pa.DataType) -> bool:
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
 
-def _checked(group: pq.RowGroupMetaData, columns: Columns, file: str) -> int:
-    """How many images of a row group are null, as far as it says so. Raises BeelineError if it asks for far more memory than
-    its size allows."""
-    nulls, size = 0, os.path.getsize(file)
-    for i in range(group.num_columns):
-        chunk = group.column(i)
-        name = chunk.path_in_schema.split(".")[0]
-        if name not in columns[:2]:
-            continue
-        unpacked, packed = chunk.total_uncompressed_size, chunk.total_compressed_size
-        if chunk.num_values > max(size, FEW) or (unpacked > MAX_BYTES and unpacked > MAX_RATIO * packed):
-            raise BeelineError(
-                f"{file} claims {chunk.num_values:,} cells of the column {name}, {unpacked:,} bytes packed into {packed:,}, in "
-                f"a file of {size:,} bytes; it is damaged, or was not written for images"
-            )
-        if chunk.path_in_schema in (columns.image, f"{columns.image}.bytes"):
-            typeless = chunk.physical_type == "INT32"  # how a column of nothing but nulls is written
-            nulls = group.num_rows if typeless else chunk.statistics.null_count or 0 if chunk.statistics else 0
-    return nulls
+def _check_sizes(groups: Sequence[pq.RowGroupMetaData], file: str) -> None:
+    """Raise BeelineError if row groups ask for far more memory than the file's size allows. Only row groups are asked: on
+    damaged facts about columns Arrow ends the process."""
+    rows, size = sum(group.num_rows for group in groups), os.path.getsize(file)
+    unpacked = max((group.total_byte_size for group in groups), default=0)
+    few = all(group.num_rows >= 0 for group in groups) and rows <= max(size, FEW)
+    if not few or unpacked > max(MAX_BYTES, MAX_RATIO * size):
+        raise BeelineError(
+            f"{file} has {size:,} bytes and claims {rows:,} rows, and row groups of up to {unpacked:,} bytes; it is damaged, "
+            "or was not written for images"
+        )
+
+
+def _encoded(value: Any) -> bytes | None:
+    return value["bytes"] if isinstance(value, dict) else value
 
 
 def _bytes(value: Any) -> bytes:
-    data = value["bytes"] if isinstance(value, dict) else value
+    data = _encoded(value)
     if data is None:
         path = value.get("path") if isinstance(value, dict) else None
         raise ValueError(f"no bytes, only the path {path}" if path else "null")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -104,9 +105,92 @@ def test_the_machines_are_what_they_are_called(aws: dict[str, Any]) -> None:
         assert (config.get("InstanceMarketOptions") == {"MarketType": "spot"}) == (name == "gpu")
         assert config["IamInstanceProfile"]["Name"] == ("beeline-head" if name == "head" else "beeline-worker")
         assert config["MetadataOptions"]["HttpTokens"] == "required"  # spot_notice.py asks with a token
+        assert config["SecurityGroupIds"] == ["sg-your-group"], "Ray's own group lets in SSH from everywhere"
     region = aws["provider"]["region"]
     assert all(zone[:-1] == region for zone in aws["provider"]["availability_zone"].split(","))
     assert f"--env AWS_DEFAULT_REGION={region}" in aws["docker"]["run_options"]
+
+
+def policy(name: str) -> list[dict[str, Any]]:
+    """The statements of a policy of cluster/aws/, actions and resources as lists."""
+    found = json.loads(text(f"aws/{name}.json"))
+    assert found["Version"] == "2012-10-17"
+    for statement in found["Statement"]:
+        assert statement["Effect"] == "Allow"
+        for key in ("Action", "Resource"):
+            value = statement.get(key, [])
+            statement[key] = [value] if isinstance(value, str) else value
+    return found["Statement"]
+
+
+def test_roles_may_do_no_more_than_they_must(aws: dict[str, Any]) -> None:
+    assert "FullAccess" not in "".join(path.read_text() for path in (ROOT / "cluster").rglob("*") if path.is_file())
+    launch, name, region = policy("launch"), aws["cluster_name"], aws["provider"]["region"]
+    for statement in (*launch, *policy("bucket")):
+        assert not any("*" in action for action in statement["Action"])
+        looks = all(action.startswith("ec2:Describe") for action in statement["Action"])
+        assert ("*" in statement["Resource"]) == looks, "only looking goes for everything"
+        for resource in statement["Resource"]:
+            _, service, where = (resource.split(":", 4) + [""] * 4)[1:4]
+            assert service in ("s3", "iam", "") or where == region
+    may = {action: statement for statement in launch for action in statement["Action"]}
+    assert set(may) == {
+        "ec2:DescribeInstances", "ec2:DescribeInstanceTypes", "ec2:RunInstances", "ec2:CreateTags", "ec2:TerminateInstances",
+        "ssm:GetParameters", "iam:PassRole",
+    }  # fmt: skip
+    assert may["ec2:TerminateInstances"]["Condition"] == {"StringEquals": {"aws:ResourceTag/ray-cluster-name": name}}
+    started = next(statement["Condition"]["StringEquals"] for statement in launch if "LaunchMachines" in statement["Sid"])
+    assert started["aws:RequestTag/ray-cluster-name"] == name
+    types = aws["available_node_types"]
+    assert set(started["ec2:InstanceType"]) == {types[kind]["node_config"]["InstanceType"] for kind in ("cpu", "gpu")}
+    worker = types["gpu"]["node_config"]["IamInstanceProfile"]["Name"]
+    assert may["iam:PassRole"]["Resource"] == [f"arn:aws:iam::your-account:role/{worker}"]
+    assert policy("trust")[0]["Principal"] == {"Service": "ec2.amazonaws.com"}
+    image = types["head"]["node_config"]["ImageId"].removeprefix("resolve:ssm:")
+    assert (
+        f"{may['ssm:GetParameters']['Resource'][0].removesuffix('*').split(':')[-1]}"
+        == "parameter/aws/service/deeplearning/ami/"
+    )
+    assert image.startswith("/aws/service/deeplearning/ami/")
+    assert f"region={region}\n" in text("aws/prepare.sh")
+
+
+AWS = """#!/usr/bin/env python3
+import json, sys, pathlib
+words = sys.argv[1:]
+log = pathlib.Path(__file__).with_name("log")
+made = log.read_text().splitlines() if log.exists() else []
+with log.open("a") as file:
+    print(json.dumps(words), file=file)
+if words[:2] == ["sts", "get-caller-identity"]:
+    print("123456789012")
+elif words[:2] == ["ec2", "describe-security-groups"]:
+    print("sg-0abc" if any("create-security-group" in line for line in made) else "None")
+elif words[:2] == ["iam", "get-role"]:
+    sys.exit(not any("create-role" in line and words[-1] in line for line in made))
+"""
+
+
+def test_the_roles_are_made_with_the_users_names_and_once(tmp_path: Path) -> None:
+    """By an `aws` that notes what it is asked for."""
+    (tmp_path / "aws").write_text(AWS)
+    (tmp_path / "aws").chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    command_line = [ROOT / "cluster/aws/prepare.sh", "my-bucket", "203.0.113.7/32"]
+    for _ in range(2):
+        done = subprocess.run(command_line, env=environment, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        assert "SecurityGroupIds: [sg-0abc]" in done.stdout
+    calls = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+    assert not any("your-" in word for words in calls for word in words)
+    documents = [words[words.index("--policy-document") + 1] for words in calls if "--policy-document" in words]
+    assert len(documents) == 2 * 3
+    assert all(json.loads(document)["Statement"] for document in documents)
+    assert any("123456789012:security-group/sg-0abc" in document for document in documents)
+    for once in ("create-security-group", "create-role", "create-instance-profile"):
+        assert sum(words[1] == once for words in calls) == (1 if "group" in once else 2)
+    let_in = [words for words in calls if words[1] == "authorize-security-group-ingress"]
+    assert [words[-2:] for words in let_in] == [["--source-group", "sg-0abc"], ["--cidr", "203.0.113.7/32"]]
 
 
 # Kubernetes ---------------------------------------------------------------------------------------------------------------
@@ -128,8 +212,11 @@ METADATA = fields("name", name=DNS_LABEL, labels=LABELS)
 # Written by hand from Kubernetes' and KubeRay 1.5's API types: of their hundreds of fields those in use. Kubernetes drops or
 # refuses a field that it does not know, so a slip of the pen must not pass.
 REFERENCE = fields("name", name=DNS_LABEL, optional=FLAG)
+LEAST = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+PEER = fields(namespaceSelector={"type": "object"}, podSelector=fields("matchLabels", matchLabels=LABELS))
 CONTAINER = fields(
-    "name", "image", "resources", "ports",
+    "name", "image", "resources", "ports", "securityContext",
+    securityContext={"const": LEAST},
     name=DNS_LABEL, image=TEXT,
     envFrom=many({"oneOf": [fields("configMapRef", configMapRef=REFERENCE), fields("secretRef", secretRef=REFERENCE)]}),
     lifecycle=fields(preStop=fields(exec=fields("command", command=many(TEXT)))),
@@ -141,7 +228,8 @@ POD = fields(
     spec=fields(
         "containers",
         containers=many(CONTAINER),
-        securityContext=fields(runAsNonRoot=FLAG, runAsUser=COUNT),
+        securityContext={"const": {"runAsNonRoot": True, "runAsUser": 1000, "seccompProfile": {"type": "RuntimeDefault"}}},
+        automountServiceAccountToken={"const": False},
         terminationGracePeriodSeconds=COUNT,
         nodeSelector=LABELS,
         tolerations=many(fields("key", "operator", key=TEXT, operator={"enum": ["Exists", "Equal"]}, effect=TEXT)),
@@ -154,7 +242,7 @@ SPECS = {
         rayVersion=TEXT,
         authOptions=fields("mode", mode={"enum": ["token", "disabled"]}),
         enableInTreeAutoscaling=FLAG,
-        autoscalerOptions=fields(version={"enum": ["v1", "v2"]}, idleTimeoutSeconds=COUNT),
+        autoscalerOptions=fields(version={"enum": ["v1", "v2"]}, idleTimeoutSeconds=COUNT, securityContext={"const": LEAST}),
         headGroupSpec=fields("rayStartParams", "template", **GROUP),
         workerGroupSpecs=many(
             fields("groupName", "minReplicas", "maxReplicas", "rayStartParams", "template",
@@ -168,6 +256,12 @@ SPECS = {
         backoffLimit={"const": 0},  # see jobs.yaml
         entrypoint=TEXT,
     ),
+    "NetworkPolicy": fields(
+        "podSelector", "policyTypes", "ingress",
+        podSelector=fields("matchLabels", matchLabels=LABELS),
+        policyTypes={"const": ["Ingress"]},
+        ingress=many(fields("from", **{"from": many(PEER)}, ports=many(fields("port", port=COUNT)))),
+    ),
     "PodMonitor": fields(
         "selector", "podMetricsEndpoints",
         selector=fields(matchLabels=LABELS),
@@ -175,7 +269,10 @@ SPECS = {
         podMetricsEndpoints=many(fields("port", port=TEXT, interval={**TEXT, "pattern": "^[0-9]+(ms|s|m)$"})),
     ),
 }  # fmt: skip
-VERSIONS = {"RayCluster": "ray.io/v1", "RayJob": "ray.io/v1", "PodMonitor": "monitoring.coreos.com/v1"}
+VERSIONS = {
+    "RayCluster": "ray.io/v1", "RayJob": "ray.io/v1", "PodMonitor": "monitoring.coreos.com/v1",
+    "NetworkPolicy": "networking.k8s.io/v1",
+}  # fmt: skip
 
 
 def containers(cluster: dict[str, Any]) -> list[dict[str, Any]]:
@@ -184,25 +281,27 @@ def containers(cluster: dict[str, Any]) -> list[dict[str, Any]]:
     return [container for group in groups for container in group["template"]["spec"]["containers"]]
 
 
-@pytest.mark.parametrize("name", ["raycluster", "jobs", "podmonitor", "s3-secret"])
+@pytest.mark.parametrize("name", ["raycluster", "jobs", "podmonitor"])
 def test_kubernetes_files_have_only_known_fields(name: str) -> None:
     for document in documents(f"kuberay/{name}.yaml"):
         kind = document["kind"]
         if kind in SPECS:
             schema = fields("spec", apiVersion={"const": VERSIONS[kind]}, kind=TEXT, metadata=METADATA, spec=SPECS[kind])
         else:
-            body = {"Secret": {"type": TEXT, "stringData": LABELS}, "ConfigMap": {"data": LABELS}}[kind]
+            body = {"ConfigMap": {"data": LABELS}}[kind]  # and no Secret: keys are no business of files in a repository
             schema = fields(*body, apiVersion={"const": "v1"}, kind=TEXT, metadata=METADATA, **body)
         jsonschema.validate(document, schema)
 
 
 def test_kubernetes_names_agree(ray_cluster: dict[str, Any]) -> None:
     name, spec = ray_cluster["metadata"]["name"], ray_cluster["spec"]
-    secret, monitor = documents("kuberay/s3-secret.yaml")[0], documents("kuberay/podmonitor.yaml")[0]["spec"]
-    assert all(value.startswith("your-") for value in secret["stringData"].values()), "keys in the repository"
+    monitor = documents("kuberay/podmonitor.yaml")[0]["spec"]
+    (secret,) = re.findall(r"create secret generic (\S+)", text("kuberay/raycluster.yaml"))
+    (documented,) = re.findall(r"create secret generic (\S+)", (ROOT / "docs/clusters.md").read_text())
+    assert secret == documented
     assert {key for key in settings() if key.startswith("AWS_")} <= set(runtime.FOLLOWING)
     known = {("configMapRef", documents("kuberay/raycluster.yaml")[0]["metadata"]["name"])}
-    known.add(("secretRef", secret["metadata"]["name"]))
+    known.add(("secretRef", secret))
     for container in containers(ray_cluster):
         assert {(kind, ref["name"]) for source in container["envFrom"] for kind, ref in source.items()} == known
     assert monitor["selector"]["matchLabels"] == {"ray.io/cluster": name}
@@ -212,6 +311,18 @@ def test_kubernetes_names_agree(ray_cluster: dict[str, Any]) -> None:
     assert {endpoint["port"] for endpoint in monitor["podMetricsEndpoints"]} <= set(head)
     for group, ports in zip([spec["headGroupSpec"], *spec["workerGroupSpecs"]], [head, *workers], strict=True):
         assert int(group["rayStartParams"]["metrics-export-port"]) == ports["metrics"]
+
+
+def test_only_friends_reach_the_pods(ray_cluster: dict[str, Any]) -> None:
+    spec = documents("kuberay/raycluster.yaml")[2]["spec"]
+    own = {"matchLabels": {"ray.io/cluster": ray_cluster["metadata"]["name"]}}
+    assert spec["podSelector"] == own
+    within, operator, prometheus = spec["ingress"]
+    assert within == {"from": [{"podSelector": own}]}
+    ports = {port["name"]: port["containerPort"] for port in containers(ray_cluster)[0]["ports"]}
+    assert [rule["port"] for rule in operator["ports"]] == [ports["dashboard"]]
+    scraped = {endpoint["port"] for endpoint in documents("kuberay/podmonitor.yaml")[0]["spec"]["podMetricsEndpoints"]}
+    assert {rule["port"] for rule in prometheus["ports"]} == {ports[name] for name in scraped}
 
 
 def test_pods_scale_from_none_and_leave_in_time(ray_cluster: dict[str, Any]) -> None:

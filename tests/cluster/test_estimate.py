@@ -380,6 +380,6 @@ def test_what_an_autoscaler_may_bring_counts() -> None:
     around = Surroundings(nodes=[Node(2, 0)], promised=nodes._promised(config))
     assert "may make it 3 of 1 GPUs, 8 CPUs, any number of 0 GPUs, 4 CPUs" in str(around)
     need = nodes.Need(stage="teacher", option="", least=3, most=3, gpus=1, cpus=1)
-    assert not readiness._room(need, around).fix
-    assert readiness._room(replace(need, least=4), around).fix
-    assert not readiness._room(replace(need, gpus=0.25, least=12), around).fix
+    assert not readiness.room(need, around).fix
+    assert readiness.room(replace(need, least=4), around).fix
+    assert not readiness.room(replace(need, gpus=0.25, least=12), around).fix

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import zlib
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,15 @@ def test_what_is_not_finished_is_said(run: Run, workspace: Path) -> None:
     shutil.rmtree(workspace / "pairs")
     failed = run("pipeline/verify_pairs.py", "digits", "--workspace", workspace, ok=False)
     assert f"make them with: python pipeline/gen_pairs.py digits --workspace {workspace}" in failed.stderr
+
+
+def test_images_have_digests_as_pairs_have(trained: Path) -> None:
+    from pipeline.manifest import read_manifest
+    from pipeline.storage import Folder
+
+    for name in ("images", "pairs"):
+        digests = {shard_name(row["shard"]): row["crc32"] for row in read_manifest(Folder(str(trained / name)))}
+        assert digests == {file: zlib.crc32(data) for file, data in files(trained / name, "part-*").items()}
 
 
 def test_the_manifest_knows_every_shard(trained: Path) -> None:

@@ -137,5 +137,5 @@ def test_weights_that_diverge_end_the_run_with_one_message(run: Run, trained: Pa
     )  # fmt: skip
     assert re.search("^error: kd: the gradients of 100 steps in a row", done.stderr, re.MULTILINE)
     assert done.stderr.count("error: ") == 1
-    assert "Traceback" not in done.stderr + done.stdout
+    assert "training function" not in done.stderr + done.stdout  # where Ray Train shows a traceback
     assert "resumed" not in done.stdout

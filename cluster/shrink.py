@@ -1,0 +1,152 @@
+"""A recipe in small: every network, rank and precision as it is, a few steps, shards and rows of each stage.
+
+Only counts change, and with `cpu` what a CPU cannot do: GPUs, 16-bit precision, compilation, large batches.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from beeline.config import (
+    EvaluateConfig,
+    LmmConfig,
+    PairsConfig,
+    PhaseConfig,
+    PoolConfig,
+    ProbeConfig,
+    Recipe,
+    SweepConfig,
+    VerifyConfig,
+    WorkersConfig,
+)
+
+C = TypeVar("C")
+HEUN = 15  # evaluations from which evaluation/rows.py takes Heun's method
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scale:
+    """How much is done of each stage. Steps are enough for a first one, which compiles, and some to be timed."""
+
+    iterations: int
+    """Of each phase of a training."""
+    log_every: int
+    probe_iterations: int
+    images: int
+    image_shard: int
+    batches: int
+    """Of pairs, a shard each."""
+    samples: int
+    """That are measured, of each row."""
+    held_out: int
+    """Pairs that are sampled for evaluation alone."""
+    actors: int
+
+
+GPU = Scale(
+    iterations=12, log_every=3, probe_iterations=50,
+    images=2048, image_shard=512, batches=6, samples=1000, held_out=32, actors=2,
+)  # fmt: skip
+CPU = Scale(
+    iterations=2, log_every=1, probe_iterations=10,
+    images=32, image_shard=16, batches=4, samples=6, held_out=2, actors=1,
+)  # fmt: skip
+CPU_BATCH = 2  # batch norms want two
+
+
+def shrunk(recipe: Recipe, *, cpu: bool, ranks: int = 0) -> Recipe:
+    """The recipe for a rehearsal; `ranks` other than 0 takes the place of every training's `workers.count`."""
+    scale = CPU if cpu else GPU
+    return replace(
+        recipe,
+        images=_pool(recipe.images, scale, cpu, limit=scale.images, shard_size=scale.image_shard),
+        probe=_probe(recipe.probe, scale, cpu),
+        teacher=_training(recipe.teacher, scale, cpu, ranks, iterations=scale.iterations, checkpoint_every=scale.iterations),
+        pairs=_pairs(recipe.pairs, scale, cpu),
+        students={name: _student(lmm, scale, cpu, ranks) for name, lmm in recipe.students.items()},
+        few_steps=_ends(recipe.few_steps) if cpu else recipe.few_steps,
+        sweep=_sweep(recipe.sweep, scale, cpu),
+        evaluate=_evaluate(recipe.evaluate, scale, cpu),
+    )
+
+
+def verification(pairs: PairsConfig) -> VerifyConfig:
+    """A check of the store on the devices that made it, with a batch sampled again."""
+    same = {field.name: getattr(pairs, field.name) for field in dataclasses.fields(PoolConfig)}
+    return VerifyConfig(**same, remake=1, resample=1)
+
+
+def _probe(config: ProbeConfig, scale: Scale, cpu: bool) -> ProbeConfig:
+    small: dict[str, Any] = {"gpus": 0, "batch_size": min(config.batch_size, 4 * CPU_BATCH)} if cpu else {}
+    return replace(config, iterations=scale.probe_iterations, min_accuracy=0.0, **small)
+
+
+def _pairs(config: PairsConfig, scale: Scale, cpu: bool) -> PairsConfig:
+    batch = CPU_BATCH if cpu else config.batch_size
+    steps = min(config.num_steps, 3) if cpu else config.num_steps
+    return _pool(
+        config, scale, cpu, count=scale.batches * batch, shard_size=batch, batch_size=batch, num_steps=steps
+    )  # fmt: skip
+
+
+def _student(config: LmmConfig, scale: Scale, cpu: bool, ranks: int) -> LmmConfig:
+    phases = {
+        field.name: replace(phase, iterations=min(phase.iterations, scale.iterations))
+        for field in dataclasses.fields(config)
+        if isinstance(phase := getattr(config, field.name), PhaseConfig)
+    }
+    total = sum(phase.iterations for phase in phases.values())
+    validation = {
+        "validate_every": total if config.validate_every else 0,
+        "validate_count": min(config.validate_count, scale.samples),
+    }
+    return _training(
+        config, scale, cpu, ranks, **phases, **validation, checkpoint_every=max(1, total - 1), keep=1, trackers=()
+    )  # fmt: skip
+
+
+def _sweep(config: SweepConfig, scale: Scale, cpu: bool) -> SweepConfig:
+    gpus = {"gpus": 0} if cpu else {}
+    return replace(
+        config, trials=1, iterations=scale.iterations, rungs=min(config.rungs, 2), promote="", max_failures=0, **gpus
+    )  # fmt: skip
+
+
+def _evaluate(config: EvaluateConfig, scale: Scale, cpu: bool) -> EvaluateConfig:
+    small: dict[str, Any] = {"few": True, "draws": 1, "count": scale.samples, "held_out": scale.held_out}
+    if cpu:
+        nfe = tuple(dict.fromkeys(HEUN if nfe >= HEUN else 1 for nfe in config.nfe))
+        small |= {"batch_size": CPU_BATCH, "shard_size": scale.samples // 2, "samples": 2, "nfe": nfe}
+        small |= {"steps": _ends(config.steps)}
+    else:
+        small |= {"shard_size": min(config.batch_size, config.shard_size)}
+    return _pool(config, scale, cpu, **small)
+
+
+def _training(config: C, scale: Scale, cpu: bool, ranks: int, **counts: Any) -> C:
+    """A training with these counts."""
+    found: Any = config
+    workers: WorkersConfig = replace(found.workers, count=ranks or found.workers.count, min_count=0, max_failures=0)
+    if cpu:
+        workers = replace(workers, gpus=0, threads=1)
+        counts |= {"precision": "fp32", "batch_size": CPU_BATCH * workers.count * found.accumulate}
+        counts |= {"compiled": False} if hasattr(found, "compiled") else {}
+    return replace(found, workers=workers, log_every=scale.log_every, **counts)
+
+
+def _pool(config: C, scale: Scale, cpu: bool, **counts: Any) -> C:
+    """A stage of an actor pool with these counts."""
+    found: Any = config
+    most = min(found.max_actors, scale.actors)
+    counts |= {"max_actors": most, "min_actors": min(found.min_actors, most)}
+    if cpu:
+        counts |= {"gpus": 0, "threads": 1}
+        counts |= {"precision": "fp32", "compiled": False} if hasattr(found, "precision") else {}
+    return replace(found, **counts)
+
+
+def _ends(schedules: tuple[str, ...]) -> tuple[str, ...]:
+    """The first and the last."""
+    return tuple(dict.fromkeys((schedules[0], schedules[-1])))
