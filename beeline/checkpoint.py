@@ -16,6 +16,7 @@ from typing import Any
 import safetensors.torch
 import torch
 from torch import nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from beeline.adams import check_levels
 from beeline.blueprint import Shapes, mismatch, shapes_of
@@ -209,7 +210,7 @@ def ema_update(average: nn.Module, model: nn.Module, half_life: float, step: int
     """
     limited = min(half_life, step * ramp) if ramp else half_life
     beta = 0.5 ** (1 / max(limited, 1e-8))
-    for ours, theirs in zip(average.parameters(), model.parameters(), strict=True):
-        ours.lerp_(theirs, 1 - beta)
+    # All parameters in a few kernels: one by one, launching them takes a GPU longer than the arithmetic.
+    get_ema_multi_avg_fn(beta)(list(average.parameters()), list(model.parameters()), step)
     for ours, theirs in zip(average.buffers(), model.buffers(), strict=True):
         ours.copy_(theirs)

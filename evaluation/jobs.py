@@ -34,7 +34,7 @@ from beeline.schedule import edm_sigmas
 from beeline.straightness import straightness, trajectories
 from evaluation.reference import KEPT, arrays_in, groups, reference, reference_folder
 from evaluation.rows import Row, draw, noise_seed
-from pipeline.gen_pairs import load_sampler, make_pairs, pair_labels
+from pipeline.gen_pairs import calibrated_levels, load_sampler, make_pairs, pair_labels
 from pipeline.reader import decoded, real_labels
 from pipeline.stage import require_measuring, require_model, require_probe
 from pipeline.storage import Folder
@@ -61,6 +61,14 @@ class Setup:
     count: int
     moments: Gaussian | None = None
     """Of the real images in Inception's features, where a file gives them."""
+
+
+def sampled_model(workspace: Folder, name: str, recipe: str, config: EvaluateConfig) -> tuple[Denoiser, str]:
+    """As `require_model`; a teacher that is to be sampled by the calibrated solver knows its levels."""
+    model, digest = require_model(workspace, name, recipe)
+    if config.solver == "calibrated" and model.few_step is None:
+        model.levels = calibrated_levels(workspace / name)
+    return model, digest
 
 
 class Bench:
@@ -120,7 +128,7 @@ class Bench:
 
     def _model(self, name: str) -> Denoiser:
         config = self.setup.config
-        model = require_model(self.setup.workspace, name, self.setup.recipe)[0].to(self.device)
+        model = sampled_model(self.setup.workspace, name, self.setup.recipe, config)[0].to(self.device)
         size = config.batch_size if config.compiled else None
         return prepare(model, precision=config.precision, compiled=config.compiled, batch_size=size)
 
