@@ -24,7 +24,7 @@ import torch
 from beeline.arrays import pack, spread, unpack
 from beeline.config import EvaluateConfig, PairsConfig, from_dict
 from beeline.denoiser import Denoiser
-from beeline.errors import reason
+from beeline.errors import BeelineError, reason
 from beeline.frechet import Gaussian, Statistics
 from beeline.inference import prepare
 from beeline.measures import counted, measures
@@ -215,6 +215,11 @@ class Samples:
             bench.eye(name)
         begun = time.monotonic()
         drawn = draw(model, self.row, self.indices, labels, seed=seed, batch_size=config.batch_size)
+        if not bool(drawn.isfinite().all()):  # 8 bits would make black pixels of NaN
+            raise BeelineError(
+                f"{self.model} makes NaN or infinite samples by {self.row.label!r} in precision {config.precision}; measure it "
+                "in --precision fp32, or train it again"
+            )
         images = quantised(drawn).cpu()  # a GPU has finished when its images are here
         sampled = time.monotonic()
         arrays = {}
