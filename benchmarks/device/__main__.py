@@ -82,7 +82,7 @@ def main() -> None:
 
     def tasks(lanes: tuple[tuple[str, ...], ...], deadline: float) -> list[Work]:
         chosen = [tuple(name for name in lane if needed(name, arguments.only)) for lane in lanes]
-        threads = max(1, len(os.sched_getaffinity(0)) // len(lanes))
+        threads = 1 if arguments.small else max(1, len(os.sched_getaffinity(0)) // len(lanes))
         common: dict[str, Any] = {"setting": setting, "only": tuple(arguments.only), "done": frozenset(), "log": str(log)}
         return [Work(sections=lane, deadline=deadline, threads=threads, **common) for lane in chosen if lane]
 
