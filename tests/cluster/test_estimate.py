@@ -141,7 +141,17 @@ def test_storage_is_that_of_a_real_store(dtype: Any, shape: tuple[int, int, int]
     assert store_bytes("x1", shape, dtype, count, 300, settings) == pytest.approx(real, rel=0.03)
 
 
-def test_every_speed_names_its_source(on_gpus: Recipe, tmp_path: Path) -> None:
+def without_gpus(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The benchmarks' results as if no GPU had been measured."""
+    folder.mkdir()
+    for path in speeds.RESULTS.glob("*.json"):
+        if not json.loads(path.read_text()).get("machine", {}).get("gpu"):
+            (folder / path.name).write_text(path.read_text())
+    monkeypatch.setattr(speeds, "RESULTS", folder)
+
+
+def test_every_speed_names_its_source(on_gpus: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    without_gpus(tmp_path / "results", monkeypatch)
     made = planned(on_gpus, tmp_path)
     assert all(found.sources for found in made.rows if found.flops)
     said = row(made, "pairs").sources["sampling"]
@@ -273,7 +283,7 @@ def test_what_is_missing_is_named_with_its_fix(tmp_path: Path, monkeypatch: pyte
         recipe,
         images=replace(recipe.images, source="photos.zip"),
         evaluate=replace(recipe.evaluate, features=("probe", "dinov2_vits14", "inception")),
-        pairs=replace(recipe.pairs, gpus=2, min_actors=3),
+        pairs=replace(recipe.pairs, gpus=2, min_actors=3, max_actors=3),
     )
     for name in ("model.safetensors", "config.json"):
         Folder(str(tmp_path)).write(f"weights/inception/{name}", b"{}")
