@@ -194,7 +194,7 @@ def test_the_workspace_is_believed_first_and_not_made_twice(on_gpus: Recipe, tmp
     pairs, place = on_gpus.pairs, Folder(str(tmp_path))
     there = Stage(place, "pairs", pairs_plan(pairs))
     there.begin()
-    rows: list[dict[str, Any]] = [{"shard": k, "pairs": 1000, "sampling_seconds": 20.0} for k in range(40)]
+    rows: list[dict[str, Any]] = [{"shard": k, "pairs": 1000, "bytes": 1, "sampling_seconds": 20.0} for k in range(40)]
     sink = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), sink)
     there.folder.write("manifest.parquet", sink.getvalue())
