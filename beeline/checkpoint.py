@@ -98,9 +98,11 @@ def restore(files: Mapping[str, bytes], where: str) -> Denoiser | Probe:
     with reading(f"{where} is not a readable checkpoint", "make or copy it again"):
         config = json.loads(files[CONFIG])
         tensors = safetensors.torch.load(files[WEIGHTS])
-    if not isinstance(config, dict) or config.get("format") != FORMAT or config.get("kind") not in ("denoiser", "probe"):
-        found = {key: config.get(key) for key in ("format", "kind")} if isinstance(config, dict) else type(config).__name__
-        raise BeelineError(f"{where}/{CONFIG} holds {found}; this version reads format {FORMAT}, kind 'denoiser' or 'probe'")
+        if not isinstance(config, dict) or config.get("format") != FORMAT or config.get("kind") not in ("denoiser", "probe"):
+            found = {key: config.get(key) for key in ("format", "kind")} if isinstance(config, dict) else type(config).__name__
+            raise BeelineError(
+                f"{where}/{CONFIG} holds {found}; this version reads format {FORMAT}, kind 'denoiser' or 'probe'"
+            )
     with reading(f"{where}/{CONFIG} does not describe a network", "make or copy the model again"):
         try:
             make, layers = _maker(config)

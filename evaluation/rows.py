@@ -84,7 +84,8 @@ def parse_steps(text: str) -> tuple[int, ...]:
 
 
 def draw(model: Denoiser, row: Row, indices: Sequence[int], labels: np.ndarray, *, seed: int, batch_size: int) -> torch.Tensor:
-    """Samples (n, C, H, W) in [-1, 1] on the model's device for noise (seed, indices) and classes `labels` (n,)."""
+    """Samples (n, C, H, W) in [-1, 1] on the model's device for noise (seed, indices) and classes `labels` (n,); NaN where the
+    model's are not finite."""
     device = next(model.parameters()).device
     how = dataclasses.replace(model.few_step, rule=row.rule) if model.few_step is not None and row.rule else None
     parts = []
@@ -96,7 +97,8 @@ def draw(model: Denoiser, row: Row, indices: Sequence[int], labels: np.ndarray, 
                 steps=row.steps, solver=row.solver or "heun", num_steps=row.num_steps, how=how,
             )
         )  # fmt: skip
-    return torch.cat(parts).clamp(-1, 1)
+    made = torch.cat(parts)
+    return made.clamp(-1, 1).masked_fill(~made.isfinite(), torch.nan)
 
 
 def noise_seed(config: EvaluateConfig, number: int) -> int:

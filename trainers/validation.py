@@ -6,6 +6,7 @@ a sweep) is not chosen by the measure that is reported. A workspace without prob
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -46,7 +47,7 @@ class Validation:
         self._real = self._statistics(torch.from_numpy(rows["image"]))
 
     def judge(self, model: Denoiser, steps: tuple[int, ...] | None = None) -> tuple[dict[str, float], bytes]:
-        """The figure `fd_probe_losses`, where there is a probe, and a PNG of the first samples.
+        """The figure `fd_probe_losses`, where there is a probe (NaN for samples that are not finite), and a PNG of the first.
 
         `steps`: the schedule to sample at; left out, the levels that the student was trained on, or one step.
         """
@@ -58,6 +59,8 @@ class Validation:
         sheet = sheet_png(images[:SHOWN], columns=COLUMNS)
         if self._eye is None:
             return {}, sheet
+        if not bool(images.isfinite().all()):
+            return {METRIC: math.nan}, sheet
         return {METRIC: frechet_distance(self._statistics(quantised(images)), self._real)}, sheet
 
     def _statistics(self, images: torch.Tensor) -> Statistics:
