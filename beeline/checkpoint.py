@@ -16,6 +16,7 @@ from typing import Any
 import safetensors.torch
 import torch
 from torch import nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from beeline.adams import check_levels
 from beeline.blueprint import Shapes, mismatch, shapes_of
@@ -97,9 +98,11 @@ def restore(files: Mapping[str, bytes], where: str) -> Denoiser | Probe:
     with reading(f"{where} is not a readable checkpoint", "make or copy it again"):
         config = json.loads(files[CONFIG])
         tensors = safetensors.torch.load(files[WEIGHTS])
-    if not isinstance(config, dict) or config.get("format") != FORMAT or config.get("kind") not in ("denoiser", "probe"):
-        found = {key: config.get(key) for key in ("format", "kind")} if isinstance(config, dict) else type(config).__name__
-        raise BeelineError(f"{where}/{CONFIG} holds {found}; this version reads format {FORMAT}, kind 'denoiser' or 'probe'")
+        if not isinstance(config, dict) or config.get("format") != FORMAT or config.get("kind") not in ("denoiser", "probe"):
+            found = {key: config.get(key) for key in ("format", "kind")} if isinstance(config, dict) else type(config).__name__
+            raise BeelineError(
+                f"{where}/{CONFIG} holds {found}; this version reads format {FORMAT}, kind 'denoiser' or 'probe'"
+            )
     with reading(f"{where}/{CONFIG} does not describe a network", "make or copy the model again"):
         try:
             make, layers = _maker(config)
@@ -207,7 +210,7 @@ def ema_update(average: nn.Module, model: nn.Module, half_life: float, step: int
     """
     limited = min(half_life, step * ramp) if ramp else half_life
     beta = 0.5 ** (1 / max(limited, 1e-8))
-    for ours, theirs in zip(average.parameters(), model.parameters(), strict=True):
-        ours.lerp_(theirs, 1 - beta)
+    # All parameters in a few kernels: one by one, launching them takes a GPU longer than the arithmetic.
+    get_ema_multi_avg_fn(beta)(list(average.parameters()), list(model.parameters()), step)
     for ours, theirs in zip(average.buffers(), model.buffers(), strict=True):
         ours.copy_(theirs)

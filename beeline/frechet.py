@@ -94,7 +94,10 @@ class Statistics:
         found = unpack(data, "statistics")
         if not {"n", "mean", "m2"} <= found.keys():
             raise ValueError(f"an .npz file with {', '.join(found)}; expected n, mean and m2")
-        return Statistics(int(found["n"]), found["mean"], found["m2"])
+        n, mean, m2 = (found[key] for key in ("n", "mean", "m2"))
+        if n.shape != () or mean.ndim != 1 or m2.shape != 2 * mean.shape:
+            raise ValueError(f"n, mean and m2 have shapes {n.shape}, {mean.shape} and {m2.shape}; expected (), (D,) and (D, D)")
+        return Statistics(int(n), mean, m2)
 
 
 def merge(parts: Iterable[Statistics]) -> Statistics:

@@ -268,16 +268,16 @@ def _restored(files: Mapping[str, bytes], where: str, names: Sequence[str]) -> N
     with reading(f"{where} is not a readable backbone", fix):
         config = json.loads(files[CONFIG])
         tensors = safetensors.torch.load(files[WEIGHTS])
-    if not isinstance(config, dict) or config.get("format") != FORMAT or config.get("kind") != "backbone":
-        found = {key: config.get(key) for key in ("format", "kind")} if isinstance(config, dict) else type(config).__name__
-        raise BeelineError(f"{where}/{CONFIG} holds {found}; this version reads format {FORMAT}, kind 'backbone'")
-    network = config.get("network")
-    name: Any = network.get("name") if isinstance(network, dict) else None
-    if not isinstance(name, str) or name not in names:
-        raise BeelineError(f"{where}/{CONFIG} names backbone {name!r}; this version has: {', '.join(names)}")
-    digest = config.get("weights_sha256")  # folders of earlier versions have none
-    if digest is not None and digest != hashlib.sha256(files[WEIGHTS]).hexdigest():
-        raise BeelineError(f"{where}/{WEIGHTS} is not what {CONFIG} was written for (its SHA-256 is another); {fix}")
+        if not isinstance(config, dict) or config.get("format") != FORMAT or config.get("kind") != "backbone":
+            found = {key: config.get(key) for key in ("format", "kind")} if isinstance(config, dict) else type(config).__name__
+            raise BeelineError(f"{where}/{CONFIG} holds {found}; this version reads format {FORMAT}, kind 'backbone'")
+        network = config.get("network")
+        name: Any = network.get("name") if isinstance(network, dict) else None
+        if not isinstance(name, str) or name not in names:
+            raise BeelineError(f"{where}/{CONFIG} names backbone {name!r}; this version has: {', '.join(names)}")
+        digest = config.get("weights_sha256")  # folders of earlier versions have none
+        if digest is not None and digest != hashlib.sha256(files[WEIGHTS]).hexdigest():
+            raise BeelineError(f"{where}/{WEIGHTS} is not what {CONFIG} was written for (its SHA-256 is another); {fix}")
     wrong = mismatch({key: tuple(tensor.shape) for key, tensor in tensors.items()}, _shapes(name))
     if wrong:
         raise BeelineError(f"{where}: the weights do not fit {name}, which {CONFIG} names ({wrong}); {fix}")

@@ -70,7 +70,7 @@ class Workspace:
     @functools.cache  # noqa: B019  (a workspace lives as long as the command)
     def complete(self, folder: str) -> bool:
         """Whether the stage says that it is finished."""
-        return self.success(folder) is not None
+        return bool(self.success(folder))
 
     @functools.cached_property
     def teacher(self) -> bool:

@@ -44,6 +44,7 @@ from evaluation.jobs import (
     Samples,
     Setup,
     Sheet,
+    sampled_model,
     sound,
 )
 from evaluation.reference import KEPT, check_reference, groups, merge_reference, reference, reference_folder
@@ -52,7 +53,7 @@ from pipeline import metrics
 from pipeline.command import run_command
 from pipeline.pool import run_pool
 from pipeline.progress import Progress
-from pipeline.stage import Stage, check_fits, fingerprint, require, require_measuring, require_model, require_probe
+from pipeline.stage import Stage, check_fits, fingerprint, require, require_measuring, require_probe
 from pipeline.storage import Folder
 
 PER_EVALUATION, PER_LOOK = "seconds_per_evaluation", "seconds_per_look"  # of _SUCCESS
@@ -218,7 +219,7 @@ def _pairs(place: Folder, recipe: str) -> dict[str, Any] | None:
 
 def _measurement(setup: Setup, name: str, config: EvaluateConfig, networks: Mapping[str, str], given: str) -> Measurement:
     """What is left to measure of this model; nothing is written yet."""
-    model, digest = require_model(setup.workspace, name, setup.recipe)
+    model, digest = sampled_model(setup.workspace, name, setup.recipe, config)
     check_fits(setup.workspace, setup.images, model.network_config, name)
     rows = rows_for(model, config)
     plan = {

@@ -24,7 +24,7 @@ import torch
 from beeline.arrays import pack, spread, unpack
 from beeline.config import EvaluateConfig, PairsConfig, from_dict
 from beeline.denoiser import Denoiser
-from beeline.errors import BeelineError
+from beeline.errors import BeelineError, reason
 from beeline.frechet import Gaussian, Statistics
 from beeline.inference import prepare
 from beeline.measures import counted, measures
@@ -32,9 +32,9 @@ from beeline.measuring import PROBES, Eye, Looks, MeasuringProbe, quantised
 from beeline.noise import x0
 from beeline.schedule import edm_sigmas
 from beeline.straightness import straightness, trajectories
-from evaluation.reference import KEPT, groups, reference, reference_folder
+from evaluation.reference import KEPT, arrays_in, groups, reference, reference_folder
 from evaluation.rows import Row, draw, noise_seed
-from pipeline.gen_pairs import load_sampler, make_pairs, pair_labels
+from pipeline.gen_pairs import calibrated_levels, load_sampler, make_pairs, pair_labels
 from pipeline.reader import decoded, real_labels
 from pipeline.stage import require_measuring, require_model, require_probe
 from pipeline.storage import Folder
@@ -61,6 +61,14 @@ class Setup:
     count: int
     moments: Gaussian | None = None
     """Of the real images in Inception's features, where a file gives them."""
+
+
+def sampled_model(workspace: Folder, name: str, recipe: str, config: EvaluateConfig) -> tuple[Denoiser, str]:
+    """As `require_model`; a teacher that is to be sampled by the calibrated solver knows its levels."""
+    model, digest = require_model(workspace, name, recipe)
+    if config.solver == "calibrated" and model.few_step is None:
+        model.levels = calibrated_levels(workspace / name)
+    return model, digest
 
 
 class Bench:
@@ -105,7 +113,7 @@ class Bench:
     @functools.cached_property
     def held_out_file(self) -> dict[str, np.ndarray]:
         """The arrays of the held-out pairs; "index" are those that their noise is made of."""
-        found = unpack(self.place(HELD_OUT).read(HELD_OUT_PAIRS), "pairs")
+        found = arrays_in(self.place(HELD_OUT), HELD_OUT_PAIRS, "x1", "noise", "label")
         assert self.setup.pairs is not None
         first = self.setup.pairs["pairs"]["count"]
         return {"index": np.arange(first, first + len(found["noise"]))} | found  # files of earlier versions do not say
@@ -120,7 +128,7 @@ class Bench:
 
     def _model(self, name: str) -> Denoiser:
         config = self.setup.config
-        model = require_model(self.setup.workspace, name, self.setup.recipe)[0].to(self.device)
+        model = sampled_model(self.setup.workspace, name, self.setup.recipe, config)[0].to(self.device)
         size = config.batch_size if config.compiled else None
         return prepare(model, precision=config.precision, compiled=config.compiled, batch_size=size)
 
@@ -271,7 +279,7 @@ class Judge:
         command has published: there is nothing to do, or publishing says so."""
         folder = bench.place("evaluation", self.model)
         try:
-            parts = [unpack(folder.read(name), "features") for name in self.parts]
+            parts = [arrays_in(folder, name) for name in self.parts]
         except FileNotFoundError:
             return
         found: dict[str, float] = {}
@@ -340,10 +348,12 @@ class Lines:
 def sound(folder: Folder, name: str) -> bool:
     """Whether a file that is there can be read; if not, a line says that it will be made again."""
     try:
-        json.loads(folder.read(name)) if name.endswith(".json") else unpack(folder.read(name), "features")
+        data = folder.read(name)
     except FileNotFoundError:
         return False  # removed meanwhile
-    except ValueError as error:
-        print(f"{folder}/{name}: unreadable ({error}); it will be made again", flush=True)
+    try:
+        json.loads(data) if name.endswith(".json") else unpack(data, "features")
+    except Exception as error:  # whatever the damage leads to
+        print(f"{folder}/{name}: unreadable ({reason(error)}); it will be made again", flush=True)
         return False
     return True

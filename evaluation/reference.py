@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from beeline.arrays import pack, unpack
-from beeline.errors import BeelineError
+from beeline.errors import BeelineError, reading
 from beeline.frechet import Gaussian, Statistics
 from beeline.measures import Reference
 from pipeline.shards import shard_count
@@ -38,10 +38,27 @@ def reference(workspace: Folder, network: str, given: Gaussian | None = None) ->
     """The real images as `network` sees them, from files that RealImages and `merge_reference` have made. What is `given` takes
     the place of their statistics in Inception's features; BeelineError if it is of another network."""
     folder = workspace / reference_folder(network)
-    kept = unpack(folder.read(FEATURES), "features")
-    moments = given if network == "inception" and given else Statistics.from_npz(folder.read(STATISTICS))
+    kept = arrays_in(folder, FEATURES, "features", "rows")
+    moments = given if network == "inception" and given else _statistics_in(folder)
     check_reference(moments, network, kept["features"].shape[1])
     return Reference(moments, kept["features"], kept["rows"])
+
+
+def arrays_in(folder: Folder, name: str, *keys: str) -> dict[str, np.ndarray]:
+    """The arrays of a file that an evaluation left, with these among them. Raises FileNotFoundError where it is not there, and
+    BeelineError where it is damaged."""
+    data = folder.read(name)
+    with reading(f"{folder}/{name} is damaged", "remove it and measure again"):
+        found = unpack(data, "arrays")
+        if missing := set(keys) - set(found):
+            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+        return found
+
+
+def _statistics_in(folder: Folder) -> Statistics:
+    data = folder.read(STATISTICS)
+    with reading(f"{folder}/{STATISTICS} is damaged", "remove it and measure again"):
+        return Statistics.from_npz(data)
 
 
 def check_reference(moments: Gaussian, network: str, dimensions: int) -> None:
@@ -57,7 +74,7 @@ def merge_reference(folder: Folder, files: list[str]) -> None:
     """The groups' files, in their order, into one of statistics and one of features."""
     statistics, features, rows = None, [], []
     for name in files:
-        part = unpack(folder.read(name), "features")
+        part = arrays_in(folder, name, "n", "mean", "m2", "features", "rows")
         made = Statistics(int(part["n"]), part["mean"], part["m2"])
         statistics = made if statistics is None else statistics + made
         features.append(part["features"])

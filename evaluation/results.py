@@ -9,13 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from beeline.arrays import unpack
 from beeline.errors import BeelineError, reading
 from beeline.layout import check_layout
 from beeline.measures import nearest
 from beeline.measuring import RESIZES
 from evaluation.jobs import Fidelity, Judge, Lines, Setup, Sheet
-from evaluation.reference import reference
+from evaluation.reference import arrays_in, reference
 from evaluation.rows import Row, noise_seed, slug_of
 from pipeline.reader import decoded
 from pipeline.sheet import sheet_png
@@ -104,7 +103,7 @@ def _row_in(folder: Folder, name: str) -> dict[str, Any] | None:
 
 
 def _write(setup: Setup, folder: Folder, found: Mapping[str, Any], plan: Mapping[str, Any], straight: bool) -> None:
-    sheets = [unpack(folder.read(entry["sheet"]), "samples") for entry in found["order"]]
+    sheets = [arrays_in(folder, entry["sheet"]) for entry in found["order"]]
     _draw_sheets(setup, folder, sheets)
     config = setup.config
     folder.write_json(

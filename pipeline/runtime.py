@@ -206,6 +206,7 @@ def _leave_out_noise() -> None:
     pattern = re.compile("|".join(map(re.escape, NOISE)))
     for deduplicator in (stdout_deduplicator, stderr_deduplicator):  # lines of Ray's processes pass through them
         deduplicator.skip_re = pattern
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # of tasks beside the one whose error ends the command
     if not sys.stdout.isatty():
         os.environ.setdefault("RAY_COLOR_PREFIX", "0")
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)

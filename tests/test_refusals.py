@@ -166,7 +166,7 @@ def test_it_is_refused_in_one_line_before_anything_is_written(
     options: str,
     message: str,
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    capfd: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     module, stage = command
@@ -174,7 +174,7 @@ def test_it_is_refused_in_one_line_before_anything_is_written(
     monkeypatch.setattr(sys, "argv", [f"{module.replace('.', '/')}.py", *words])
     with pytest.raises(SystemExit) as ended:
         run_command(getattr(importlib.import_module(module), stage))
-    captured = capsys.readouterr()
+    captured = capfd.readouterr()
     assert captured.err.startswith(f"error: {message}")
     assert (ended.value.code, captured.err.count("\n"), captured.out) == (1, 1, "")
     assert not list(tmp_path.iterdir())

@@ -23,6 +23,7 @@ import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -31,6 +32,7 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import pandas as pd
+import ray.cloudpickle
 import tyro
 from ray import tune
 from ray.tune.trainable import wrap_function
@@ -179,7 +181,8 @@ class _Rows(tune.Callback):
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Tune tries a trial again after any error. One that only the user can mend is final; others are said."""
-        error = find_user_error(trial.get_pickled_error())
+        file = trial.pickled_error_file  # as Tune has just written it; what `get_pickled_error` reads is copied later
+        error = find_user_error(ray.cloudpickle.loads(Path(file).read_bytes())) if file else None
         if error is not None and not isinstance(error, StorageError):
             raise error
         why = error or "its process has died"

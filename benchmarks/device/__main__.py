@@ -23,7 +23,8 @@ from benchmarks.machine import RESULTS, describe
 # Sections that run at the same time, each list in a process of its own; then those that measure speed.
 LANES = (
     ("compiling",),
-    ("training", "memory"),
+    ("memory",),
+    ("training",),
     ("sampling", "solver", "straightness"),
     ("imports", "models", "teacher", "measuring", "numerics"),
 )

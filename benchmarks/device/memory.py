@@ -14,7 +14,7 @@ def checks(setting: Setting) -> Checks:
     def fits() -> Outcome:
         if not setting.gpu:
             raise Skip("for GPUs")
-        found = largest(setting, random_denoiser(network_config(setting, augment_dim=0)).to(setting.device), 1)
+        found = largest(setting, random_denoiser(network_config(setting, augment_dim=0)).to(setting.device))
         return measured(f"{worded(found)} (beside other sections)", **found)
 
     yield Check("largest batch of both phases, bf16 compiled", fits, COMPILING)

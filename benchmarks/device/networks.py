@@ -53,7 +53,7 @@ def student_config(setting: Setting, **changes: Any) -> LmmConfig:
             config,
             reconstruction=replace(config.reconstruction, resize=32),
             adversarial=replace(config.adversarial, resize=32),
-            discriminator=replace(config.discriminator, resize=128, networks=("tf_efficientnet_lite0",)),
+            discriminator=replace(config.discriminator, networks=("scratch",)),
         )
     return replace(config, **changes)
 

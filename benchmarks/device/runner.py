@@ -185,6 +185,7 @@ class Lane:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             assert self.process.pid is not None
             os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.kill()  # it may not have had time to lead a group
         self.process.join(10)
         self.connection.close()
 
@@ -192,14 +193,20 @@ class Lane:
         """End the process, if it has not ended, and start another for what is left; the row of what it was at."""
         self.end()
         section, name = self.at
-        rows = []
-        if self.at not in self.done:
-            tail = Path(self.task.log).read_text(errors="replace")[-4000:] if Path(self.task.log).exists() else ""
-            rows.append(Row(section, name or "the section itself", status, reason, "", time.time() - self.since, tail))
-            self.done.add(self.at)
-        left = self.task.sections[self.task.sections.index(section) + (not name) :]
-        self.finished = not left or time.time() > self.task.deadline
-        if not self.finished:
+        rows, seconds, sections = [], time.time() - self.since, self.task.sections
+        if self.at in self.done:  # between two checks: after a broken context there is more to do, else the section is at fault
+            name = name if self.process.exitcode == BROKEN else ""
+        if (section, name) not in self.done:
+            log = Path(self.task.log)
+            tail = log.read_text(errors="replace")[-4000:] if log.exists() else ""
+            rows.append(Row(section, name or "the section itself", status, reason, "", seconds, tail))
+            self.done.add((section, name))
+        left = sections[sections.index(section) + (not name) :]
+        late = time.time() > self.task.deadline
+        self.finished = late or not left
+        if late:
+            rows += [Row(other, "all checks", "SKIP", "no time left", "", 0.0) for other in left if other != section]
+        elif left:
             self.task = dataclasses.replace(self.task, sections=left)
             self._start()
         return rows

@@ -66,7 +66,9 @@ class Sampler:
         self.noise = noise(setting, self.config, self.count)
         self.labels = classes(self.config, self.count)
         self.on_device = random_denoiser(self.config).to(setting.device)
+        self.limits = {name: limit * (ROUGHER if setting.small else 1) for name, limit in LIMITS.items()}
         self.reference = functools.cache(lambda: self.solved(self.model))
+        self.few_step_reference = functools.cache(lambda rule: self.few_step_images(self.model, rule))
 
     def solved(self, model: Denoiser, latents: torch.Tensor | None = None) -> torch.Tensor:
         """Heun's images of the noise; labels stay on the CPU, as in `beeline.generate`."""
@@ -79,25 +81,23 @@ class Sampler:
         """The teacher on the device, ready to sample."""
         return prepare(self.on_device, precision=precision, compiled=compiled, batch_size=batch_size)
 
+    def against_cpu(self, precision: Precision) -> Outcome:
+        """Images against those of the CPU."""
+        return at_most(rms(self.solved(self.prepared(precision)), self.reference()), self.limits[precision])
 
-def checks(setting: Setting) -> Checks:
-    """The checks of this section."""
-    sampler = Sampler(setting)
-    limits = {name: limit * (ROUGHER if setting.small else 1) for name, limit in LIMITS.items()}
-
-    def against_cpu(precision: Precision) -> Outcome:
-        return at_most(rms(sampler.solved(sampler.prepared(precision)), sampler.reference()), limits[precision])
-
-    def repeated(precision: Precision) -> Outcome:
-        first, second = (sampler.solved(sampler.prepared(precision)) for _ in range(2))
+    def repeated(self, precision: Precision) -> Outcome:
+        """Two models made ready from one, and their images."""
+        first, second = (self.solved(self.prepared(precision)) for _ in range(2))
         return identical([first], [second])
 
-    def filled(precision: Precision) -> Outcome:
-        alone = sampler.solved(sampler.prepared(precision))
-        return at_most(rms(sampler.solved(sampler.prepared(precision, batch_size=3 * sampler.count)), alone), limits[precision])
+    def filled(self, precision: Precision) -> Outcome:
+        """A small batch by itself, and filled up with copies."""
+        alone = self.solved(self.prepared(precision))
+        return at_most(rms(self.solved(self.prepared(precision, batch_size=3 * self.count)), alone), self.limits[precision])
 
-    def layout() -> Outcome:
-        made = sampler.prepared("bf16")
+    def layout(self) -> Outcome:
+        """How many weights and outputs are not channels last."""
+        made = self.prepared("bf16")
         weights = [module.weight for module in made.modules() if isinstance(module, Conv2d) and module.weight is not None]
         bad = sum(not weight.is_contiguous(memory_format=torch.channels_last) for weight in weights if weight.shape[-1] > 1)
         seen: list[torch.Tensor] = []
@@ -108,66 +108,72 @@ def checks(setting: Setting) -> Checks:
         for module in made.modules():
             if isinstance(module, Conv2d):
                 module.register_forward_hook(keep)
-        sampler.solved(made)
+        self.solved(made)
         bad += sum(not output.is_contiguous(memory_format=torch.channels_last) for output in seen if output.shape[1] > 1)
         return at_most(float(bad), 0.0, layers=len(weights), outputs=len(seen))
 
-    def few_step_images(model: Denoiser, rule: FewStepRule) -> torch.Tensor:
+    def few_step_images(self, model: Denoiser, rule: FewStepRule) -> torch.Tensor:
+        """Images of a student by a rule."""
         how = FewStep(num_steps=18, rule=rule)
-        return sample(model, range(sampler.count), sampler.labels, seed=0, steps=STEPS, how=how)
+        return sample(model, range(self.count), self.labels, seed=0, steps=STEPS, how=how)
 
-    few_step_reference = functools.cache(lambda rule: few_step_images(sampler.model, rule))
+    def few_steps(self, rule: FewStepRule, precision: Precision) -> Outcome:
+        """Images of few steps against the CPU's."""
+        found = self.few_step_images(self.prepared(precision), rule)
+        return at_most(rms(found, self.few_step_reference(rule)), self.limits[precision])
 
-    def few_steps(rule: FewStepRule, precision: Precision) -> Outcome:
-        found = few_step_images(sampler.prepared(precision), rule)
-        return at_most(rms(found, few_step_reference(rule)), limits[precision])
-
-    def compiled(precision: Precision, executor: Callable[[], Executor]) -> Outcome:
+    def compiled(self, precision: Precision, executor: Callable[[], Executor]) -> Outcome:
         """Compiled, batches filled: images as the CPU's, the same again, and untouched by later batches."""
         start_compiling()
-        full = sampler.full if precision != "fp32" else min(sampler.full, 64)
-        made = sampler.prepared(precision, compiled=True, batch_size=full)
-        others = noise(setting, sampler.config, sampler.count, seed=1)
+        full = self.full if precision != "fp32" else min(self.full, 64)
+        made = self.prepared(precision, compiled=True, batch_size=full)
+        others = noise(self.setting, self.config, self.count, seed=1)
         with executor() as thread:
-            first = thread.submit(sampler.solved, made).result()
+            first = thread.submit(self.solved, made).result()
             kept = first.clone()
-            thread.submit(sampler.solved, made, others).result()
-            again = thread.submit(sampler.solved, made).result()
+            thread.submit(self.solved, made, others).result()
+            again = thread.submit(self.solved, made).result()
         values = {
-            "RMS against the CPU": rms(kept, sampler.reference()),
+            "RMS against the CPU": rms(kept, self.reference()),
             "change of images by a later batch": float((first - kept).abs().max()),
             "difference of a repeat": float((again - kept).abs().max()),
             **compiling_troubles(),
         }
-        return worst(values, {name: limits[precision] if name.startswith("RMS") else NONE for name in values})
+        return worst(values, {name: self.limits[precision] if name.startswith("RMS") else NONE for name in values})
 
-    def in_a_thread() -> Outcome:
+    def in_a_thread(self) -> Outcome:
         """As gen_pairs.py samples."""
-        if setting.gpu and version() < (2, 13):
+        if self.setting.gpu and version() < (2, 13):
             raise Skip(f"PyTorch {torch.__version__} has no CUDA graphs in threads (pytorch issue 123177); 2.13 has")
-        return compiled("bf16", lambda: ThreadPoolExecutor(1, "sampler"))
+        return self.compiled("bf16", lambda: ThreadPoolExecutor(1, "sampler"))
 
-    def full_batch() -> Outcome:
+    def full_batch(self) -> Outcome:
         """The last batch of a shard is smaller: filled and cut, it must be as if it stood in a full one."""
-        many = noise(setting, sampler.config, 2 * sampler.count)
-        made = sampler.prepared("fp32", batch_size=2 * sampler.count)
-        labels = classes(sampler.config, 2 * sampler.count)
+        many = noise(self.setting, self.config, 2 * self.count)
+        made = self.prepared("fp32", batch_size=2 * self.count)
+        labels = classes(self.config, 2 * self.count)
         with torch.inference_mode():
-            sigma = torch.full((len(many),), 2.0, device=setting.device)
-            whole = made(many.to(setting.device), sigma, labels)
-            part = made(many[: sampler.count].to(setting.device), sigma[: sampler.count], sampler.labels)
-        return identical([part], [whole[: sampler.count]])
+            sigma = torch.full((len(many),), 2.0, device=self.setting.device)
+            whole = made(many.to(self.setting.device), sigma, labels)
+            part = made(many[: self.count].to(self.setting.device), sigma[: self.count], self.labels)
+        return identical([part], [whole[: self.count]])
 
+
+def checks(setting: Setting) -> Checks:
+    """The checks of this section."""
+    sampler = Sampler(setting)
     for precision in PRECISIONS:
-        yield Check(f"heun {precision}, images against the CPU's fp32", lambda p=precision: against_cpu(p))
-        yield Check(f"heun {precision}, the same twice", lambda p=precision: repeated(p))
-        yield Check(f"heun {precision}, a filled batch against a small one", lambda p=precision: filled(p))
+        yield Check(f"heun {precision}, images against the CPU's fp32", lambda p=precision: sampler.against_cpu(p))
+        yield Check(f"heun {precision}, the same twice", lambda p=precision: sampler.repeated(p))
+        yield Check(f"heun {precision}, a filled batch against a small one", lambda p=precision: sampler.filled(p))
     for rule, precision in itertools.product(RULES, ("fp32",) if setting.small else PRECISIONS):
-        yield Check(f"few steps by {rule} {precision}, against the CPU's fp32", lambda r=rule, p=precision: few_steps(r, p))
-    yield Check("layers that leave channels last", layout)
-    yield Check("a filled batch against the same rows in a full one", full_batch)
+        yield Check(
+            f"few steps by {rule} {precision}, against the CPU's fp32", lambda r=rule, p=precision: sampler.few_steps(r, p)
+        )
+    yield Check("layers that leave channels last", sampler.layout)
+    yield Check("a filled batch against the same rows in a full one", sampler.full_batch)
     for precision in ("bf16", "fp16", "fp32"):
         what = "CUDA graphs" if setting.gpu else "no CUDA graphs on a CPU"
         name = f"heun {precision} compiled ({what}), against the CPU's fp32, repeated"
-        yield Check(name, lambda p=precision: compiled(p, Here), COMPILING)
-    yield Check("heun bf16 compiled, in a thread of its own", in_a_thread, COMPILING)
+        yield Check(name, lambda p=precision: sampler.compiled(p, Here), COMPILING)
+    yield Check("heun bf16 compiled, in a thread of its own", sampler.in_a_thread, COMPILING)

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from beeline.backbones import BACKBONES
 from beeline.denoiser import Denoiser
 from beeline.inference import DTYPES, prepare
-from beeline.measuring import DINOV2, Eye
+from beeline.measuring import DINOV2, GPU_BATCH, Eye
 from beeline.samplers import solve
 from benchmarks.device.checks import COMPILING, Check, Checks, Outcome, Setting, Skip, measured, set_flags
 from benchmarks.device.measuring import measuring_network
@@ -33,18 +33,24 @@ PHASES = ("reconstruction", "adversarial")
 RUN = "the flags of a run"
 
 
-def largest(setting: Setting, model: Denoiser, rounds: int) -> dict[str, Any]:
+def settled(call: Callable[[], Any], setting: Setting) -> float:
+    """Median seconds of a step over a second or two, once it has run a few times: the first ones after compilation are slow."""
+    seconds = timed({"step": call}, setting.device, 1 if setting.small else 3)["step"]
+    return seconds if setting.small else timed({"step": call}, setting.device, min(30, max(3, int(1.5 / seconds))))["step"]
+
+
+def largest(setting: Setting, model: Denoiser) -> dict[str, Any]:
     """Both phases, compiled in bf16, at the largest of some batches that fits: images/s, GiB and seconds of the first step."""
     for size in (2,) if setting.small else (512, 256, 128):
         free()
         try:
-            return _both_phases(setting, model, size, rounds)
+            return _both_phases(setting, model, size)
         except torch.OutOfMemoryError:
             gc.collect()
     raise Skip("a batch of 128 does not fit")
 
 
-def _both_phases(setting: Setting, model: Denoiser, size: int, rounds: int) -> dict[str, Any]:
+def _both_phases(setting: Setting, model: Denoiser, size: int) -> dict[str, Any]:
     config = student_config(setting, **POLICIES["bf16 compiled"])
     networks: dict[str, Any] = {name: backbone(name) for name in BACKBONES}
     step, found = Step(model, networks, config, config.reconstruction), {}
@@ -58,7 +64,7 @@ def _both_phases(setting: Setting, model: Denoiser, size: int, rounds: int) -> d
         start = time.perf_counter()
         float(step(batch, generator)["lines"])
         first = time.perf_counter() - start
-        seconds = timed({phase: lambda: step(batch, generator)}, setting.device, rounds)[phase]
+        seconds = settled(lambda: step(batch, generator), setting)
         peak = torch.cuda.max_memory_allocated() / 2**30 if setting.gpu else 0.0
         found[phase] = {"batch_size": size, "images_per_s": size / seconds, "peak_gib": peak, "first_step_s": round(first, 1)}
     return found
@@ -94,7 +100,7 @@ class Speeds:
         self.reference: torch.Tensor | None = None
         self.policies: dict[str, dict[str, Any]] = {}
         self.phases: dict[str, dict[str, Any]] = {phase: {} for phase in PHASES}
-        self.looking: dict[str, float] = {}
+        self.looking: dict[str, dict[str, float]] = {}
         self.largest: dict[str, Any] = {}
         with torch.inference_mode(), FlopCounterMode(display=False) as counter:
             self.model(self.images[:1], self.sigma[:1], None if self.labels is None else self.labels[:1])
@@ -119,7 +125,7 @@ class Speeds:
         for name, result in {
             f"sampling-{self.kind}-cifar10": common | sampling,
             f"training-{self.kind}-cifar10": common | training,
-            f"measuring-{self.kind}": {"machine": common["machine"], "images_per_s": self.looking},
+            f"measuring-{self.kind}": {"machine": common["machine"], "networks": self.looking},
         }.items():
             (folder / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
 
@@ -139,7 +145,7 @@ class Speeds:
             made(self.images, self.sigma, self.labels)[0, 0, 0, 0].item()
             first = time.perf_counter() - start
             found = solve(made, self.images[: self.noises], few, solver="heun", num_steps=self.steps)
-            seconds = timed({policy: lambda: made(self.images, self.sigma, self.labels)}, self.device, self.rounds)[policy]
+            seconds = settled(lambda: made(self.images, self.sigma, self.labels), self.setting)
         rate = self.batch / seconds
         base = self.policies.get("plain", {}).get("evaluations_per_s", rate)
         ceiling = self.ceilings["fp32" if policy == "plain" else policy.split()[0]]
@@ -170,7 +176,7 @@ class Speeds:
         start = time.perf_counter()
         float(step(batch, generator)["lines"])
         first = time.perf_counter() - start
-        return timed({"step": lambda: step(batch, generator)}, self.device, self.rounds)["step"], first
+        return settled(lambda: step(batch, generator), self.setting), first
 
     def training(self, phase: str, policy: str) -> Outcome:
         """Images/s of one phase under one policy."""
@@ -198,7 +204,7 @@ class Speeds:
 
     def largest_batch(self) -> Outcome:
         """Images/s of both phases, compiled in bf16, at the largest batch that fits, and the memory they take."""
-        found = largest(self.setting, self.model, self.rounds)
+        found = largest(self.setting, self.model)
         for phase, row in found.items():
             if phase in self.step_flops:
                 flops = row["images_per_s"] * self.step_flops[phase]
@@ -233,7 +239,7 @@ class Speeds:
         try:
             for name, (tf32, deterministic) in kinds.items():
                 set_flags(tf32=tf32, deterministic=deterministic)
-                seconds[name] = timed({name: call}, self.device, self.rounds)[name]
+                seconds[name] = settled(call, self.setting)
         finally:
             set_flags(tf32=False, deterministic=True)
         ratios = {name: seconds[RUN] / value for name, value in seconds.items() if name != RUN}
@@ -241,14 +247,22 @@ class Speeds:
         return measured(f"the run's flags {64 / seconds[RUN]:,.0f} images/s; {text}", seconds=seconds)
 
     def look(self, name: str) -> Outcome:
-        """Images/s of a measuring network."""
+        """Images/s of a measuring network, made ready and as it is written down."""
         size = network_config(self.setting).img_resolution
-        eye = Eye(measuring_network(name), self.device)
+        network = measuring_network(name)
+        eye, as_written = Eye(network, self.device), network.to(self.device)
         shown = torch.zeros(2 if self.setting.small else 512, 3, size, size, dtype=torch.uint8)
-        seconds = timed({name: lambda: eye.look(shown)}, self.device, self.rounds)[name]
-        self.looking[name] = len(shown) / seconds
+
+        def plainly() -> None:
+            with torch.inference_mode():
+                for part in shown.split(GPU_BATCH):
+                    as_written.look(part.to(self.device))[0].cpu()
+
+        seconds = timed({"plain": plainly, name: lambda: eye.look(shown)}, self.device, self.rounds)
+        row = {"images_per_s": len(shown) / seconds[name], "against_plain": seconds["plain"] / seconds[name]}
+        self.looking[name] = row
         self.save()
-        return measured(f"{self.looking[name]:,.0f} images/s")
+        return measured(f"{row['images_per_s']:,.0f} images/s, {row['against_plain']:.2f}x plain", **row)
 
 
 def checks(setting: Setting) -> Checks:

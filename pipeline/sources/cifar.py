@@ -1,7 +1,6 @@
 """CIFAR's own archives, cifar-10-python.tar.gz and cifar-100-python.tar.gz: their training images, in order.
 
-Their pickles are read as data, never run, by Python's own unpickler: the one in C sets aside memory for whatever index a pickle
-names.
+Their pickles are read as data, never run, and within bounds (beeline/unpickling.py).
 """
 
 from __future__ import annotations
@@ -9,21 +8,21 @@ from __future__ import annotations
 import gzip
 import io
 import os
-import pickle
 import tarfile
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from beeline.config import ImagesConfig
 from beeline.errors import BeelineError, reading
+from beeline.unpickling import Bounded, unpickled
 from pipeline.sources.labels import Classes, class_indices
 from pipeline.sources.pixels import Pixels
 
 MAX_UNPACKED = 256 * 2**20  # bytes; CIFAR-10 is 186 MB
 BATCHES = [f"data_batch_{k}" for k in range(1, 6)]
-MAX_READS = 10**7  # of a batch's parts; CIFAR-100's one has 700,000
 GZIP = b"\x1f\x8b"
 
 
@@ -50,7 +49,7 @@ class CifarArchive:
         images, labels = [], []
         for name in names:
             with reading(f"{name} in {self.path} is damaged", "download the archive again"):
-                batch = _BatchReader(_Limited(members.pop(name)), encoding="bytes").load()
+                batch = _batch(members.pop(name))
                 images.append(batch[b"data"].array().reshape(-1, 3, 32, 32))
                 labels += batch[b"labels" if b"labels" in batch else b"fine_labels"]
                 if len(labels) != sum(map(len, images)):
@@ -98,39 +97,37 @@ class CifarArchive:
         return members
 
 
-class _BatchReader(pickle._Unpickler):  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
-    """Reads a CIFAR batch: plain Python, and one array of bytes, which is kept as a record."""
+def _batch(data: bytes) -> dict[Any, Any]:
+    """A CIFAR batch: plain Python, and one array of bytes, which is kept as a record."""
+    left = len(data)
 
-    # Without the opcode that sets aside as many bytes as it names.
-    dispatch: ClassVar = {k: load for k, load in pickle._Unpickler.dispatch.items() if k != pickle.BYTEARRAY8[0]}  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
+    def encode(text: Any, encoding: Any) -> bytes:
+        """How Python 2's byte strings look when Python 3 wrote them. A file can have one large text encoded again and again."""
+        nonlocal left
+        encoded = text.encode("latin-1")
+        left -= len(encoded)
+        if left < 0:
+            raise ValueError("texts that are longer than the batch")
+        return encoded
 
-    def find_class(self, module: str, name: str) -> Any:
-        admitted: dict[str, Any] = {"_reconstruct": lambda *_: _ArrayRecord(), "ndarray": _ArrayRecord, "dtype": _DtypeRecord}
+    def find(module: str, name: str) -> Callable[..., Any]:
+        admitted = {"_reconstruct": lambda *_: _ArrayRecord(), "ndarray": _ArrayRecord, "dtype": _DtypeRecord}
         if module in ("numpy", "numpy.core.multiarray", "numpy._core.multiarray") and name in admitted:
             return admitted[name]
-        if (module, name) == ("_codecs", "encode"):  # how Python 2's byte strings look when Python 3 wrote them
-            return lambda text, encoding: text.encode("latin1") if isinstance(text, str) else text
+        if (module, name) == ("_codecs", "encode"):
+            return encode
         raise BeelineError(
             f"a batch asks for {module}.{name}, which CIFAR-10's archive does not; it was refused, nothing was run"
         )
 
-
-class _Limited(io.BytesIO):
-    """A batch's bytes; a pickle of nothing but tiny parts, each an object, ends early."""
-
-    reads = 0
-
-    def read(self, size: int | None = -1) -> bytes:
-        self.reads += 1
-        if self.reads > MAX_READS:
-            raise ValueError(f"over {MAX_READS:,} parts")
-        return super().read(size)
+    return unpickled(Bounded(io.BytesIO(data), len(data)), find, strings="bytes")
 
 
 class _DtypeRecord:
     def __init__(self, code: Any, *_: Any) -> None:
         if code not in ("u1", b"u1"):
-            raise BeelineError(f"a batch holds an array of {code!r:.50}; expected uint8")
+            found = f"{code!r:.50}" if isinstance(code, str | bytes) else type(code).__name__
+            raise BeelineError(f"a batch holds an array of {found}; expected uint8")
 
     def __setstate__(self, state: Any) -> None:
         pass

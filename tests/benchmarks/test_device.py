@@ -96,6 +96,12 @@ def test_what_a_check_raises_is_a_line_and_a_traceback() -> None:
     assert runner.run("solver", Check("four", lambda: checks.at_most(float("nan"), 1.0)), time.time() + 60).status == "FAIL"
 
 
+UNBUILT = """
+from benchmarks.device.checks import Check, measured
+def checks(setting):
+    yield Check("before", lambda: measured("fine"))
+    raise ValueError("no network")
+"""
 SECTION = """
 import os, time
 from benchmarks.device.checks import Check, measured
@@ -114,20 +120,23 @@ def test_a_crash_and_a_hang_cost_one_check_each(tmp_path: Path, monkeypatch: pyt
     package = tmp_path / "benchmarks" / "device"
     package.mkdir(parents=True)
     (package / "faulty.py").write_text(SECTION)
+    (package / "unbuilt.py").write_text(UNBUILT)
     paths = f"import benchmarks.device; benchmarks.device.__path__.append({str(package)!r})"
     (tmp_path / "sitecustomize.py").write_text(paths)  # for the process of the lane
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(ROOT)]))
     task = runner.Work(
-        setting=SETTING, sections=("faulty",), only=(), done=frozenset(), deadline=time.time() + 600, threads=1,
+        setting=SETTING, sections=("unbuilt", "faulty"), only=(), done=frozenset(), deadline=time.time() + 600, threads=1,
         log=str(tmp_path / "log"),
     )  # fmt: skip
     rows: list[runner.Row] = []
     runner.run_lanes([task], rows.append, {})
-    assert [(row.name, row.status) for row in rows] == [
-        ("before", "PASS"), ("dies", "FAIL"), ("between", "PASS"), ("hangs", "FAIL"), ("after", "PASS"),
+    assert [f"{row.name} {row.status}" for row in rows] == [
+        "before PASS", "the section itself FAIL",
+        "before PASS", "dies FAIL", "between PASS", "hangs FAIL", "after PASS",
     ]  # fmt: skip
-    assert rows[1].figure == "the process ended with status 7"
-    assert rows[3].figure.startswith("still running after")
+    assert "ValueError: no network" in rows[1].traceback
+    assert rows[3].figure == "the process ended with status 7"
+    assert rows[5].figure.startswith("still running after")
 
 
 def test_interrupted_it_leaves_no_process(tmp_path: Path) -> None:

@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 import small
 
+from beeline.checkpoint import digest_of
 from beeline.config import EvaluateConfig
+from beeline.errors import BeelineError
 from evaluation import evaluate, jobs
 from evaluation.results import TEMPORARY
 from pipeline.stage import PLAN, Stage
@@ -107,3 +109,15 @@ def test_the_second_command_may_run_at_any_point_of_the_first(
         assert not [name for name in (place / "evaluation/reference/probe").sizes() if name.startswith("part-")]
         measure(place, *first)  # nothing is left to do
         shutil.rmtree(place.uri)
+
+
+def test_a_calibrated_teacher_is_measured_at_its_levels(made: Folder, tmp_path: Path, hook: Hook) -> None:
+    place = Folder(str(shutil.copytree(made.uri, tmp_path / "ws")))
+    calibrated = replace(CONFIG, solver="calibrated")
+    with pytest.raises(BeelineError, match=r"teacher/solver.json is missing; make it with: python -m beeline.calibrate"):
+        evaluate.measure(str(place), "digits", calibrated, {"teacher": ("0",)})
+    weights = digest_of((place / "teacher").read("model.safetensors"))
+    (place / "teacher").write_json("solver.json", {"levels": [80.0, 4.0, 0.5], "model_sha256": weights})
+    evaluate.measure(str(place), "digits", calibrated, {"teacher": ("0",)})
+    rows, _ = results(place, "teacher")
+    assert rows["calibrated 3 fd_probe_32"]["nfe"] == 3

@@ -304,6 +304,8 @@ REFUSED: list[tuple[str, Make, str]] = [
      "data_batch_1 in .* is damaged"),
     ("a batch that asks for 2^40 bytes",
      lambda p: cifar(p, data_batch_1=b"\x80\x05\x96" + (2**40).to_bytes(8, "little") + b"."), "is damaged"),
+    ("a batch with a key whose hash takes for ever",  # a tuple of the tuple before, twice, a hundred times
+     lambda p: cifar(p, data_batch_1=b"\x80\x02)q\x00" + b"h\x00h\x00\x86q\x00" * 100 + b"}h\x00Ns."), "a tuple is a key"),
 ]  # fmt: skip
 
 
