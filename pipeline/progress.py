@@ -45,7 +45,7 @@ class Progress:
         text = self._text(now - self._start) + note
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=self.done, text=text)
-        elif now - self._last >= self.interval or self.done >= self.total:
+        elif now - self._last >= self.interval or (count and self.done >= self.total):
             self._last = now
             print(f"{self.what}: {text}", flush=True)
 

@@ -23,6 +23,8 @@ import psutil
 import pytest
 import tyro
 
+from beeline import entry
+
 ROOT = Path(__file__).parent.parent
 # Settings that make every stage of the recipe take seconds.
 TINY_TEACHER = [
@@ -170,6 +172,7 @@ def parse_command(words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None
         parse_args(self, *arguments)
         raise Parsed
 
+    monkeypatch.setattr(entry, "_handle", lambda handler: None)  # Ctrl-C is for pytest
     monkeypatch.setattr(tyro, "cli", stopped)
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parsed)
     module = words[1] == "-m"

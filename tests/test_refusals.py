@@ -189,7 +189,7 @@ def test_the_right_command_follows_a_wrong_one(run: Run, tmp_path: Path) -> None
     run(*command)
     weak = ("trainers/train_probe.py", "digits", "--workspace", tmp_path / "ws", "--probe.iterations", "20")
     failed = run(*weak, "--probe.lr", "1e30", "--probe.min-accuracy", "0", ok=False)
-    assert "error: the losses probe reached a held-out accuracy of nan" in failed.stderr
+    assert "error: the model is not published" in failed.stderr
     assert not (tmp_path / "ws/probe/plan.json").exists()
     run(*weak, "--probe.min-accuracy", "0")
 

@@ -18,7 +18,7 @@ PREAMBLE = """
 import signal, sys, time
 from beeline.entry import guard, run_main
 from beeline.errors import BeelineError
-def bad(): raise BeelineError("two\\n  lines")
+def bad(): raise BeelineError("what, and the fix")
 def bug(): raise ValueError("a bug")
 def wait(): print("ready", flush=True); time.sleep(60)
 def swallow():
@@ -46,7 +46,7 @@ def line_of(process: Process) -> str:
     ("code", "status", "out", "error"),
     [
         ("run_main(lambda: print('done'), lambda: print('clean'))", 0, "done\nclean\n", ""),
-        ("run_main(bad, lambda: print('clean'))", 1, "clean\n", "error: two lines\n"),
+        ("run_main(bad, lambda: print('clean'))", 1, "clean\n", "error: what, and the fix\n"),
         ("run_main(lambda: sys.exit(2))", 2, "", ""),
         ("run_main(lambda: sys.exit('words'))", 1, "", "words\n"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -18,22 +19,25 @@ import torch
 from harness import ROOT, Head, Run, wait_for
 from PIL import Image
 
+import beeline
 from beeline.arrays import pack, unpack
 from beeline.checkpoint import build, dump
 from beeline.config import EvaluateConfig, NetworkConfig
 from beeline.errors import BeelineError
 from beeline.frechet import Moments, Statistics, frechet_distance
 from beeline.measuring import Inception, quantised
+from beeline.samplers import FewStep
 from beeline.weights import dump_backbone
 from evaluation import results
 from evaluation.evaluate import Measurement
-from evaluation.jobs import Bench, Judge, RealImages, Setup
+from evaluation.jobs import Bench, Judge, RealImages, Samples, Setup
 from evaluation.reference import FEATURES, STATISTICS, groups, merge_reference, reference_folder
 from evaluation.rows import parse_steps, teacher_row
 from pipeline.shards import encode, shard_name
 from pipeline.sheet import GAP, sheet_png
 from pipeline.stage import Stage
 from pipeline.storage import Folder
+from trainers.validation import Validation
 
 SMALL = ["--draws", "2", "--count", "200", "--shard-size", "60", "--batch-size", "50", "--samples", "10"]
 ROWS = ["--nfe", "15", "2"]
@@ -198,6 +202,25 @@ def test_what_cannot_be_measured_is_an_error_before_any_work(run: Run, workspace
     assert "an .npz file with mu; expected mu and sigma" in wrong.stderr
     assert not any("Traceback" in done.stderr for done in (few, missing, elsewhere, wrong))
     assert not (workspace / "evaluation").exists()
+
+
+def test_samples_that_are_not_finite_have_no_figure(workspace: Path) -> None:
+    """Of a model whose weights are finite, and whose images are over what float32 holds."""
+    place, plan = Folder(str(workspace)), json.loads((workspace / "images/plan.json").read_text())
+    model = beeline.load(workspace / "teacher")
+    last = model.model.last_layer
+    assert isinstance(last, torch.Tensor)
+    last.data[:] = 3e38
+    for name, data in dump(model, {}).items():
+        (workspace / "teacher" / name).write_bytes(data)
+    config = EvaluateConfig(batch_size=4)
+    setup = Setup(workspace=place, recipe="digits", config=config, images=plan, pairs=None, count=100)
+    with pytest.raises(BeelineError, match="teacher makes NaN or infinite samples by 'euler 1' in precision fp32"):
+        Bench(setup, [Samples("teacher", teacher_row(1), 0, 0, range(4))]).work(0)
+    assert not (workspace / "evaluation").exists()
+    model.few_step = FewStep(num_steps=4)
+    judge = Validation(place, "digits", plan, count=100, seed=0, device=torch.device("cpu"))
+    assert math.isnan(judge.judge(model)[0]["fd_probe_losses"])
 
 
 def test_few_evaluations_of_a_teacher_are_euler() -> None:

@@ -210,7 +210,9 @@ def test_a_damaged_shard_is_named_to_the_reader(tmp_path: Path) -> None:
 
 def test_stage_refuses_another_plan_and_notices_lost_files(tmp_path: Path) -> None:
     place = Folder(str(tmp_path))
-    stage = Stage(place, "pairs", {"pairs": {"count": 2, "seed": 0}})
+    config = {"count": 2, "seed": 0, "shard_size": 2, "num_steps": 18, "dtype": "float32"}
+    plan = {"pairs": config, "evaluations": 35, "num_classes": 0, "shape": [1, 8, 8], "sigmas": [80.0]}
+    stage = Stage(place, "pairs", plan)
     assert stage.begin()
     with pytest.raises(
         BeelineError, match=r"pairs is missing or not complete; make it with: python pipeline/gen_pairs\.py digits"
@@ -218,10 +220,10 @@ def test_stage_refuses_another_plan_and_notices_lost_files(tmp_path: Path) -> No
         require(place, "pairs", "digits")
     stage.folder.write("part-00000.parquet", b"1234")
     stage.finish()
-    assert not Stage(place, "pairs", {"pairs": {"seed": 0, "count": 2}}).begin()
+    assert not Stage(place, "pairs", dict(reversed(plan.items()))).begin()
     with pytest.raises(BeelineError, match=r"pairs\.count: 2 there, 3 asked for"):
-        Stage(place, "pairs", {"pairs": {"count": 3, "seed": 0}}).begin()
-    assert require(place, "pairs", "digits") == {"pairs": {"count": 2, "seed": 0}}
+        Stage(place, "pairs", plan | {"pairs": config | {"count": 3}}).begin()
+    assert require(place, "pairs", "digits") == plan
     (tmp_path / "pairs" / "part-00000.parquet").write_bytes(b"12")
     with pytest.raises(BeelineError, match=r"has 2 bytes, expected 4 bytes; mend it with"):
         require(place, "pairs", "digits")
