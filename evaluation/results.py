@@ -55,7 +55,7 @@ def again(folder: Folder) -> str:
 
 def measured(folder: Folder) -> list[str]:
     """The labels of the rows that are published there, in their order."""
-    return [entry["label"] for entry in _published(folder)["order"]]
+    return [entry["label"] for entry in _published(folder, [])["order"]]
 
 
 def publish(setup: Setup, model: str, rows: Sequence[Row], plan: Mapping[str, Any], straight: bool) -> None:
@@ -69,8 +69,8 @@ def publish(setup: Setup, model: str, rows: Sequence[Row], plan: Mapping[str, An
         if (lines := _figures(setup, folder, model, row)) is not None:
             folder.write_json(f"row-{row.slug}.json", {"label": row.label, "sheet": Sheet(model, row, 0).file, "rows": lines})
             print(_said(model, row, lines), flush=True)
-    written = None
-    while (found := _published(folder)) != written:
+    asked, written = [row.label for row in rows], None
+    while (found := _published(folder, asked)) != written:
         _write(setup, folder, found, plan, straight)
         written = found
 
@@ -82,12 +82,14 @@ def temporary(folder: Folder) -> list[str]:
     return [name for name in folder.sizes() if pattern.fullmatch(name)]
 
 
-def _published(folder: Folder) -> dict[str, Any]:
-    """ "rows" and "order" of metrics.json, those of the rows that it lacks at their end."""
+def _published(folder: Folder, asked: Sequence[str]) -> dict[str, Any]:
+    """ "rows" and "order" of metrics.json; at their end those of the rows that it lacks, in the order in which they were
+    `asked` for, and then those that another command measured."""
     there = metrics_in(folder) or {"rows": [], "order": []}
     labels = {entry["label"] for entry in there["order"]}
     files = [_row_in(folder, name) for name in folder.sizes() if name.startswith("row-")]
     new = [found for found in files if found is not None and found["label"] not in labels]
+    new.sort(key=lambda found: asked.index(found["label"]) if found["label"] in asked else len(asked))
     return {
         "rows": [*there["rows"], *(line for found in new for line in found["rows"])],
         "order": [*there["order"], *({key: found[key] for key in ("label", "sheet")} for found in new)],

@@ -23,7 +23,9 @@ from pipeline.storage import Folder
 
 
 def pytest_configure() -> None:
-    """Every Ray of the tests asks for a token, as a user's would, and every command has it."""
+    """Every Ray of the tests asks for a token, as a user's would, and every command has it. Commands take Ctrl-C, also where a
+    shell runs the tests in the background."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
 

@@ -88,6 +88,19 @@ class Head:
         named = [p for p in psutil.process_iter() if name in _title(p)]
         return [p for p in named if (parent := p.parent()) and self.folder in _title(parent)]
 
+    def left_over(self) -> tuple[list[str], list[str]]:
+        """Placement groups and classes of actors that are still there, by the State API. Ray Data's services, one each for the
+        cluster, are no command's."""
+        program = (
+            "import json; from ray.util.state import list_actors, list_placement_groups; "
+            "groups = [g.placement_group_id for g in list_placement_groups() if g.state != 'REMOVED']; "
+            "actors = [a.class_name for a in list_actors() if a.state != 'DEAD']; print(json.dumps([groups, actors]))"
+        )
+        environment = self.environment() | {"RAY_ADDRESS": self.dashboard}
+        done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+        groups, actors = json.loads(done.stdout.splitlines()[-1])
+        return groups, [name for name in actors if not name.startswith("_") and name != "ActorLocationTracker"]
+
     def session(self) -> str:
         """Ray's name for this head's session."""
         return (Path(self.folder) / "session_latest").resolve().name

@@ -18,6 +18,8 @@ import ray.train
 import ray.train.torch
 import torch
 import torch.distributed
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2.api.callback import RayTrainCallback
 
 from beeline.config import WorkersConfig
 from beeline.errors import BeelineError, StorageError
@@ -87,6 +89,11 @@ class _Trainer(ray.train.torch.TorchTrainer):
     """Leaves Ctrl-C to the command (beeline/entry.py): Ray's handler of it would end this process with status 1."""
 
     def _register_sigint_handler(self, controller: Any) -> None: ...
+
+    def _create_default_callbacks(self) -> list[RayTrainCallback]:
+        # Without the cleaner of placement groups. It is a detached actor that stays for ever once the driver is killed (Ray
+        # 2.60 calls exit_actor in a thread, which ends the thread alone), and groups end with their job anyway.
+        return [each for each in super()._create_default_callbacks() if not isinstance(each, PlacementGroupCleanerCallback)]
 
 
 class FinalErrors(ray.train.UserCallback):

@@ -56,23 +56,32 @@ def train_probes(workspace: str, recipe: tyro.conf.Suppress[str], probe: ProbeCo
         return
     ensure_ray()
     check_room("probe", 1, cpus=1, gpus=probe.gpus)
-    remote = ray.remote(num_cpus=1, num_gpus=probe.gpus)(_train)
+    try:
+        files, accuracies = _train_both(place, probe, images)
+    except Exception:
+        stage.withdraw()
+        raise
+    for which in PROBES:
+        publish_model(place / "probe" / which, files[which])
+    stage.finish(accuracies=accuracies, iterations=len(PROBES) * probe.iterations)
+
+
+def _train_both(place: Folder, config: ProbeConfig, images: dict) -> tuple[dict[str, dict[str, bytes]], dict[str, float]]:
+    """Files and held-out accuracy of each probe, trained side by side."""
+    remote = ray.remote(num_cpus=1, num_gpus=config.gpus)(_train)
     jobs = {
-        which: remote.options(name=f"probe/{which}").remote(place, getattr(probe, which), probe, images) for which in PROBES
+        which: remote.options(name=f"probe/{which}").remote(place, getattr(config, which), config, images) for which in PROBES
     }
     files, accuracies = {}, {}
     for which, job in jobs.items():
         files[which], accuracies[which] = ray.get(job)
         print(f"probe: {which}, held-out accuracy {accuracies[which]:.3f}", flush=True)
-        if not accuracies[which] >= probe.min_accuracy:  # NaN, of weights that are not finite, is not enough either
-            stage.withdraw()
+        if not accuracies[which] >= config.min_accuracy:  # NaN, of weights that are not finite, is not enough either
             raise BeelineError(
-                f"the {which} probe reached a held-out accuracy of {accuracies[which]:.3f}, under the {probe.min_accuracy} "
+                f"the {which} probe reached a held-out accuracy of {accuracies[which]:.3f}, under the {config.min_accuracy} "
                 "asked for; train it longer (--probe.iterations) or with a lower --probe.lr, or lower --probe.min-accuracy"
             )
-    for which in PROBES:
-        publish_model(place / "probe" / which, files[which])
-    stage.finish(accuracies=accuracies, iterations=len(jobs) * probe.iterations)
+    return files, accuracies
 
 
 def _train(workspace: Folder, network: ProbeNetworkConfig, config: ProbeConfig, images: dict) -> tuple[dict[str, bytes], float]:

@@ -228,9 +228,12 @@ def test_a_full_disk_loses_nothing(trained: Path, tmp_path: Path) -> None:
 def test_smaller_stores_are_near(dtype: str, bound: float, run: Run, trained: Path, tmp_path: Path) -> None:
     workspace = fresh(trained, tmp_path)
     run("pipeline/gen_pairs.py", "digits", "--workspace", workspace, *TINY_PAIRS, "--pairs.dtype", dtype)
-    plan = json.loads((workspace / "pairs" / "plan.json").read_text())
-    small = ShardReader(Folder(str(workspace / "pairs")), plan["pairs"], seed=0).batch(0, 300)
-    whole = ShardReader(Folder(str(trained / "pairs")), plan["pairs"], seed=0).batch(0, 300)
+    small, whole = (
+        ShardReader(Folder(str(place / "pairs")), json.loads((place / "pairs/plan.json").read_text())["pairs"], seed=0).batch(
+            0, 300
+        )
+        for place in (workspace, trained)
+    )
     np.testing.assert_array_equal(small["index"], whole["index"])
     within = np.abs(whole["x1"]) <= 1
     np.testing.assert_allclose(small["x1"][within], whole["x1"][within], atol=bound)

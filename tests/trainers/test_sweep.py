@@ -67,25 +67,11 @@ def test_a_killed_sweep_goes_on_and_leaves_nothing_behind(run: Run, head: Head, 
     assert all(row["distance"] is None for row in stopped)
     assert not list(folder.glob("trials/*/checkpoints/*/index.json"))
     assert (folder / "pareto.png").read_bytes().startswith(b"\x89PNG")
-    assert left_over(head) == ([], [])
+    assert head.left_over() == ([], [])
 
 
 def trials(workspace: Path) -> list[dict[str, Any]]:
     return pq.read_table(workspace / "sweeps/sot/trials.parquet").to_pylist()
-
-
-def left_over(head: Head) -> tuple[list[Any], list[Any]]:
-    """Placement groups and actors that are still there, by the State API. Ray Data's services, one each for the cluster, are
-    not the sweep's."""
-    program = (
-        "import json; from ray.util.state import list_actors, list_placement_groups; "
-        "groups = [g.placement_group_id for g in list_placement_groups() if g.state != 'REMOVED']; "
-        "actors = [a.class_name for a in list_actors() if a.state != 'DEAD']; print(json.dumps([groups, actors]))"
-    )
-    environment = head.environment() | {"RAY_ADDRESS": head.dashboard}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
-    groups, actors = json.loads(done.stdout.splitlines()[-1])
-    return groups, [name for name in actors if not name.startswith("_") and name != "ActorLocationTracker"]
 
 
 def test_what_is_tried_reaches_the_workers(workspace: Path) -> None:
@@ -122,7 +108,7 @@ def test_the_best_is_promoted_and_more_trials_are_added(run: Run, workspace: Pat
     assert promoted == (workspace / f"sweeps/sot/trials/{best['trial']:04d}/model.safetensors").read_bytes()
     assert json.loads((workspace / "students/tuned/plan.json").read_text())["promoted"]["trial"] == best["trial"]
     none = run(*command, "--sweep.promote", "other", "--sweep.promote-nfe", "7", ok=False)
-    assert "promote_nfe is 7; expected the steps of one of the schedules" in none.stderr
+    assert "--sweep.promote-nfe is 7; expected the steps of one of the schedules" in none.stderr
     wrong = run(*command, "--sweep.learning-rates", "1e-3", "1e-4", ok=False)
     assert "--sweep.learning-rates is (0.001, 0.0001); expected the lower bound, then the upper one" in wrong.stderr
 
