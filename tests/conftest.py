@@ -4,6 +4,7 @@ trained workspace. All on loopback; commands run as their users run them: as pro
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import signal
 import socket
@@ -69,10 +70,10 @@ def head() -> Iterator[Head]:
 def run(head: Head) -> Run:
     """Run a command of the project on the session's Ray; `ok=False` where it is meant to fail."""
 
-    def call(script: str, *arguments: str, ok: bool = True) -> subprocess.CompletedProcess[str]:
+    def call(script: str, *arguments: str, ok: bool = True, timeout: int = 600) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
             [sys.executable, script, *map(str, arguments)],
-            cwd=ROOT, env=head.environment(), capture_output=True, text=True, timeout=600,
+            cwd=ROOT, env=head.environment(), capture_output=True, text=True, timeout=timeout,
         )  # fmt: skip
         assert (done.returncode == 0) == ok, done.stdout[-4000:] + done.stderr[-4000:]
         return done
@@ -115,6 +116,6 @@ def bucket(proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch, request: pytest.F
         monkeypatch.setenv(name, value)
     forget()
     proxy.faults, proxy.log = [], []
-    yield Folder(f"s3://bucket/{request.node.name.replace('[', '-').replace(']', '')}")
+    yield Folder(f"s3://bucket/{re.sub('[^0-9A-Za-z_-]+', '-', request.node.name)}")
     proxy.faults = []
     forget()

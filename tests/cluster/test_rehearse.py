@@ -27,6 +27,7 @@ from cluster.workspace import RECORD, REHEARSAL, Workspace
 from pipeline.stage import publish_model
 from pipeline.storage import Folder
 
+pytestmark = pytest.mark.timeout(1800)  # the rehearsal itself, on a slow machine
 FEATURES = ("probe", "inception")  # the large DINOv2 would take minutes
 NARROW = ("--teacher.network.model-channels", "32", "--evaluate.features", *FEATURES)
 BACKBONES = ("vgg16", "tf_efficientnet_lite0", "deit_base_distilled_patch16_224")
@@ -57,7 +58,7 @@ def rehearsed(run: Run, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
     before = contents(workspace)
     done = run(
         "cluster/rehearse.py", "cifar10", "--workspace", workspace, "--cpu", "--ranks", "2", "--weights", "random",
-        "--images.source", images, *NARROW,
+        "--images.source", images, *NARROW, timeout=1800,
     )  # fmt: skip
     assert contents(workspace) == before
     return workspace, done.stdout
