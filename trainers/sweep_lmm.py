@@ -95,6 +95,8 @@ def sweep_lmm(
     if stage.begin(more=bool(left)):
         print(f"sweep: {len(tried) - len(left)} of {len(tried)} trials are there", flush=True)
         _train(place, recipe, sweep, folder, tried, {number: configs[number] for number in left}, pairs, images)
+        for number in tried:  # a stopped trial may have written one before its process ended
+            _remove_checkpoints(folder, number)
         rows = [_row(folder, number) for number in tried]
         rows = _judge(place, recipe, sweep, evaluate, rows)
         buffer = io.BytesIO()
@@ -193,8 +195,7 @@ class _Rows(tune.Callback):
         last = rungs_in(self.folder / folder_name(number))[-1]
         row = {**self.tried[number], **last, "stopped": last["step"] < self.sweep.iterations}
         self.folder.write_json(_row_name(number), row)
-        for step in checkpoints.steps(self.folder / folder_name(number)):  # several times the size of the student
-            checkpoints.remove(self.folder / folder_name(number), step)
+        _remove_checkpoints(self.folder, number)
         self.ended.append(row)
         self._show()
         how = f"stopped at step {last['step']}" if row["stopped"] else "finished"
@@ -272,6 +273,12 @@ def _row(folder: Folder, number: int) -> dict[str, Any]:
         row = folder.read_json(name)
         check_layout(row, {"trial": 0, "steps": str, "nfe": 1, "step": 0, "stopped": bool, METRIC: float})
         return row
+
+
+def _remove_checkpoints(folder: Folder, number: int) -> None:
+    """Those of a trial that has ended: several times the size of the student."""
+    for step in checkpoints.steps(folder / folder_name(number)):
+        checkpoints.remove(folder / folder_name(number), step)
 
 
 def _row_name(number: int) -> str:

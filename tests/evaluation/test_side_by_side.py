@@ -16,13 +16,13 @@ import small
 from beeline.checkpoint import digest_of
 from beeline.config import EvaluateConfig
 from beeline.errors import BeelineError
-from evaluation import evaluate, jobs
+from evaluation import evaluate
 from evaluation.results import TEMPORARY
 from pipeline.stage import PLAN, Stage
 from pipeline.storage import Folder
 
 POINTS = int(os.environ.get("BEELINE_POINTS", "6"))  # at which the second command runs, evenly spread over the first
-CONFIG = EvaluateConfig(draws=1, count=32, shard_size=16, batch_size=16, samples=3, neighbours=20)
+CONFIG = EvaluateConfig(draws=1, count=32, shard_size=16, batch_size=16, samples=3, neighbours=20, held_out=8)
 
 
 def in_this_process(
@@ -59,8 +59,6 @@ class Hook:
 @pytest.fixture
 def hook(monkeypatch: pytest.MonkeyPatch) -> Hook:
     monkeypatch.setattr(evaluate, "run_pool", in_this_process)
-    for module in (evaluate, jobs):
-        monkeypatch.setattr(module, "PAIRS", 8)
     return Hook(monkeypatch)
 
 
