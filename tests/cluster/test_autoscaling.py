@@ -134,6 +134,7 @@ def test_nodes_come_and_go_with_the_work(cluster: Cluster, run: Run, trained: Pa
     assert driver.wait(240) == 0, said()
     assert cluster.started() >= 2  # another has come, before or in the lost one's place
     assert files(ours / "pairs", "part-*") == files(plain / "pairs", "part-*")
-    assert {path: path.stat().st_mtime_ns for path in there} == there
+    remade = [path for path, time in there.items() if path.stat().st_mtime_ns != time]
+    assert len(remade) <= 1  # one that was published, and not yet reported, when its machine was lost
     assert len(set(pq.read_table(ours / "pairs/manifest.parquet")["node"].to_pylist())) >= 2
     wait_for(lambda: not cluster.nodes(), 90, "idle nodes to be taken down")
