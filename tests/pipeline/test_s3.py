@@ -80,7 +80,7 @@ def test_a_bit_that_flips_on_the_way_is_read_again_and_on_the_disk_is_damage(buc
         ("secret", {"AWS_SECRET_ACCESS_KEY": "wrong"}, "s3://bucket/ws", "cannot be read"),
         ("bucket", {}, "s3://no-such-bucket/ws", "bucket does not exist"),
         ("read-only", {}, "s3://bucket/read-only", "cannot be written"),
-        ("in-the-uri", {}, "s3://KEY:topsecret@bucket/ws", "holds credentials"),
+        ("in-the-uri", {}, "s3://KEY:topsecret@bucket/ws", "holds a password inside a URL"),
     ],
 )
 def test_what_is_wrong_with_a_bucket_is_said(
