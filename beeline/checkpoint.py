@@ -16,7 +16,6 @@ from typing import Any
 import safetensors.torch
 import torch
 from torch import nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from beeline.adams import check_levels
 from beeline.blueprint import Shapes, mismatch, shapes_of
@@ -24,9 +23,9 @@ from beeline.config import NetworkConfig, ProbeNetworkConfig, from_dict, to_dict
 from beeline.denoiser import Denoiser
 from beeline.errors import BeelineError, plain, reading
 from beeline.features import Probe
+from beeline.few_step import FewStep
 from beeline.networks.dhariwal import DhariwalUNet
 from beeline.networks.songunet import SongUNet
-from beeline.samplers import FewStep
 
 FORMAT = 1
 MAX_LEVELS = 10_000  # of a student's schedule
@@ -199,18 +198,3 @@ def digest(files: Mapping[str, bytes]) -> str:
 def digest_of(weights: bytes) -> str:
     """SHA-256 of a model.safetensors."""
     return hashlib.sha256(weights).hexdigest()
-
-
-@torch.no_grad()
-def ema_update(average: nn.Module, model: nn.Module, half_life: float, step: int, ramp: float) -> None:
-    """Move the exponential moving average `average` one step towards `model`; buffers are copied.
-
-    `half_life` is in steps. With `ramp` above 0 it is at most `ramp` of the `step` steps seen so far, so that the average
-    forgets its start (Karras et al. 2022, appendix F.2); with 0 the decay is constant.
-    """
-    limited = min(half_life, step * ramp) if ramp else half_life
-    beta = 0.5 ** (1 / max(limited, 1e-8))
-    # All parameters in a few kernels: one by one, launching them takes a GPU longer than the arithmetic.
-    get_ema_multi_avg_fn(beta)(list(average.parameters()), list(model.parameters()), step)
-    for ours, theirs in zip(average.buffers(), model.buffers(), strict=True):
-        ours.copy_(theirs)

@@ -7,16 +7,17 @@ continuation. Every other field is part of the result's identity: changed agains
 from __future__ import annotations
 
 import dataclasses
-import itertools
+import functools
+import operator
 import typing
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
+from beeline.objectives import Needs, ObjectiveConfig
 from beeline.settings import (
     MAX_PROCESSES,
     MAX_SHARDS,
     MAX_SHOWN,
-    MAX_SIDE,
     MAX_SIZE,
     MAX_STEPS,
     MAX_TRIALS,
@@ -28,7 +29,6 @@ from beeline.settings import (
     Divisible,
     Gpus,
     HalfLife,
-    Index,
     ModelPath,
     Name,
     NameOrNone,
@@ -36,6 +36,7 @@ from beeline.settings import (
     Positive,
     Processes,
     Range,
+    RecipeName,
     Restarts,
     Seed,
     Settings,
@@ -52,6 +53,11 @@ from beeline.settings import (
 )
 
 GROUPS = 4  # of a probe's normalisation
+RESERVED = (
+    *("best", "checkpoints", "samples", "tensorboard"),
+    *("config.json", "model.safetensors", "plan.json", "train.jsonl", "_SUCCESS"),
+)
+"""What a student's folder holds, and so what no phase may be called."""
 T = TypeVar("T")
 
 
@@ -61,7 +67,8 @@ def resource(default: Any) -> Any:
 
 
 def to_dict(config: Any, *, resources: bool = True) -> dict[str, Any]:
-    """A config as JSON-ready dict (tuples become lists); without `resources`, only what the result depends on."""
+    """A config as JSON-ready dict (tuples become lists); without `resources`, only what the result depends on. An objective's
+    settings also name their class, as "method"."""
     values: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         if resources or not field.metadata.get("resource"):
@@ -71,11 +78,13 @@ def to_dict(config: Any, *, resources: bool = True) -> dict[str, Any]:
             elif isinstance(value, dict):
                 value = {key: to_dict(item, resources=resources) for key, item in value.items()}
             values[field.name] = list(value) if isinstance(value, tuple) else value
+    if isinstance(config, ObjectiveConfig):
+        values = {"method": f"{type(config).__module__}:{type(config).__qualname__}", **values}
     return values
 
 
 def from_dict(cls: type[T], values: Mapping[str, Any]) -> T:
-    """The inverse of `to_dict`. Raises TypeError for an unknown or missing key."""
+    """The inverse of `to_dict`, for configs without objectives. Raises TypeError for an unknown or missing key."""
     hints = typing.get_type_hints(cls)
     made = {}
     for name, value in values.items():
@@ -103,6 +112,8 @@ class NetworkConfig(Settings):
     num_blocks: Annotated[int, Range(1, 100)] = 4
     attn_resolutions: tuple[Side, ...] = (16,)
     dropout: ShareBelow1 = 0.0
+    second_level: bool = False
+    """An input for a second noise level, where a jump ends: for flow maps."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -295,62 +306,24 @@ class VerifyConfig(PoolConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PhaseConfig(Settings):
-    """One phase of student training. Without `steps` levels follow `levels`; with them (SOT) only those are drawn."""
+    """One phase of student training."""
 
     iterations: Whole
+    """0 leaves the phase out."""
     optimizer: OptimizerConfig
-    distance: Literal["l2", "huber", "probe", "lpips", "lpips_avg", "johnson"] = "probe"
-    """Of pixels: squared, or pseudo-Huber. Of features: the losses' probe; LPIPS in VGG16, or the same with average pooling
-    (as CTM uses it); "johnson", unnormalised VGG16 features (Johnson et al. 2016, whom the LMM paper cites)."""
-    resize: Annotated[int, Range(0, MAX_SIDE)] = 0
-    """Side in pixels at which features are taken; 0 leaves images as they are."""
-    pixel_weight: Amount = 0.0
-    """Weight of the squared pixel distance beside one of features."""
-    levels: Literal["schedule", "sigma"] = "schedule"
-    steps: Some[Index] | None = None
-    adversarial_weight: Amount = 0.0
-    """Weight of the adversarial term, times its adaptive weight; 0 leaves the discriminator out."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.steps is not None:
-            rising = self.steps[0] == 0 and all(a < b for a, b in itertools.pairwise(self.steps))
-            self.require(rising, "steps", "rising indices from 0, the level of pure noise, for example 0 or 0 8")
+    objective: ObjectiveConfig
+    """What a step computes: the settings of a method (beeline/objectives)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DiscriminatorConfig(Settings):
-    """What learns beside the student: the critics of the adversarial phase."""
+class StudentConfig(Settings):
+    """A student: phases of training, one after the other, from the weights of another model."""
 
-    optimizer: OptimizerConfig
-    networks: Some[Literal["probe", "tf_efficientnet_lite0", "deit_base_distilled_patch16_224", "scratch"]] = ("probe",)
-    """What it looks through, a critic each: the losses' probe, pretrained backbones, or nothing ("scratch")."""
-    resize: Annotated[int, Range(128, MAX_SIDE), Divisible(32)] = 224
-    """Side in pixels that pretrained backbones see: a multiple of 32 from 128 on."""
-    width: Channels = 64
-    """Channels of the heads on a probe."""
-    augment: tuple[Literal["color", "translation", "cutout"], ...] = ("color", "translation", "cutout")
-    mirror: bool = False
-    """Mirror each real image with probability 1/2: for data sets whose teachers learned from mirrored images, too."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LmmConfig(Settings):
-    """A student: a reconstruction phase, then an adversarial one. A phase of 0 iterations is left out."""
-
-    name: Name = "lmm"
-    objective: Text = "beeline.objectives.lmm:LinesMatching"
-    """What a step does: a class as package.module:Class. beeline.objectives has kd:Distillation and
-    rectified_flow:RectifiedFlow, too."""
+    name: Name
     init: ModelPath = "teacher"
     """Folder of the model whose weights the student starts from: "teacher" or "students/<name>"."""
-    num_steps: Steps = 18
-    """Levels of the EDM schedule."""
-    line: Literal["ve", "lerp"] = "lerp"
-    """"lerp" is the segment from the image to x0: at sigma_max the student trains on exactly what it samples from. "ve" adds
-    noise to the image: at sigma_max the input still holds the image, which is missing when the student samples."""
-    rule: Literal["same_noise", "line", "fresh_noise"] = "line"
-    """Sampling rule: "line" goes with the line "lerp", "same_noise" with "ve"."""
+    phases: dict[Name, PhaseConfig]
+    """By name, in order. The student as each but the last leaves it is published as students/<name>/<phase>."""
     batch_size: Size = 512
     ema_half_lives: Some[HalfLife] = (693.0,)
     """Half-lives of the averages of the weights, in iterations; 693 is the paper's decay of 0.999. The first average is the
@@ -359,19 +332,16 @@ class LmmConfig(Settings):
     """Limit of a half-life as a share of the iterations so far, so that an average forgets its start (EDM: 0.05). 0 keeps the
     decay constant, as the paper does."""
     phase_switch: Literal["continue", "restart"] = "continue"
-    """What the second phase starts from. "continue": the weights and the optimiser's moments as they are, as in CTM's code,
-    where the adversarial term joins a running training. "restart": the averaged weights, with a fresh optimiser."""
+    """What a later phase starts from. "continue": the weights and the optimiser's moments as they are, as in CTM's code,
+    where the adversarial term joins a running training. "restart": the averaged weights, with a new optimiser."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """"bf16": student and discriminator train under autocast, frozen networks are bf16. Weights, averages, losses: float32."""
+    """"bf16": student and critic train under autocast, frozen networks are bf16. Weights, averages, losses: float32."""
     compiled: bool = False
     """Compile student and frozen networks: pays on GPUs and long runs, costs minutes at the start."""
     seed: Seed = 0
-    reconstruction: PhaseConfig
-    adversarial: PhaseConfig
-    discriminator: DiscriminatorConfig
     accumulate: Size = resource(1)
-    """Parts that each rank's share of the batch is worked off in, where it does not fit the memory. The adaptive weight and
-    the discriminator's batch norms are then of a part."""
+    """Gradient-accumulation steps per rank, where a rank's share of the batch does not fit the memory. The adaptive weight and
+    the discriminator's batch norms then see one part at a time."""
     log_every: Count = resource(50)
     checkpoint_every: Count = resource(500)
     keep: Count = resource(2)
@@ -382,19 +352,44 @@ class LmmConfig(Settings):
     validate_count: Annotated[int, Range(1, MAX_SIZE)] = resource(1024)
     """Samples of a validation."""
     trackers: tuple[Literal["mlflow", "wandb"], ...] = resource(())
-    """Where the log goes beside train.jsonl and TensorBoard."""
+    """Where the log goes in addition to train.jsonl and TensorBoard."""
     workers: WorkersConfig = resource(WorkersConfig())
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for phase in (self.reconstruction, self.adversarial):
-            below = not phase.iterations or phase.steps is None or phase.steps[-1] < self.num_steps
-            phase.require(below, "steps", f"indices below num_steps, {self.num_steps}")
+        taken = [name for name in self.phases if name in RESERVED or name.startswith("ema-")]
+        self.require(not taken, "phases", f"other names than {', '.join(RESERVED)} and ema-..., which the student's folder has")
         folders = {f"{half_life:g}" for half_life in self.ema_half_lives}
         distinct = len(folders) == len(self.ema_half_lives)
         self.require(
             distinct, "ema_half_lives", "values that differ in their first six digits, since folders are named by them"
         )
+
+    @property
+    def running(self) -> dict[str, PhaseConfig]:
+        """The phases that are not left out."""
+        return {name: phase for name, phase in self.phases.items() if phase.iterations}
+
+    @property
+    def iterations(self) -> int:
+        """Of all phases."""
+        return sum(phase.iterations for phase in self.phases.values())
+
+    def needs(self) -> Needs:
+        """What the phases need together."""
+        return functools.reduce(operator.or_, (phase.objective.needs() for phase in self.running.values()), Needs())
+
+    def record(self, phase: str) -> dict[str, Any]:
+        """What the config.json of the student after `phase` says of its training."""
+        trained = to_dict(self, resources=False)
+        return {"method": self.phases[phase].objective.about(), "phase": phase, "trained": trained}
+
+    def models(self) -> dict[str, PhaseConfig]:
+        """The models that training publishes, but for averages and the best, by folder: the last is the student itself. With
+        the phase that made each."""
+        folder, running = f"students/{self.name}", list(self.running.items())
+        last = {folder: running[-1][1]} if running else {}
+        return {f"{folder}/{name}": phase for name, phase in running[:-1]} | last
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -489,21 +484,28 @@ class EvaluateConfig(PoolConfig):
 class Recipe(Settings):
     """Everything that one data set needs, stage by stage. `students` are the main one and its ablations."""
 
-    name: Name
+    name: RecipeName
     images: ImagesConfig
     probe: ProbeConfig
     teacher: TeacherConfig
     pairs: PairsConfig
-    students: dict[Name, LmmConfig]
+    students: dict[Name, StudentConfig]
+    """The first is the main one, which sweeps vary."""
     few_steps: Some[StepList]
-    """Step schedules at which the student of all levels (the first phase's) is measured."""
+    """Step schedules at which students that take any level are measured."""
     sweep: SweepConfig
     evaluate: EvaluateConfig
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.require(bool(self.students), "students", "one student or more")
         for key, student in self.students.items():
             student.require(student.name == key, "name", f"{key!r}, as the recipe calls this student")
+
+    @property
+    def main(self) -> StudentConfig:
+        """The first student."""
+        return next(iter(self.students.values()))
 
 
 def _check_shards(config: PairsConfig | EvaluateConfig, count: int, shard_size: int) -> None:

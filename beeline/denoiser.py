@@ -12,11 +12,14 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import is_fake
 from torch.nn import functional as F
+
+from beeline.schedule import SIGMA_MIN
 
 if TYPE_CHECKING:
     from beeline.config import NetworkConfig
-    from beeline.samplers import FewStep
+    from beeline.few_step import FewStep
 
 
 def as_one_hot(labels: torch.Tensor | None, num_classes: int, batch: int, device: torch.device) -> torch.Tensor | None:
@@ -56,6 +59,15 @@ class Denoiser(nn.Module):
         self.levels: tuple[float, ...] | None = None  # set on calibrated teachers: noise levels of the Adams solver
 
     @property
+    def takes_second_level(self) -> bool:
+        """Whether the network has an input for a second noise level."""
+        return self.network_config is not None and self.network_config.second_level
+
+    def _c_noise_of(self, to: torch.Tensor | None, sigma: torch.Tensor, batch: int) -> torch.Tensor:
+        to = sigma if to is None else to.to(device=sigma.device, dtype=torch.float32)
+        return (to.clamp_min(SIGMA_MIN).log() / 4).flatten().expand(batch)
+
+    @property
     def image_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of the images."""
         return self.img_channels, self.img_resolution, self.img_resolution
@@ -71,25 +83,32 @@ class Denoiser(nn.Module):
         sigma: torch.Tensor,
         labels: torch.Tensor | None = None,
         augment_labels: torch.Tensor | None = None,
+        to: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Denoised images, float32 (B, C, H, W), of noisy images `x` (B, C, H, W) at noise levels `sigma` (B,) or ().
 
         `labels`: None, class indices (B,) or one-hot (B, K). `augment_labels` (B, A) are for training with non-leaking
-        augmentation; leave them out when sampling. Raises ValueError for another shape, missing labels, or sigma <= 0.
+        augmentation; leave them out when sampling. `to` (B,) or (), 0 or more, is the level at which a flow map's jump ends;
+        only networks with `second_level` take it, and without it they take it to be `sigma`.
+        Raises ValueError for another shape, missing labels, or sigma <= 0.
         """
         self.check_input(x)
-        if sigma.device.type == "cpu" and sigma.numel() and not torch.compiler.is_compiling():  # a GPU would be waited for
+        known = sigma.device.type == "cpu" and not is_fake(sigma) and not torch.compiler.is_compiling()
+        if known and sigma.numel():  # a GPU would be waited for
             low, high = (float(end) for end in sigma.aminmax())
             if not 0 < low <= high < float("inf"):
                 raise ValueError(f"sigma lies in {low} ... {high}; a denoiser takes finite noise levels above 0")
         x = x.to(torch.float32)
+        if to is not None and not self.takes_second_level:
+            raise ValueError("a second noise level was given to a network without an input for it (second_level)")
         sigma = sigma.to(device=x.device, dtype=torch.float32).reshape(-1, 1, 1, 1)
         one_hot = as_one_hot(labels, self.label_dim, len(x), x.device)
         total = (sigma**2 + self.sigma_data**2).sqrt()
         c_skip = self.sigma_data**2 / total**2
         c_out = sigma * self.sigma_data / total
         c_noise = (sigma.log() / 4).flatten().expand(len(x))
-        raw = self.model(x / total, c_noise, one_hot, augment_labels)
+        inputs = (x / total, c_noise, one_hot, augment_labels)
+        raw = self.model(*inputs, self._c_noise_of(to, sigma, len(x))) if self.takes_second_level else self.model(*inputs)
         return c_skip * x + c_out * raw.to(torch.float32)
 
 

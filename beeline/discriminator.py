@@ -14,10 +14,11 @@ Three kinds of critics, by the name of their feature network:
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Annotated, Literal, Protocol
 
 import torch
 from torch import nn
@@ -25,13 +26,31 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 
 from beeline.adversarial import Augmentation, diff_augment
+from beeline.config import OptimizerConfig
 from beeline.features import FeatureNetwork, bilinear, resized
+from beeline.settings import MAX_SIDE, Channels, Divisible, Range, Settings, Some
 
 SCRATCH = "scratch"
 WIDTHS = (64, 64, 128, 256, 512)  # of features at nominal sizes 128, 64, 32, 16 and 8
 STRIDES = (4, 8, 16, 32)  # of a pyramid of taps
 PYRAMID_WIDTHS = (96, 192, 384, 768)  # of the pyramid made of a vision transformer's taps
 CLASS_MAPS = 64
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DiscriminatorConfig(Settings):
+    """Critics side by side, and their optimiser."""
+
+    optimizer: OptimizerConfig
+    networks: Some[Literal["probe", "tf_efficientnet_lite0", "deit_base_distilled_patch16_224", "scratch"]] = ("probe",)
+    """What the critics look through, one each: the losses' probe, pretrained backbones, or nothing ("scratch")."""
+    resize: Annotated[int, Range(128, MAX_SIDE), Divisible(32)] = 224
+    """Side in pixels that pretrained backbones see: a multiple of 32 from 128 on."""
+    width: Channels = 64
+    """Channels of the heads on a probe."""
+    augment: tuple[Literal["color", "translation", "cutout"], ...] = ("color", "translation", "cutout")
+    mirror: bool = False
+    """Mirror each real image with probability 1/2: for data sets whose teachers learned from mirrored images, too."""
 
 
 class Critic(Protocol):

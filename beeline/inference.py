@@ -54,6 +54,7 @@ class _Network(nn.Module):
         noise_labels: torch.Tensor,
         labels: torch.Tensor | None,
         augment_labels: torch.Tensor | None = None,
+        to_labels: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """As the network's own, for any batch up to `batch_size`."""
         size = len(x)
@@ -62,8 +63,9 @@ class _Network(nn.Module):
             x, noise_labels = _filled(x, missing), _filled(noise_labels, missing)
             labels = None if labels is None else _filled(labels, missing)
             augment_labels = None if augment_labels is None else _filled(augment_labels, missing)
+            to_labels = None if to_labels is None else _filled(to_labels, missing)
         x = x.to(self.dtype, memory_format=torch.channels_last)
-        return self.network(x, noise_labels, labels, augment_labels)[:size]
+        return self.network(x, noise_labels, labels, augment_labels, to_labels)[:size]
 
 
 def _filled(tensor: torch.Tensor, missing: int) -> torch.Tensor:

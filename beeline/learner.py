@@ -10,9 +10,11 @@ from typing import Any, Literal
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from beeline.config import OptimizerConfig
 from beeline.denoiser import Denoiser
+from beeline.derivative import Derivative, rate
 
 
 class Learner:
@@ -48,6 +50,21 @@ class Learner:
         finally:
             for parameter in self.parameters:
                 parameter.requires_grad_(True)
+
+    def rate(
+        self,
+        x: torch.Tensor,
+        sigma: torch.Tensor,
+        labels: torch.Tensor | None,
+        velocity: torch.Tensor,
+        *,
+        to: torch.Tensor | None = None,
+        derivative: Derivative = "difference",
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The denoiser's output and its derivative along (dx, d ln sigma) = (velocity, 1): see beeline/derivative.py."""
+        assert isinstance(self.model, Denoiser)
+        with self.autocast():
+            return rate(self.model, x, sigma, labels, velocity, to=to, derivative=derivative)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """The precision that this network computes in."""
@@ -103,3 +120,18 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig) 
     cls = {"adam": torch.optim.Adam, "radam": torch.optim.RAdam}[config.kind]
     extra = {"fused": True} if config.kind == "adam" else {"foreach": True}
     return cls(list(parameters), lr=config.lr, betas=config.betas, **extra)
+
+
+@torch.no_grad()
+def ema_update(average: nn.Module, model: nn.Module, half_life: float, step: int, ramp: float) -> None:
+    """Move the exponential moving average `average` one step towards `model`; buffers are copied.
+
+    `half_life` is in steps. With `ramp` above 0 it is at most `ramp` of the `step` steps seen so far, so that the average
+    forgets its start (Karras et al. 2022, appendix F.2); with 0 the decay is constant.
+    """
+    limited = min(half_life, step * ramp) if ramp else half_life
+    beta = 0.5 ** (1 / max(limited, 1e-8))
+    # All parameters in a few kernels: one by one, launching them takes a GPU longer than the arithmetic.
+    get_ema_multi_avg_fn(beta)(list(average.parameters()), list(model.parameters()), step)
+    for ours, theirs in zip(average.buffers(), model.buffers(), strict=True):
+        ours.copy_(theirs)

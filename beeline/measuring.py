@@ -165,11 +165,6 @@ def build_measuring(name: str) -> Inception | DinoV2:
     return Inception() if name == Inception.name else DinoV2(name)
 
 
-def quantised(images: torch.Tensor) -> torch.Tensor:
-    """Images in [-1, 1] as they would be saved, uint8: EDM's (127.5 x + 128), clipped and cut off."""
-    return (images * 127.5 + 128).clamp(0, 255).to(torch.uint8)
-
-
 class Eye:
     """A measuring network on a device, looking at batches whose size depends on the kind of device alone."""
 

@@ -6,10 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 from beeline.config import (
-    DiscriminatorConfig,
     EvaluateConfig,
     ImagesConfig,
-    LmmConfig,
     NetworkConfig,
     OptimizerConfig,
     PairsConfig,
@@ -17,19 +15,28 @@ from beeline.config import (
     ProbeConfig,
     ProbeNetworkConfig,
     Recipe,
+    StudentConfig,
     SweepConfig,
     TeacherConfig,
     WorkersConfig,
 )
+from beeline.discriminator import DiscriminatorConfig
+from beeline.objectives.kd import DistillationConfig
+from beeline.objectives.lmm import LinesMatchingConfig
+from beeline.objectives.rectified_flow import RectifiedFlowConfig
 
 ONE_GPU_EACH: dict[str, Any] = {"max_actors": 64, "gpus": 1, "cpus": 1}
 
 
-def other_objectives(student: LmmConfig) -> dict[str, LmmConfig]:
-    """What else can be learned from the same pairs, as controls: distillation of the end points, and rectified flow."""
+def controls(student: StudentConfig, phase: PhaseConfig, num_steps: int) -> dict[str, StudentConfig]:
+    """Other methods on the same pairs at the cost of `phase`: distillation of the end points, and rectified flow."""
+    methods = {
+        "kd": ("distillation", DistillationConfig(num_steps=num_steps)),
+        "rf": ("flow", RectifiedFlowConfig(num_steps=num_steps)),
+    }
     return {
-        "kd": replace(student, name="kd", objective="beeline.objectives.kd:Distillation"),
-        "rf": replace(student, name="rf", objective="beeline.objectives.rectified_flow:RectifiedFlow"),
+        name: replace(student, name=name, phases={called: replace(phase, objective=objective)})
+        for name, (called, objective) in methods.items()
     }
 
 
@@ -76,28 +83,33 @@ def published(
     LPIPS at 64 pixels in the first phase, at 224 in the second, as the two backbones of the discriminator.
     """
     network = teacher.network
-    reconstruction = PhaseConfig(
-        iterations=80_000, optimizer=OptimizerConfig(kind="radam", lr=lr, clip=0), distance="lpips", resize=64
-    )
-    adversarial = replace(reconstruction, iterations=adversarial_iterations, resize=224, adversarial_weight=1.0)
-    none = replace(reconstruction, iterations=0)
-    lmm = LmmConfig(
-        num_steps=pairs.num_steps,
-        ema_half_lives=(693, 6931),
-        precision="bf16",
-        compiled=True,
-        seed=seed,
-        reconstruction=reconstruction,
-        adversarial=adversarial,
+    lines = LinesMatchingConfig(num_steps=pairs.num_steps, distance="lpips", resize=64)
+    optimizer = OptimizerConfig(kind="radam", lr=lr, clip=0)
+    reconstruction = PhaseConfig(iterations=80_000, optimizer=optimizer, objective=lines)
+    with_critic = replace(
+        lines,
+        resize=224,
+        adversarial_weight=1.0,
         discriminator=DiscriminatorConfig(
             optimizer=OptimizerConfig(kind="radam", lr=2e-3, betas=(0.5, 0.9), clip=0),
             networks=("tf_efficientnet_lite0", "deit_base_distilled_patch16_224"),
             mirror=teacher.flip,
         ),
+    )
+    adversarial = PhaseConfig(iterations=adversarial_iterations, optimizer=optimizer, objective=with_critic)
+    lmm = StudentConfig(
+        name="lmm",
+        phases={"reconstruction": reconstruction, "adversarial": adversarial},
+        ema_half_lives=(693, 6931),
+        precision="bf16",
+        compiled=True,
+        seed=seed,
         checkpoint_every=2000,
         validate_every=5000,
         workers=WorkersConfig(count=8, gpus=1),
     )
+    sot = replace(adversarial, objective=replace(with_critic, steps=(0,)))
+    l2 = replace(reconstruction, objective=replace(lines, distance="l2"))
     widths, strides = (64, 128, 128, 256, 256, 256), (1, 1, 2, 1, 2, 1)
     return Recipe(
         name=name,
@@ -118,15 +130,9 @@ def published(
         pairs=pairs,
         students={
             "lmm": lmm,
-            "sot": replace(
-                lmm,
-                name="sot",
-                init="students/lmm/reconstruction",
-                reconstruction=none,
-                adversarial=replace(adversarial, steps=(0,)),
-            ),
-            "l2": replace(lmm, name="l2", reconstruction=replace(reconstruction, distance="l2"), adversarial=none),
-            **other_objectives(replace(lmm, adversarial=none)),
+            "sot": replace(lmm, name="sot", init="students/lmm/reconstruction", phases={"adversarial": sot}),
+            "l2": replace(lmm, name="l2", phases={"reconstruction": l2}),
+            **controls(lmm, reconstruction, pairs.num_steps),
         },
         few_steps=("0", "0,1", "0,1,2", "0,3,5", "0,1,3,5"),
         sweep=SweepConfig(

@@ -1,17 +1,20 @@
-"""Recipes: a function per data set that returns the settings of every stage,
-seeded as a whole. A variant is `dataclasses.replace`."""
+"""Recipes: a function per data set that returns the settings of every stage, seeded as a whole.
+
+A variant is `dataclasses.replace`. A recipe of one's own is a function like these in any module that Python can import:
+commands take `package.module:function` in place of a recipe's name.
+"""
 
 from __future__ import annotations
 
+import importlib
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 from beeline.config import (
-    DiscriminatorConfig,
     EvaluateConfig,
     ImagesConfig,
-    LmmConfig,
     NetworkConfig,
     OptimizerConfig,
     PairsConfig,
@@ -19,11 +22,16 @@ from beeline.config import (
     ProbeConfig,
     ProbeNetworkConfig,
     Recipe,
+    StudentConfig,
     SweepConfig,
     TeacherConfig,
     WorkersConfig,
 )
-from beeline.published import edm_training, gpu_pairs, other_objectives, published
+from beeline.discriminator import DiscriminatorConfig
+from beeline.errors import BeelineError, plain
+from beeline.objectives.lmm import LinesMatchingConfig
+from beeline.published import controls, edm_training, gpu_pairs, published
+from beeline.settings import OWN_RECIPE
 
 
 def digits(seed: int = 0) -> Recipe:
@@ -40,26 +48,28 @@ def digits(seed: int = 0) -> Recipe:
     )
     pair_of_cores = WorkersConfig(count=2, threads=1)
     both_cores: dict[str, Any] = {"min_actors": 2, "max_actors": 2}
-    reconstruction = PhaseConfig(
-        iterations=300,
-        optimizer=OptimizerConfig(lr=1e-3, warmup=50, decay="cosine"),
-        distance="probe",
-        pixel_weight=0.1,
+    one_core = WorkersConfig(count=1, threads=1)  # all but the main student train side by side
+    lines = LinesMatchingConfig(distance="probe", pixel_weight=0.1)
+    optimizer = OptimizerConfig(lr=1e-3, warmup=50, decay="cosine")
+    reconstruction = PhaseConfig(iterations=300, optimizer=optimizer, objective=lines)
+    critic = DiscriminatorConfig(optimizer=OptimizerConfig(lr=2e-3, betas=(0.5, 0.9)), augment=("translation",))
+    sot = PhaseConfig(
+        iterations=200,
+        optimizer=replace(optimizer, lr=5e-4, warmup=20),
+        objective=replace(lines, steps=(0,), discriminator=critic),
     )
-    one_core = WorkersConfig(count=1, threads=1)  # the ablations train side by side
-    no_phase = replace(reconstruction, iterations=0)
-    sot = replace(reconstruction, iterations=200, optimizer=OptimizerConfig(lr=5e-4, warmup=20, decay="cosine"), steps=(0,))
-    lmm = LmmConfig(
+    adversarial = replace(sot, objective=replace(sot.objective, adversarial_weight=0.3))
+    lmm = StudentConfig(
+        name="lmm",
+        phases={"reconstruction": reconstruction, "adversarial": adversarial},
         batch_size=128,
         ema_half_lives=(50,),
         phase_switch="restart",
         seed=seed,
-        reconstruction=reconstruction,
-        adversarial=replace(sot, adversarial_weight=0.3),
-        discriminator=DiscriminatorConfig(optimizer=OptimizerConfig(lr=2e-3, betas=(0.5, 0.9)), augment=("translation",)),
         checkpoint_every=200,
         workers=pair_of_cores,
     )
+    alone = replace(lmm, workers=one_core)
     return Recipe(
         name="digits",
         images=ImagesConfig(source="digits", resolution=8, channels=1, shard_size=600),
@@ -84,21 +94,10 @@ def digits(seed: int = 0) -> Recipe:
         students={
             "lmm": lmm,
             "l2": replace(
-                lmm,
-                name="l2",
-                reconstruction=replace(reconstruction, distance="l2"),
-                adversarial=no_phase,
-                workers=one_core,
+                alone, name="l2", phases={"reconstruction": replace(reconstruction, objective=replace(lines, distance="l2"))}
             ),
-            "sot": replace(
-                lmm,
-                name="sot",
-                init="students/lmm/reconstruction",
-                reconstruction=no_phase,
-                adversarial=sot,
-                workers=one_core,
-            ),
-            **other_objectives(replace(lmm, adversarial=no_phase, workers=one_core)),
+            "sot": replace(alone, name="sot", init="students/lmm/reconstruction", phases={"adversarial": sot}),
+            **controls(alone, reconstruction, lines.num_steps),
         },
         few_steps=("0", "0,8", "0,6,12"),
         sweep=SweepConfig(trials=4, schedules=("0", "0,8"), ema_half_lives=(50.0,), iterations=40, max_concurrent=2),
@@ -148,21 +147,23 @@ def cifar10_small(seed: int = 0) -> Recipe:
     recipe = cifar10(seed)
     one_gpu = WorkersConfig(count=1, gpus=1, threads=4)
     one_actor: dict[str, Any] = {"max_actors": 1}
+    lines = LinesMatchingConfig(distance="probe", pixel_weight=0.1)
     optimizer = OptimizerConfig(lr=5e-4, warmup=200, decay="cosine")
-    reconstruction = PhaseConfig(iterations=3000, optimizer=optimizer, distance="probe", pixel_weight=0.1)
-    sot = replace(reconstruction, iterations=1500, optimizer=replace(optimizer, lr=2e-4), steps=(0,))
-    none = replace(reconstruction, iterations=0)
+    reconstruction = PhaseConfig(iterations=3000, optimizer=optimizer, objective=lines)
+    critic = DiscriminatorConfig(optimizer=OptimizerConfig(lr=1e-3, betas=(0.5, 0.9)), networks=("probe",), mirror=True)
+    sot = PhaseConfig(
+        iterations=1500,
+        optimizer=replace(optimizer, lr=2e-4),
+        objective=replace(lines, steps=(0,), discriminator=critic),
+    )
+    adversarial = replace(sot, objective=replace(sot.objective, adversarial_weight=0.3))
     lmm = replace(
-        recipe.students["lmm"],
+        recipe.main,
+        phases={"reconstruction": reconstruction, "adversarial": adversarial},
         batch_size=256,
         ema_half_lives=(200,),
         phase_switch="restart",
         compiled=False,
-        reconstruction=reconstruction,
-        adversarial=replace(sot, adversarial_weight=0.3),
-        discriminator=DiscriminatorConfig(
-            optimizer=OptimizerConfig(lr=1e-3, betas=(0.5, 0.9)), networks=("probe",), mirror=True
-        ),
         checkpoint_every=500,
         validate_every=500,
         workers=one_gpu,
@@ -187,9 +188,11 @@ def cifar10_small(seed: int = 0) -> Recipe:
         pairs=replace(recipe.pairs, count=50_000, shard_size=4096, batch_size=512, **one_actor),
         students={
             "lmm": lmm,
-            "l2": replace(lmm, name="l2", reconstruction=replace(reconstruction, distance="l2"), adversarial=none),
-            "sot": replace(lmm, name="sot", init="students/lmm/reconstruction", reconstruction=none, adversarial=sot),
-            **other_objectives(replace(lmm, adversarial=none)),
+            "l2": replace(
+                lmm, name="l2", phases={"reconstruction": replace(reconstruction, objective=replace(lines, distance="l2"))}
+            ),
+            "sot": replace(lmm, name="sot", init="students/lmm/reconstruction", phases={"adversarial": sot}),
+            **controls(lmm, reconstruction, lines.num_steps),
         },
         sweep=replace(recipe.sweep, trials=4, learning_rates=(1e-4, 5e-4), adversarial_weights=(0.0, 0.3), iterations=500),
         evaluate=replace(recipe.evaluate, features=("probe",), count=10_000, **one_actor),
@@ -263,3 +266,27 @@ RECIPES: dict[str, Callable[[int], Recipe]] = {
     "afhqv2": afhqv2,
     "imagenet64": imagenet64,
 }
+
+
+def find(name: str, seed: int = 0) -> Recipe:
+    """The recipe called `name`: one of RECIPES, or `package.module:function`, which is imported and called with `seed`.
+
+    Raises BeelineError where there is no such recipe, or the function returns something else.
+    """
+    if name in RECIPES:
+        return RECIPES[name](seed)
+    module, colon, function = name.partition(":")
+    if not colon:
+        raise BeelineError(f"recipe {name!r} is unknown; expected {', '.join(RECIPES)}, or package.module:function")
+    if re.fullmatch(OWN_RECIPE, name) is None:
+        raise BeelineError(f"recipe {name!r} is no package.module:function; write for example recipes:mine, without .py or /")
+    try:
+        made = getattr(importlib.import_module(module), function)(seed)
+    except (ImportError, AttributeError) as error:
+        raise BeelineError(
+            f"recipe {name!r} cannot be imported ({plain(error)}); expected a function {function}(seed) in a module that is in "
+            "this folder, or installed"
+        ) from error
+    if not isinstance(made, Recipe):
+        raise BeelineError(f"recipe {name!r} returns a {type(made).__name__}; expected a beeline.config.Recipe")
+    return replace(made, name=name)  # as messages, and commands in them, call it

@@ -6,24 +6,20 @@ state is float64, the network runs in float32, as in EDM.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import torch
-from torch import nn
 
 from beeline.adams import adams
 from beeline.denoiser import Denoiser
 from beeline.errors import BeelineError
-from beeline.lines import Line
+from beeline.few_step import FewStep, few_step
 from beeline.noise import stream_seed, x0
-from beeline.schedule import check_steps, edm_sigmas
-from beeline.settings import Index, Settings, Some, Steps
+from beeline.schedule import edm_sigmas
 
 Solver = Literal["heun", "euler", "calibrated"]
-FewStepRule = Literal["same_noise", "line", "fresh_noise"]
 
 
 def solve(
@@ -57,70 +53,6 @@ def solve(
 def evaluations(solver: Literal["heun", "euler"], num_steps: int) -> int:
     """Network evaluations (NFE) per image of `solve`."""
     return 2 * num_steps - 1 if solver == "heun" else num_steps
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class FewStep(Settings):
-    """How a student is sampled: what it learned on, and so what may be asked of it. Kept in the student's config.json.
-
-    `num_steps`: levels of the EDM schedule that step indices refer to. `trained_steps`: the indices the student was
-    trained on where that is not all of them (SOT). `rule`: how the next point is made (LMM, appendix A.4). `line`: the
-    line whose points it learned on (beeline.lines).
-    """
-
-    num_steps: Steps
-    rule: FewStepRule = "line"
-    line: Line = "lerp"
-    trained_steps: Some[Index] | None = None
-
-    def check(self, steps: Sequence[int]) -> tuple[int, ...]:
-        """`steps` as a tuple; BeelineError where the schedule lacks them or the student was never trained on them."""
-        try:
-            steps = check_steps(steps, self.num_steps)
-        except ValueError as error:
-            raise BeelineError(str(error)) from error
-        unseen = [] if self.trained_steps is None else sorted(set(steps) - set(self.trained_steps))
-        if unseen:
-            raise BeelineError(
-                f"steps {steps} were asked for, but this student was trained with SOT on {self.trained_steps} alone and "
-                f"has never seen level {unseen[0]}; sample it at those steps, or use a student trained on all levels"
-            )
-        return steps
-
-
-def few_step(
-    denoiser: nn.Module,
-    latents: torch.Tensor,
-    labels: torch.Tensor | None,
-    *,
-    steps: Sequence[int],
-    how: FewStep,
-    fresh: Callable[[int], torch.Tensor] | None = None,
-) -> torch.Tensor:
-    """One evaluation per entry of `steps`; the last prediction is the image (LMM, appendix A.4).
-
-    `fresh(n)` gives unit-variance noise (B, C, H, W) for the n-th transition; only the rule "fresh_noise" needs it.
-    """
-    steps = how.check(steps)
-    levels = edm_sigmas(how.num_steps).tolist()
-    sigmas = [levels[i] for i in steps]
-    noise = latents.to(torch.float64)
-    x = noise * sigmas[0]
-    image = x
-    for n, sigma in enumerate(sigmas):
-        image = denoiser(x.to(torch.float32), torch.full((len(x),), sigma, device=x.device), labels).to(torch.float64)
-        if n + 1 == len(sigmas):
-            break
-        following = sigmas[n + 1]
-        if how.rule == "same_noise":
-            x = image + following * noise
-        elif how.rule == "line":
-            x = following / sigma * x + (1 - following / sigma) * image
-        else:
-            if fresh is None:
-                raise ValueError("the rule fresh_noise needs the argument `fresh`")
-            x = image + max(following**2 - levels[-1] ** 2, 0.0) ** 0.5 * fresh(n).to(torch.float64)
-    return image.to(torch.float32)
 
 
 def sample(

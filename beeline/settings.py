@@ -144,6 +144,7 @@ class Schedule:
 
 # A component of a path: nothing that a shell, a URI or the listing of a folder takes for something else.
 COMPONENT = rf"[A-Za-z0-9_][A-Za-z0-9._-]{{0,{MAX_NAME - 1}}}"
+OWN_RECIPE = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*"  # package.module:function
 NAMED = f"of letters, digits, '.', '_' and '-', not beginning with '.' or '-', at most {MAX_NAME} characters"
 A_FOLDER = f"naming a folder, for example teacher or students/lmm: names {NAMED}, joined by '/'"
 
@@ -168,6 +169,7 @@ Gpus = Annotated[float, Range(0, 1024), RayShare()]
 Cpus = Annotated[float, Range(0, 1024)]
 Name = Annotated[str, Matching(COMPONENT, NAMED)]
 NameOrNone = Annotated[str, Matching(f"({COMPONENT})?", f"{NAMED}, or empty")]
+RecipeName = Annotated[str, Matching(f"{COMPONENT}|{OWN_RECIPE}", f"{NAMED}; or package.module:function")]
 ModelPath = Annotated[str, Matching(f"{COMPONENT}(/{COMPONENT})*", A_FOLDER)]
 StepList = Annotated[str, Schedule()]
 Text = Annotated[str, NotEmpty()]

@@ -31,10 +31,10 @@ from torch import nn
 from beeline.checkpoint import build
 from beeline.config import PairsConfig, PoolConfig
 from beeline.denoiser import Denoiser
-from beeline.noise import x0
+from beeline.noise import pair_labels, x0
 from beeline.recipes import digits
 from benchmarks.machine import describe, write
-from pipeline.gen_pairs import PairShards, make_pairs, pair_labels, plan_of
+from pipeline.gen_pairs import PairShards, make_pairs, plan_of
 from pipeline.pool import run_pool
 from pipeline.shards import shard_count
 from pipeline.storage import Folder

@@ -22,14 +22,14 @@ from torch import nn
 
 from beeline import adversarial
 from beeline.backbones import BACKBONES, build_backbone
-from beeline.checkpoint import build, ema_update
-from beeline.config import LmmConfig, PhaseConfig
+from beeline.checkpoint import build
+from beeline.config import PhaseConfig, StudentConfig
 from beeline.denoiser import Denoiser, as_one_hot
 from beeline.features import FeatureNetwork, Frozen
 from beeline.inference import DTYPES
-from beeline.learner import Learner, compile_trunk
-from beeline.objectives import Batch, Setting
-from beeline.objectives.lmm import LinesMatching, distance
+from beeline.learner import Learner, compile_trunk, ema_update
+from beeline.objectives import Batch, Context
+from beeline.objectives.lmm import LinesMatching, LinesMatchingConfig, distance
 from beeline.recipes import cifar10
 from benchmarks.machine import describe, describe_model, timed, write
 from benchmarks.sampling import CIFAR10, plain
@@ -50,7 +50,7 @@ class Step:
         self,
         model: Denoiser,
         networks: Mapping[str, FeatureNetwork],
-        config: LmmConfig,
+        config: StudentConfig,
         phase: PhaseConfig,
         *,
         as_written: bool = False,
@@ -69,21 +69,28 @@ class Step:
     def begin(self, phase: PhaseConfig) -> None:
         """Make the objective of `phase`, its critic and the optimisers."""
         config, self.phase = self.config, phase
+        assert isinstance(phase.objective, LinesMatchingConfig)
+        self.lines = phase.objective
         features: dict[str, FeatureNetwork] = {}
-        for name in LinesMatching.needs(config, phase).features:
+        for name in self.lines.needs().features:
             frozen = Frozen(
                 self.networks[name], device=self.device, dtype=DTYPES[config.precision], compiled=config.compiled
             )  # fmt: skip
             features[name] = self.networks[name] if self.as_written else frozen
         torch.manual_seed(0)
-        shape, classes = self.model.image_shape, self.model.label_dim
-        self.setting = Setting(config=config, phase=phase, image_shape=shape, num_classes=classes, features=features)
-        self.objective = LinesMatching(self.setting)
+        self.context = Context(
+            image_shape=self.model.image_shape,
+            num_classes=self.model.label_dim,
+            models={},
+            features=features,
+            average=self.averages[0],
+        )
+        self.objective: LinesMatching = self.lines.build(self.context)
         self.student = Learner(self.model, phase.optimizer, precision=config.precision)
         self.critic: Learner | None = None
         if self.objective.critic is not None:
             critic = self.objective.critic.to(self.device)
-            self.critic = Learner(critic, config.discriminator.optimizer, precision=config.precision)
+            self.critic = Learner(critic, self.lines.discriminator.optimizer, precision=config.precision)
 
     def __call__(self, batch: Batch, generator: torch.Generator) -> dict[str, torch.Tensor]:
         """One step; the objective's figures, and whether it was skipped."""
@@ -131,7 +138,7 @@ class Step:
             self.student(x1 + 20 * noise, sigma, labels).square().mean().backward()
 
         def loss() -> None:
-            distance(self.setting)(x1.clone().requires_grad_(), x1).mean().backward()
+            distance(self.lines, self.context)(x1.clone().requires_grad_(), x1).mean().backward()
 
         found = {"student": student, "distance": loss, "optimisers and averages": self.update}
         critic, own = self.critic, self.objective.critic
@@ -169,7 +176,7 @@ def main() -> None:
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     size = arguments.batch_size or (64 if device.type == "cuda" else 4)
-    config = cifar10().students["lmm"]
+    config = cifar10().main
     torch.manual_seed(0)
     model = build(CIFAR10).to(device)
     for parameter in model.parameters():  # far from the zero start of the output layers
@@ -178,14 +185,14 @@ def main() -> None:
     networks = {name: build_backbone(name).to(device) for name in BACKBONES}
     noise, x1, real = (torch.randn(size, *model.image_shape, device=device).clamp(-1, 1) for _ in range(3))
     labels = as_one_hot(torch.arange(size) % model.label_dim, model.label_dim, size, device)
-    batch = Batch(noise=noise, x1=x1, labels=labels, real=real, real_labels=labels)
+    batch = Batch(size=size, step=0, total=1, noise=noise, x1=x1, labels=labels, real=real, real_labels=labels)
     generator = torch.Generator(device).manual_seed(0)
 
     phases: dict[str, Any] = {}
     for name in arguments.phases:
         steps = {
             policy: Step(
-                model, networks, replace(config, **POLICIES[policy]), getattr(config, name), as_written=policy == "plain"
+                model, networks, replace(config, **POLICIES[policy]), config.phases[name], as_written=policy == "plain"
             )
             for policy in POLICIES
             if not (arguments.no_compile and POLICIES[policy]["compiled"])

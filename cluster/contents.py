@@ -8,17 +8,17 @@ from typing import Any
 import numpy as np
 
 from beeline.backbones import weights_of
-from beeline.config import LmmConfig, PairsConfig, Recipe
+from beeline.config import PairsConfig, Recipe, StudentConfig
+from beeline.few_step import parse_steps
 from beeline.measures import KID_SUBSET
 from beeline.measuring import PROBES
 from beeline.samplers import evaluations
 from cluster.steps import models
 from cluster.workspace import Workspace
 from evaluation.reference import KEPT
-from evaluation.rows import parse_steps, teacher_row
+from evaluation.rows import teacher_row
 from pipeline.shards import encode, group_rows, shard_count
-from trainers.student import all_needs, running
-from trainers.trials import config_of, settings
+from trainers.trials import can_vary, config_of, settings
 
 KID_SUBSETS = 100
 PER_GROUP = 400  # bytes of a row group beside its rows
@@ -26,16 +26,18 @@ PER_GROUP = 400  # bytes of a row group beside its rows
 
 def needed_weights(recipe: Recipe) -> list[str]:
     """The pretrained networks that losses, discriminators and measurements look through."""
-    names = [name for lmm in recipe.students.values() if running(lmm) for name in all_needs(lmm).features]
-    names += [name for lmm in trials(recipe).values() for name in all_needs(lmm).features]
+    trained = [*recipe.students.values(), *trials(recipe).values()]
+    names = [name for student in trained for name in student.needs().features]
     names += [*recipe.evaluate.features, recipe.sweep.features]
     return [name for name in dict.fromkeys(map(weights_of, names)) if name not in PROBES]
 
 
-def trials(recipe: Recipe) -> dict[int, LmmConfig]:
+def trials(recipe: Recipe) -> dict[int, StudentConfig]:
     """The students of the sweep's trials, by number."""
-    lmm, sweep = recipe.students["lmm"], recipe.sweep
-    return {k: config_of(settings(k, sweep, lmm.seed), sweep, lmm) for k in range(sweep.trials)}
+    student, sweep = recipe.main, recipe.sweep
+    if not can_vary(student):
+        return {}
+    return {k: config_of(settings(k, sweep, student.seed), sweep, student) for k in range(sweep.trials)}
 
 
 def pair_evaluations(pairs: PairsConfig, there: Workspace) -> int:

@@ -7,9 +7,11 @@ compiled code saves do not. Networks are built on the meta device, so that the l
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -19,16 +21,13 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from beeline import objectives
 from beeline.augment import augment
 from beeline.backbones import build_backbone
 from beeline.checkpoint import build
 from beeline.config import (
     ImagesConfig,
-    LmmConfig,
     NetworkConfig,
     OptimizerConfig,
-    PhaseConfig,
     ProbeConfig,
     ProbeNetworkConfig,
     TeacherConfig,
@@ -37,9 +36,10 @@ from beeline.denoiser import edm_loss
 from beeline.features import Probe
 from beeline.learner import Learner
 from beeline.measuring import MEASURING, PROBES, MeasuringProbe, build_measuring
-from beeline.objectives import Batch, Setting
+from beeline.objectives import Batch, Context, Objective, ObjectiveConfig
 
 BATCH = 2  # images that are counted at once: batch norms want two
+CYCLE = 60  # steps over which the turns of student and critic are averaged
 FLOAT = 4  # bytes
 STUDENT = ""  # among the modules of a phase, which have names
 ANY_CLASSES = 10  # of a probe: its last layer hardly counts
@@ -47,10 +47,10 @@ ANY_CLASSES = 10  # of a probe: its last layer hardly counts
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
-    """A phase of student training: bytes that a checkpoint keeps of the critic, and the steps that alone are trained, if so."""
+    """A phase of student training: bytes that a checkpoint keeps of the critic and of the objective's own state."""
 
     critic_bytes: int
-    trained_steps: tuple[int, ...] | None
+    state_bytes: int
     count: Callable[[], float]
 
     @property
@@ -103,73 +103,72 @@ def of_teacher(teacher: TeacherConfig) -> float:
     return teacher_step(teacher.network, teacher.augment > 0)
 
 
-def of_phase(network: NetworkConfig, probe: ProbeNetworkConfig, lmm: LmmConfig, phase: PhaseConfig) -> Phase:
-    """A step of `phase`, the objective's own code: student, distance and discriminator, frozen networks included."""
-    # Without the settings that do not bear on what a step computes, so that like steps are counted once.
-    like = replace(
-        phase, iterations=1, optimizer=OptimizerConfig(), adversarial_weight=float(phase.adversarial_weight > 0),
-        pixel_weight=0.0, steps=None,
-    )  # fmt: skip
-    plain = LmmConfig(
-        objective=lmm.objective,
-        num_steps=lmm.num_steps,
-        line=lmm.line,
-        rule=lmm.rule,
-        reconstruction=like,
-        adversarial=like,
-        discriminator=replace(lmm.discriminator, optimizer=OptimizerConfig()),
-    )
-    arguments = (replace(network, dropout=0.0), probe, plain, like)
-    kept, steps = _phase_parts(*arguments)
-    return Phase(kept, phase.steps or steps, functools.partial(_phase_flops, *arguments))
+def of_phase(network: NetworkConfig, probe: ProbeNetworkConfig, objective: ObjectiveConfig) -> Phase:
+    """A step of `objective`, its own code: student, losses and critic, frozen networks included."""
+    arguments = (replace(network, dropout=0.0), probe, objective.representative())
+    return Phase(*_kept_bytes(*arguments), functools.partial(_phase_flops, *arguments))
 
 
 @functools.cache
-def _phase_parts(
-    network: NetworkConfig, probe: ProbeNetworkConfig, lmm: LmmConfig, phase: PhaseConfig
-) -> tuple[int, tuple[int, ...] | None]:
-    """Bytes of the critic in a checkpoint, with Adam's two moments, and the objective's own trained steps."""
+def _kept_bytes(network: NetworkConfig, probe: ProbeNetworkConfig, config: ObjectiveConfig) -> tuple[int, int]:
+    """Bytes in a checkpoint of the critic and of the objective's state, each with Adam's two moments of what learns."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        made = _on_meta(lambda: _objective(_modules(network, probe, lmm, phase), lmm, phase))
-    critic = made.critic
-    kept = 0
-    if critic is not None:
-        kept = state_bytes(critic) + 2 * FLOAT * sum(part.numel() for part in critic.parameters() if part.requires_grad)
-    return kept, made.few_step.trained_steps
+        made = _on_meta(lambda: _objective(_modules(network, probe, config), config))
+    return _with_moments(made.critic), _with_moments(made.state())
+
+
+def _with_moments(module: nn.Module | None) -> int:
+    if module is None:
+        return 0
+    return state_bytes(module) + 2 * FLOAT * sum(part.numel() for part in module.parameters() if part.requires_grad)
 
 
 @functools.cache
-def _phase_flops(network: NetworkConfig, probe: ProbeNetworkConfig, lmm: LmmConfig, phase: PhaseConfig) -> float:
-    modules = _on_meta(lambda: _modules(network, probe, lmm, phase))  # outside of what has no data: building reads values
+def _phase_flops(network: NetworkConfig, probe: ProbeNetworkConfig, config: ObjectiveConfig) -> float:
+    modules = _on_meta(lambda: _modules(network, probe, config))  # outside of what has no data: building reads values
     with _without_data():
         modules = {name: _empty(module) for name, module in modules.items()}
-        made, model = _objective(modules, lmm, phase), modules[STUDENT].train()
-        critic = None if made.critic is None else Learner(made.critic, lmm.discriminator.optimizer)
-        x, labels = _inputs(network)
-        batch = Batch(noise=x, x1=x, labels=labels, real=x, real_labels=labels)
-        return _counted(lambda: made.backward(_Bare(model, phase.optimizer), critic, batch, torch.Generator()))
+        made, model = _objective(modules, config), modules[STUDENT].train()
+        student = _Bare(model, OptimizerConfig())
+        critic = None if made.critic is None else Learner(made.critic, made.critic_optimizer or OptimizerConfig())
+        steps = {made.turns(step): step for step in range(CYCLE)}
+        shares = Counter(made.turns(step) for step in range(CYCLE))
+        counted = {
+            turns: _counted(lambda step=step: made.backward(student, critic, _batch(network, config, step), torch.Generator()))
+            for turns, step in steps.items()
+        }
+    return sum(count * counted[turns] for turns, count in shares.items()) / CYCLE
 
 
-def _modules(network: NetworkConfig, probe: ProbeNetworkConfig, lmm: LmmConfig, phase: PhaseConfig) -> dict[str, Any]:
+def _batch(network: NetworkConfig, config: ObjectiveConfig, step: int) -> Batch:
+    """What the objective asks for, without data."""
+    needs, (x, labels) = config.needs(), _inputs(network)
+    rows: dict[str, Any] = {}
+    if needs.pairs or needs.noise:
+        rows |= {"noise": x, "labels": labels} | ({"x1": x} if needs.pairs else {})
+    if needs.images:
+        rows |= {"real": x, "real_labels": labels}
+    return Batch(size=BATCH, step=step, total=CYCLE, **rows)
+
+
+def _modules(network: NetworkConfig, probe: ProbeNetworkConfig, config: ObjectiveConfig) -> dict[str, Any]:
     """The student, and the networks that the phase looks through, by name."""
-    names = objectives.load(lmm.objective).needs(lmm, phase).features
+    names = config.needs().features
     seen = {name: _probe(probe, network.img_channels) if name == "probe" else build_backbone(name) for name in names}
-    return {STUDENT: build(network)} | seen
+    return {STUDENT: build(replace(network, second_level=config.needs().second_level))} | seen
 
 
-def _objective(modules: dict[str, Any], lmm: LmmConfig, phase: PhaseConfig) -> objectives.Objective:
-    kind, model = objectives.load(lmm.objective), modules[STUDENT]
-    needs = kind.needs(lmm, phase)
-    return kind(
-        Setting(
-            config=lmm,
-            phase=phase,
+def _objective(modules: dict[str, Any], config: ObjectiveConfig) -> Objective:
+    model, needs = modules[STUDENT], config.needs()
+    frozen = copy.deepcopy(model).eval().requires_grad_(False)
+    return config.build(
+        Context(
             image_shape=model.image_shape,
             num_classes=model.label_dim,
             features={name: modules[name].eval().requires_grad_(False) for name in needs.features},
-            teacher=model if needs.teacher else None,
-            average=model if needs.average else None,
+            models={name: frozen for name in needs.models},
+            average=frozen,
         )
     )
 

@@ -35,6 +35,7 @@ from cluster.stages import Job, Stage, stages
 from cluster.workspace import Workspace
 from pipeline.command import run_command
 from pipeline.storage import Folder
+from trainers.student import check_phases
 
 CORES_PER_GPU = 8  # assumed of machines elsewhere
 Gpus = Annotated[int, Range(-1, MAX_PROCESSES)]
@@ -199,6 +200,8 @@ def estimate(
         as_json: Print JSON instead of a table.
         check: Check instead that workspace, weights, disk and cluster are ready; exit status 0 only if they are.
     """
+    for student in recipe.students.values():
+        check_phases(student)
     check_value("--gpus", gpus, Gpus)
     check_value("--cores", cores, Cores)
     check_value("--price", price, Amount)

@@ -3,6 +3,9 @@
 #
 #     cluster/local.sh                            # ports by PORT, DASHBOARD_PORT and METRICS_PORT
 #     cluster/local.sh --num-gpus=1 --num-cpus=8  # what follows goes to `ray start`
+#
+# Jobs have this shell's BEELINE_RECIPE and BEELINE_WORKSPACE: with both set `ray job submit -- python pipeline/gen_pairs.py` is a
+# complete command.
 set -eu
 umask 077 # the token and the logs are for this user
 

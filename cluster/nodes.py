@@ -20,6 +20,7 @@ from beeline.config import PoolConfig, Recipe
 from beeline.errors import BeelineError, plain
 from cluster.workspace import Workspace
 from pipeline.runtime import find_head
+from trainers.trials import can_vary
 
 TIMEOUT = 5  # seconds
 _raylet: Any = ray._raylet
@@ -129,8 +130,9 @@ def needs(recipe: Recipe, there: Workspace, teacher: str) -> Iterator[Need]:
     if not there.complete("pairs"):
         yield pool("pairs", "pairs", recipe.pairs)
     sweep = recipe.sweep
-    side = sweep.max_concurrent or sweep.trials
-    yield Need(stage=f"sweeps/{sweep.name}", option="--sweep.gpus", least=1, most=side, gpus=sweep.gpus, cpus=sweep.threads)
+    if can_vary(recipe.main):
+        side = sweep.max_concurrent or sweep.trials
+        yield Need(stage=f"sweeps/{sweep.name}", option="--sweep.gpus", least=1, most=side, gpus=sweep.gpus, cpus=sweep.threads)
     yield pool("evaluation", "evaluate", recipe.evaluate)
 
 

@@ -13,7 +13,7 @@ from cluster.workspace import Workspace
 from evaluation.evaluate import PER_EVALUATION, PER_LOOK
 from pipeline.manifest import read_manifest
 from pipeline.runtime import find_user_error
-from trainers import loop
+from trainers.log import read_log
 from trainers.trials import folder_name
 
 # What `_SUCCESS` of a stage counts, the first that is there, and how one of it is called.
@@ -58,16 +58,18 @@ def with_figures(row: Outcome, folders: Sequence[str], here: Workspace) -> Outco
         return row
     done, units = records[0], sum(int(found[key]) for found in records)
     row = replace(row, unit=COUNTED[key], units=units, seconds_per_unit=row.seconds / max(1, units))
-    log = loop.read_log(folder if key != "trials" else folder / folder_name(0))
+    log = read_log(folder if key != "trials" else folder / folder_name(0))
     if log:
-        phases = [[found for found in log if found.get("phase", 0) == number] for number in (0, 1)]
-        warm = [found[1:] or found for found in phases if found]  # a phase's first step compiles and allocates
+        phases: dict[float, list[dict[str, Any]]] = {}
+        for found in log:
+            phases.setdefault(found.get("phase", 0), []).append(found)
+        warm = [rows[1:] or rows for rows in phases.values()]  # a phase's first step compiles and allocates
         each = [statistics.median(1 / found["images_per_s"] for found in rows) for rows in warm]
         waits = statistics.fmean(found["data_wait"] for rows in warm for found in rows)
-        note = f"phases {_seconds(each[0])} and {_seconds(each[1])}" if len(each) > 1 else row.note
+        note = f"phases {' and '.join(map(_seconds, each))}" if len(each) > 1 else row.note
         row = replace(row, seconds_per_unit=statistics.fmean(each), data_wait=waits, note=note)
         if key == "trials":
-            seen = row.units * here.recipe.sweep.iterations * here.recipe.students["lmm"].batch_size
+            seen = row.units * here.recipe.sweep.iterations * here.recipe.main.batch_size
             row = replace(row, unit="image", units=seen)
     elif PER_EVALUATION in done:
         each, looking = (statistics.median(found[name] for found in records) for name in (PER_EVALUATION, PER_LOOK))

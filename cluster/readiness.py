@@ -148,7 +148,7 @@ def _settings(recipe: Recipe, there: Workspace) -> Line:
         "probe": ("probe", recipe.probe),
         "pairs": ("pairs", recipe.pairs),
         f"sweeps/{recipe.sweep.name}": ("sweep", recipe.sweep),
-        **{f"students/{lmm.name}": ("lmm", lmm) for lmm in recipe.students.values()},
+        **{f"students/{student.name}": ("student", student) for student in recipe.students.values()},
     }
     if not there.imported:
         wanted["teacher"] = ("teacher", recipe.teacher)

@@ -46,7 +46,8 @@ from pipeline.runtime import ensure_ray
 from pipeline.stage import SUCCESS
 from pipeline.storage import Folder
 from pipeline.verify_pairs import verify_pairs
-from trainers import checkpoints, loop
+from trainers import checkpoints
+from trainers.log import read_log
 
 
 def rehearse(
@@ -87,7 +88,7 @@ def all_steps(there: Workspace, here: Folder, recipe: Recipe, works: Callable[[s
     """Those of run_pipeline.py, a check of the pairs, and a resumed training. Students are measured together, those that
     `works` says there are."""
     yield from substitutes.pretrained(there, here, recipe, random=random)
-    main, given = f"students/{recipe.students['lmm'].name}", substitutes.teacher(there, here)
+    main, given = f"students/{recipe.main.name}", substitutes.teacher(there, here)
     for step in steps(here.uri, recipe):
         if step.name == "evaluation":
             found = models(recipe)
@@ -106,13 +107,13 @@ def all_steps(there: Workspace, here: Folder, recipe: Recipe, works: Callable[[s
 
 def resume(folder: Folder, train: Callable[[], Any]) -> str:
     """Train on from the last checkpoint, as if the run had been killed after it. Returns whether the same weights come out."""
-    saved, log, before = checkpoints.steps(folder), loop.read_log(folder), folder.read(WEIGHTS)
+    saved, log, before = checkpoints.steps(folder), read_log(folder), folder.read(WEIGHTS)
     if not saved:
         raise BeelineError(f"{folder} has no checkpoint to go on from")
     folder.remove(SUCCESS)
     train()
     kept = [row for row in log if row["step"] <= saved[-1]]
-    if loop.read_log(folder)[: len(kept)] != kept:
+    if read_log(folder)[: len(kept)] != kept:
         raise BeelineError(f"{folder} was trained from its start, not from its checkpoint of step {saved[-1]}")
     same = folder.read(WEIGHTS) == before
     return f"from step {saved[-1]}, {'the same weights to the last bit' if same else 'not the same weights to the last bit'}"

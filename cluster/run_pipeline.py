@@ -26,6 +26,7 @@ from cluster.steps import Step, check_recipe, steps
 from pipeline.command import run_command
 from pipeline.runtime import ensure_ray
 from pipeline.storage import Folder
+from trainers.trials import can_vary
 
 
 def run_pipeline(workspace: str, recipe: Annotated[Recipe, tyro.conf.arg(name="")]) -> None:
@@ -36,6 +37,8 @@ def run_pipeline(workspace: str, recipe: Annotated[Recipe, tyro.conf.arg(name=""
     """
     start, place = time.monotonic(), Folder(workspace).uri  # tasks run in folders of their own
     check_recipe(recipe)
+    if not can_vary(recipe.main):
+        print(f"sweeps/{recipe.sweep.name}: left out, since {recipe.main.name!r} is not lines matching", flush=True)
     ensure_ray()
     for side_by_side, group in itertools.groupby(steps(place, recipe), key=lambda step: step.side_by_side):
         if side_by_side:

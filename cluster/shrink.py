@@ -11,12 +11,11 @@ from typing import Any, TypeVar
 
 from beeline.config import (
     EvaluateConfig,
-    LmmConfig,
     PairsConfig,
-    PhaseConfig,
     PoolConfig,
     ProbeConfig,
     Recipe,
+    StudentConfig,
     SweepConfig,
     VerifyConfig,
     WorkersConfig,
@@ -65,7 +64,7 @@ def shrunk(recipe: Recipe, *, cpu: bool, ranks: int = 0) -> Recipe:
         probe=_probe(recipe.probe, scale, cpu),
         teacher=_training(recipe.teacher, scale, cpu, ranks, iterations=scale.iterations, checkpoint_every=scale.iterations),
         pairs=_pairs(recipe.pairs, scale, cpu),
-        students={name: _student(lmm, scale, cpu, ranks) for name, lmm in recipe.students.items()},
+        students={name: _student(student, scale, cpu, ranks) for name, student in recipe.students.items()},
         few_steps=_ends(recipe.few_steps) if cpu else recipe.few_steps,
         sweep=_sweep(recipe.sweep, scale, cpu),
         evaluate=_evaluate(recipe.evaluate, scale, cpu),
@@ -91,19 +90,15 @@ def _pairs(config: PairsConfig, scale: Scale, cpu: bool) -> PairsConfig:
     )  # fmt: skip
 
 
-def _student(config: LmmConfig, scale: Scale, cpu: bool, ranks: int) -> LmmConfig:
-    phases = {
-        field.name: replace(phase, iterations=min(phase.iterations, scale.iterations))
-        for field in dataclasses.fields(config)
-        if isinstance(phase := getattr(config, field.name), PhaseConfig)
-    }
+def _student(config: StudentConfig, scale: Scale, cpu: bool, ranks: int) -> StudentConfig:
+    phases = {name: replace(phase, iterations=min(phase.iterations, scale.iterations)) for name, phase in config.phases.items()}
     total = sum(phase.iterations for phase in phases.values())
     validation = {
         "validate_every": total if config.validate_every else 0,
         "validate_count": min(config.validate_count, scale.samples),
     }
     return _training(
-        config, scale, cpu, ranks, **phases, **validation, checkpoint_every=max(1, total - 1), keep=1, trackers=()
+        config, scale, cpu, ranks, phases=phases, **validation, checkpoint_every=max(1, total - 1), keep=1, trackers=()
     )  # fmt: skip
 
 

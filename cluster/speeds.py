@@ -174,7 +174,7 @@ def _of_training(path: Path, result: dict[str, Any]) -> list[Measured]:
     network = from_dict(NetworkConfig, result["model"]["network"])
     size, units, place = counting.evaluation(network), _units(result["machine"]), where(result["machine"])
     recipe = RECIPES["cifar10"](0)  # whose losses the benchmark trains with
-    lmm = recipe.students["lmm"]
+    phases = recipe.main.phases
     made, gpu = [], bool(result["machine"].get("gpu"))
     for phase, rows in result["phases"].items():
         for policy, row in rows.items():
@@ -182,7 +182,7 @@ def _of_training(path: Path, result: dict[str, Any]) -> list[Measured]:
                 continue
 
             def rate(phase: str = phase, images: float = row["images_per_s"]) -> float:
-                return images * counting.of_phase(network, recipe.probe.losses, lmm, getattr(lmm, phase)).flops / units
+                return images * counting.of_phase(network, recipe.probe.losses, phases[phase].objective).flops / units
 
             task = Task(kind=phase, size=size, precision=policy.split()[0], compiled="compiled" in policy)
             made.append(

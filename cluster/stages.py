@@ -7,18 +7,17 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
-from beeline.config import LmmConfig, PoolConfig, Recipe, WorkersConfig
+from beeline.config import PhaseConfig, PoolConfig, Recipe, StudentConfig, WorkersConfig
+from beeline.few_step import parse_steps
 from beeline.schedule import edm_sigmas
 from cluster import counting
 from cluster.contents import figures, measured_models, needed_weights, pair_evaluations, store_bytes, trials
 from cluster.speeds import Task
 from cluster.workspace import Workspace
 from evaluation.reference import KEPT
-from evaluation.rows import parse_steps
 from pipeline.shards import shard_count
-from trainers.student import RECONSTRUCTION, running
 from trainers.train_probe import MOST_IMAGES
-from trainers.trials import rung_of, settings
+from trainers.trials import can_vary, rung_of, settings
 
 TEXT = 50_000  # bytes of a model folder's plan, config, logs and sheets
 IMAGES_PER_CORE = 200.0  # per second, decoded and resized: assumed
@@ -78,7 +77,8 @@ def stages(recipe: Recipe, there: Workspace, teacher: str) -> list[Stage]:
     if weights:
         stored, work = sum(map(counting.pretrained_bytes, weights)), f"{len(weights)} pretrained networks, fetched once"
         made.insert(0, Stage(name="weights", work=work, amount=len(weights), stored=stored, starts=0))
-    made += [_sweep(recipe, there), _evaluation(recipe, there)]
+    made += [_sweep(recipe, there)] if can_vary(recipe.main) else []
+    made.append(_evaluation(recipe, there))
     return [*made, Stage(name="report", work="one page", amount=1, stored=5e6)]
 
 
@@ -151,47 +151,43 @@ def _pairs(recipe: Recipe, there: Workspace) -> Stage:
 
 
 def _students(recipe: Recipe, there: Workspace) -> Iterator[Stage]:
-    for name, lmm in recipe.students.items():
-        folder = f"students/{lmm.name}"
-        left, jobs, critic = there.step(folder), [], 0
-        done = left
-        for phase, kind in ((lmm.reconstruction, RECONSTRUCTION), (lmm.adversarial, "adversarial")):
-            iterations = max(0, phase.iterations - left)
-            left = max(0, left - phase.iterations)
+    for student in recipe.students.values():
+        folder = f"students/{student.name}"
+        done, total = there.step(folder), student.iterations
+        skipped, jobs, kept = done, [], 0
+        for phase in student.running.values():
+            iterations = max(0, phase.iterations - skipped)
+            skipped = max(0, skipped - phase.iterations)
             if iterations:
-                count, job = _phase(recipe, lmm, kind, iterations)
+                count, job = _phase(recipe, student, phase, iterations)
                 jobs.append(job)
-                critic = max(critic, count.critic_bytes)
-        total = sum(phase.iterations for phase in running(lmm))
+                kept = max(kept, count.critic_bytes + count.state_bytes)
         weights = counting.weight_bytes(recipe.teacher.network)
-        averages = len(lmm.ema_half_lives)
-        both = bool(lmm.reconstruction.iterations and lmm.adversarial.iterations)
-        models = averages + both + bool(lmm.validate_every)
-        checkpoint = (3 + averages) * weights + critic
-        work = f"{total - done:,} iterations of {lmm.batch_size:,}"
+        averages = len(student.ema_half_lives)
+        published = averages + len(student.running) - 1 + bool(student.validate_every)
+        checkpoint = (3 + averages) * weights + kept
         stage = Stage(
             name=folder,
-            work=work,
+            work=f"{total - done:,} iterations of {student.batch_size:,}",
             amount=total - done,
             jobs=tuple(jobs),
-            stored=models * weights + lmm.keep * checkpoint * (total > lmm.checkpoint_every) + TEXT,
+            stored=published * weights + student.keep * checkpoint * (total > student.checkpoint_every) + TEXT,
             passing=checkpoint,
-            side_by_side=name != "lmm",
+            side_by_side=student != recipe.main,
         )
         yield _unless(there.complete(folder), stage)
 
 
-def _phase(recipe: Recipe, lmm: LmmConfig, kind: str, iterations: int) -> tuple[counting.Phase, Job]:
-    phase = lmm.reconstruction if kind == RECONSTRUCTION else lmm.adversarial
-    network = recipe.teacher.network
-    count = counting.of_phase(network, recipe.probe.losses, lmm, phase)
+def _phase(recipe: Recipe, student: StudentConfig, phase: PhaseConfig, iterations: int) -> tuple[counting.Phase, Job]:
+    network, objective = recipe.teacher.network, phase.objective
+    count = counting.of_phase(network, recipe.probe.losses, objective)
     kind = "adversarial" if count.critic_bytes else "reconstruction"
-    task = Task(kind=kind, size=counting.evaluation(network), precision=lmm.precision, compiled=lmm.compiled)
+    task = Task(kind=kind, size=counting.evaluation(network), precision=student.precision, compiled=student.compiled)
     judged = 0.0
-    if lmm.validate_every:  # rank 0 samples, the others wait
-        steps = len(count.trained_steps or (0,))
-        judged = lmm.workers.count * iterations / lmm.validate_every * lmm.validate_count * steps * task.size
-    return count, _training(lmm.workers, task, lambda: count.flops * lmm.batch_size * iterations + judged)
+    if student.validate_every:  # rank 0 samples, the others wait
+        steps = len(objective.sampling().trained_steps or (0,))
+        judged = student.workers.count * iterations / student.validate_every * student.validate_count * steps * task.size
+    return count, _training(student.workers, task, lambda: count.flops * student.batch_size * iterations + judged)
 
 
 def _training(workers: WorkersConfig, task: Task, count: Callable[[], float]) -> Job:
@@ -201,11 +197,12 @@ def _training(workers: WorkersConfig, task: Task, count: Callable[[], float]) ->
 def _sweep(recipe: Recipe, there: Workspace) -> Stage:
     sweep, name = recipe.sweep, f"sweeps/{recipe.sweep.name}"
     done = there.trials(name)
-    found = {k: lmm for k, lmm in trials(recipe).items() if k not in done}
+    found = {k: student for k, student in trials(recipe).items() if k not in done}
     jobs, size, critic = [], counting.evaluation(recipe.teacher.network), 0
-    for lmm in found.values():
-        alone = replace(lmm, workers=WorkersConfig(count=1, gpus=sweep.gpus, threads=sweep.threads))
-        count, job = _phase(recipe, alone, "adversarial", sweep.iterations)
+    for student in found.values():
+        alone = replace(student, workers=WorkersConfig(count=1, gpus=sweep.gpus, threads=sweep.threads))
+        (phase,) = alone.running.values()
+        count, job = _phase(recipe, alone, phase, sweep.iterations)
         jobs.append(job)
         critic = max(critic, count.critic_bytes)
     side = min(sweep.max_concurrent or len(found), len(found))
@@ -225,7 +222,7 @@ def _sweep(recipe: Recipe, there: Workspace) -> Stage:
     checkpoint = (4 * weights + critic) * (rung_of(sweep) < sweep.iterations)
     stage = Stage(
         name=name,
-        work=f"at most {len(found)} x {sweep.iterations:,} iterations of {recipe.students['lmm'].batch_size:,}",
+        work=f"at most {len(found)} x {sweep.iterations:,} iterations of {recipe.main.batch_size:,}",
         amount=len(found) * sweep.iterations,
         jobs=tuple(merged),
         stored=sweep.trials * (weights + checkpoint + 2 * TEXT),
@@ -275,11 +272,8 @@ def _evaluation(recipe: Recipe, there: Workspace) -> Stage:
 
 def _any_level(recipe: Recipe, model: str) -> bool:
     """Whether straightness is measured: of all models but those of single levels."""
-    if not model.startswith("students/") or model.endswith(RECONSTRUCTION):
-        return True
-    lmm = recipe.students[model.split("/")[1]]
-    last = running(lmm)[-1]
-    return counting.of_phase(recipe.teacher.network, recipe.probe.losses, lmm, last).trained_steps is None
+    published = {folder: phase for student in recipe.students.values() for folder, phase in student.models().items()}
+    return model not in published or published[model].objective.sampling().trained_steps is None
 
 
 def _look(recipe: Recipe, name: str) -> tuple[float, int]:

@@ -7,20 +7,20 @@ import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any
 
-from beeline.config import LmmConfig, Recipe
+from beeline.config import PhaseConfig, Recipe, StudentConfig
 from beeline.errors import BeelineError
+from beeline.few_step import parse_steps
 from beeline.measuring import PROBES
 from beeline.settings import Range, check
 from evaluation.evaluate import measure
 from evaluation.report import report
-from evaluation.rows import parse_steps
 from pipeline.gen_pairs import gen_pairs
 from pipeline.ingest_images import ingest_images
-from trainers.student import RECONSTRUCTION, all_needs, running
 from trainers.sweep_lmm import check_sweep, sweep_lmm
-from trainers.train_lmm import check_sides, check_student, train_lmm
+from trainers.train_lmm import check_resolution, check_student, train_lmm
 from trainers.train_probe import train_probes
 from trainers.train_teacher import check_teacher, train_teacher
+from trainers.trials import can_vary
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ class Step:
 
 def steps(workspace: str, recipe: Recipe) -> Iterator[Step]:
     """All of them."""
-    name, main = recipe.name, recipe.students["lmm"]
+    name, main = recipe.name, recipe.main
 
     def step(folder: str, call: Callable[..., Any], *arguments: object, after: tuple[str, ...], beside: bool = False) -> Step:
         run = functools.partial(call, workspace, name, *arguments)
@@ -50,10 +50,11 @@ def steps(workspace: str, recipe: Recipe) -> Iterator[Step]:
     yield step("probe", train_probes, recipe.probe, after=("images",))
     yield step("teacher", train_teacher, recipe.teacher, after=("images",))
     yield step("pairs", gen_pairs, recipe.pairs, after=("teacher",))
-    for lmm in recipe.students.values():
-        yield step(f"students/{lmm.name}", train_lmm, lmm, after=_inputs(lmm), beside=lmm != main)
+    for student in recipe.students.values():
+        yield step(f"students/{student.name}", train_lmm, student, after=_inputs(student), beside=student != main)
     after = ("images", "probe", "pairs", made_by(recipe.sweep.init))
-    yield step(f"sweeps/{recipe.sweep.name}", sweep_lmm, recipe.sweep, main, recipe.evaluate, after=after)
+    if can_vary(main):
+        yield step(f"sweeps/{recipe.sweep.name}", sweep_lmm, recipe.sweep, main, recipe.evaluate, after=after)
     yield evaluation(workspace, recipe, models(recipe))
     yield Step(name="report", run=functools.partial(report, workspace, name))
 
@@ -71,7 +72,7 @@ def evaluation(workspace: str, recipe: Recipe, found: Mapping[str, tuple[str, ..
 
 def check_recipe(recipe: Recipe) -> None:
     """Raise BeelineError for settings that a later stage would refuse, whatever the workspace holds."""
-    images, network, main = recipe.images, recipe.teacher.network, recipe.students["lmm"]
+    images, network = recipe.images, recipe.teacher.network
     if (images.resolution, images.channels) != (network.img_resolution, network.img_channels):
         raise BeelineError(
             f"images has {images.channels} channels at {images.resolution} pixels, teacher.network {network.img_channels} at "
@@ -80,33 +81,34 @@ def check_recipe(recipe: Recipe) -> None:
     check_teacher(recipe.teacher)
     for student in recipe.students.values():
         check_student(student)
-        check_sides(student, images.resolution)
-    check_sweep(recipe.sweep, main)
+        check_resolution(student, images.resolution)
+    if can_vary(recipe.main):
+        check_sweep(recipe.sweep, recipe.main)
     for name, schedules in {"few_steps": recipe.few_steps, "evaluate.steps": recipe.evaluate.steps}.items():
-        for text in schedules:
-            check(f"the last step in {name}", parse_steps(text)[-1], Annotated[int, Range(0, main.num_steps - 1)])
+        for student in recipe.students.values():
+            for phase in student.models().values():
+                sampling = phase.objective.sampling()
+                if name == ("evaluate.steps" if sampling.trained_steps else "few_steps"):
+                    below = Annotated[int, Range(0, sampling.num_steps - 1)]
+                    for text in schedules:
+                        check(f"the last step in {name}", parse_steps(text)[-1], below)
 
 
 def models(recipe: Recipe) -> dict[str, tuple[str, ...]]:
-    """The models to measure, and the step schedules of each student: several where it has learned lines of all levels."""
-    students = {f"students/{lmm.name}": _schedules(recipe, lmm) for lmm in recipe.students.values()}
-    found = {"teacher": recipe.evaluate.steps} | students
-    main = recipe.students["lmm"]
-    if main.reconstruction.iterations:
-        found[f"students/{main.name}/{RECONSTRUCTION}"] = recipe.few_steps
-    return found
+    """The models to measure, and the step schedules of each student: several where it takes any level."""
+    students = [found for student in recipe.students.values() for found in student.models().items()]
+    return {"teacher": recipe.evaluate.steps} | {folder: _schedules(recipe, phase) for folder, phase in students}
 
 
-def _schedules(recipe: Recipe, student: LmmConfig) -> tuple[str, ...]:
-    lines = student.objective == LmmConfig.objective and all(phase.steps is None for phase in running(student))
-    return recipe.few_steps if lines else recipe.evaluate.steps
+def _schedules(recipe: Recipe, phase: PhaseConfig) -> tuple[str, ...]:
+    return recipe.evaluate.steps if phase.objective.sampling().trained_steps else recipe.few_steps
 
 
-def _inputs(lmm: LmmConfig) -> tuple[str, ...]:
+def _inputs(student: StudentConfig) -> tuple[str, ...]:
     """The steps whose results a student is trained on."""
-    needs = all_needs(lmm)
-    read = {"images": needs.images, "probe": "probe" in needs.features, "teacher": needs.teacher, "pairs": needs.pairs}
-    return *(name for name, wanted in read.items() if wanted), made_by(lmm.init)
+    needs = student.needs()
+    read = {"images": needs.images, "probe": "probe" in needs.features, "pairs": needs.pairs}
+    return (*(name for name, wanted in read.items() if wanted), *map(made_by, (*needs.models, student.init)))
 
 
 def made_by(model: str) -> str:

@@ -25,7 +25,8 @@ from pipeline.records import LAYOUTS, SUCCESS, plan_in, success_in
 from pipeline.shards import shard_count, shard_name, shard_rows
 from pipeline.sources import open_source
 from pipeline.storage import Folder
-from trainers import checkpoints, loop
+from trainers import checkpoints
+from trainers.log import LOG, read_log
 from trainers.train_teacher import imported_from
 
 PUBLISHED = {"cifar10": 50_000, "cifar10_uncond": 50_000, "cifar10_small": 50_000, "afhqv2": 15_803, "imagenet64": 1_281_167}
@@ -111,7 +112,7 @@ class Workspace:
                 return len(open_source(config).names), ""
             except BeelineError:
                 return 0, ""
-        if config.source == RECIPES[self.recipe.name](0).images.source:
+        if self.recipe.name in RECIPES and config.source == RECIPES[self.recipe.name](0).images.source:
             return PUBLISHED.get(self.recipe.name, 0), " (as published; the source is not here)"
         return 0, ""
 
@@ -243,11 +244,11 @@ class Workspace:
     def _of_log(self, folder: str) -> list[Measured]:
         """Of a training, for each of its phases: the median of images/s, the first line, of a cold start, left out."""
         recipe, teaching = self.recipe, folder == "teacher"
-        students = {f"students/{lmm.name}": lmm for lmm in recipe.students.values()}
+        students = {f"students/{student.name}": student for student in recipe.students.values()}
         config = recipe.teacher if teaching else students[folder]
-        rows, workers = loop.read_log(self.place / folder), config.workers
+        rows, workers = read_log(self.place / folder), config.workers
         size, made = counting.evaluation(recipe.teacher.network), []
-        for number in (0, 1):
+        for number in range(1 if teaching else len(students[folder].running)):
             speeds = [row.get("images_per_s") for row in rows if row.get("phase", 0) == number]
             rates = [speed for speed in speeds if isinstance(speed, int | float) and speed > 0]
             rates = rates[1:] or rates
@@ -257,14 +258,13 @@ class Workspace:
             if teaching:
                 kind, count = "teacher", functools.partial(counting.of_teacher, recipe.teacher)
             else:
-                lmm = students[folder]
-                phase = (lmm.reconstruction, lmm.adversarial)[number]
-                found = counting.of_phase(recipe.teacher.network, recipe.probe.losses, lmm, phase)
+                phase = list(students[folder].running.values())[number]
+                found = counting.of_phase(recipe.teacher.network, recipe.probe.losses, phase.objective)
                 kind, count = "adversarial" if found.critic_bytes else "reconstruction", found.count
             compiled = getattr(config, "compiled", False)
             task = Task(kind=kind, size=size, precision=config.precision, compiled=compiled)
             source = (
-                f"{self.place}/{folder}/{loop.LOG}, {images:,.1f} images/s, taking the training to have had the "
+                f"{self.place}/{folder}/{LOG}, {images:,.1f} images/s, taking the training to have had the "
                 f"settings' {workers.count} workers of {_each(workers.gpus, workers.threads)}"
             )
 

@@ -13,13 +13,12 @@ from typing import Any
 
 from beeline.errors import reading
 from beeline.layout import check_layout
+from beeline.objectives.lmm import DISTANCES
 from evaluation.figures import Chart, Series, chart
-from evaluation.models import DISTANCES, TEACHER, Model
+from evaluation.models import LINES, TEACHER, Model, phases_of
 from pipeline.manifest import read_manifest
-from pipeline.records import SUCCESS, plan_in, success_in
+from pipeline.records import LOG, SUCCESS, plan_in, success_in
 from pipeline.storage import Folder
-
-LOG = "train.jsonl"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +154,7 @@ def trainings(place: Folder, models: Sequence[Model]) -> tuple[list[Training], l
         settings, done = plan_in(place / name, {}) or {}, success_in(place / name) or {}
         with reading(f"{place / name}/{LOG} is not readable", "remove it to leave its curves out"):
             table.append(_training(title, log, done, settings))
-            losses = _losses(log, settings.get("lmm"))
+            losses = _losses(log, settings.get("student"))
         for kind, points in losses.items():
             steps, values = zip(*points, strict=True)
             curves.setdefault(kind, []).append(Series(name=title, number=number, x=steps, y=values, marked=False))
@@ -171,10 +170,10 @@ def _training(title: str, log: Sequence[Mapping[str, Any]], done: Mapping[str, A
         now = float(row.get("seconds", last))
         seconds, last = seconds + (now if now < last else now - last), now
     images, waits = done.get("images_seen"), [row["data_wait"] for row in log if "data_wait" in row]
-    objective = str(settings.get("lmm", {}).get("objective", "")).rpartition(":")[2]
+    methods = dict.fromkeys(str(phase["objective"]["method"]) for phase in _phases(settings.get("student")))
     return Training(
         name=title,
-        about=objective,
+        about=", ".join(method.rpartition(":")[2].removesuffix("Config") for method in methods),
         iterations=f"{log[-1]['step']:,}",
         images="—" if images is None else f"{images:,}",
         seconds=f"{seconds:,.0f}",
@@ -184,20 +183,24 @@ def _training(title: str, log: Sequence[Mapping[str, Any]], done: Mapping[str, A
     )
 
 
-def _losses(log: Sequence[Mapping[str, Any]], lmm: Mapping[str, Any] | None) -> dict[str, list[tuple[int, float]]]:
+def _losses(log: Sequence[Mapping[str, Any]], student: Mapping[str, Any] | None) -> dict[str, list[tuple[int, float]]]:
     """The objective's first figure by step, under a name that tells losses of different kinds apart."""
     found: dict[str, list[tuple[int, float]]] = {}
     for row in log:
         key = next((key for key in row if key not in ("step", "phase", "skipped", "grad_norm")), None)
         if key is None or not isinstance(row[key], int | float):
             continue
-        kind = "EDM loss" if lmm is None else key
-        if lmm is not None and key == "lines":
-            phase = lmm["adversarial" if row.get("phase") else "reconstruction"]
-            size = f" at {phase['resize']}" if phase.get("resize") else ""
-            kind = f"lines: {DISTANCES.get(phase['distance'], phase['distance'])}{size}"
+        kind = "EDM loss" if student is None else key
+        lines = {} if student is None else _phases(student)[int(row.get("phase", 0))]["objective"]
+        if lines.get("method") == LINES and key == "lines":
+            size = f" at {lines['resize']}" if lines.get("resize") else ""
+            kind = f"lines: {DISTANCES.get(lines['distance'], lines['distance'])}{size}"
         found.setdefault(kind, []).append((int(row["step"]), float(row[key])))
     return found
+
+
+def _phases(student: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
+    return list(phases_of({"trained": student}).values())
 
 
 def _log(folder: Folder) -> list[dict[str, Any]]:

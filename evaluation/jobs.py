@@ -28,13 +28,14 @@ from beeline.errors import BeelineError, reason
 from beeline.frechet import Gaussian, Statistics
 from beeline.inference import prepare
 from beeline.measures import counted, measures
-from beeline.measuring import PROBES, Eye, Looks, MeasuringProbe, quantised
-from beeline.noise import x0
+from beeline.measuring import PROBES, Eye, Looks, MeasuringProbe
+from beeline.noise import pair_labels, x0
+from beeline.pixels import quantised
 from beeline.schedule import edm_sigmas
 from beeline.straightness import straightness, trajectories
 from evaluation.reference import KEPT, arrays_in, groups, reference, reference_folder
 from evaluation.rows import Row, draw, noise_seed
-from pipeline.gen_pairs import calibrated_levels, load_sampler, make_pairs, pair_labels
+from pipeline.gen_pairs import calibrated_levels, load_sampler, make_pairs
 from pipeline.reader import decoded, real_labels
 from pipeline.stage import require_measuring, require_model, require_probe
 from pipeline.storage import Folder

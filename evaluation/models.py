@@ -11,6 +11,7 @@ from typing import Any
 from beeline.checkpoint import CONFIG
 from beeline.errors import BeelineError, reading
 from beeline.layout import check_layout
+from beeline.objectives.lmm import LinesMatchingConfig
 from evaluation.results import METRICS, again, metrics_in
 from pipeline.records import success_in
 from pipeline.storage import Folder
@@ -19,16 +20,7 @@ TEACHER = "teacher"
 STUDENT = r"students/[\w-][\w.-]*(/[\w-][\w.-]*)?"  # a model's folder in the workspace, and nothing outside of it
 PREFERRED = ("fid_", "fd_dinov2", "fd_probe", "fd_")  # what models are compared by, where there is a choice
 DIVERSITY = ("precision", "recall", "density", "coverage", "authenticity")
-DISTANCES = {
-    "l2": "pixel distance (L2)",
-    "huber": "pixel distance (Huber)",
-    "probe": "perceptual distance (probe)",
-    "lpips": "perceptual distance (LPIPS, VGG16)",
-}
-OBJECTIVES = {
-    "Distillation": "end points alone: knowledge distillation, L2",
-    "RectifiedFlow": "rectified flow on the same pairs",
-}
+LINES = f"{LinesMatchingConfig.__module__}:{LinesMatchingConfig.__qualname__}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,14 +87,6 @@ class Ingredients:
     steps: tuple[int, ...] | None
 
     @property
-    def text(self) -> str:
-        """As "lines, perceptual distance (probe), adversarial term, SOT at steps 0"."""
-        parts = ["lines", DISTANCES.get(self.distance, self.distance)]
-        parts += ["adversarial term"] * self.adversarial
-        parts += [] if self.steps is None else [f"SOT at steps {','.join(map(str, self.steps))}"]
-        return ", ".join(parts)
-
-    @property
     def rank(self) -> tuple[bool, bool, bool]:
         """Each ingredient comes after those without it."""
         return self.distance not in ("l2", "huber"), self.adversarial, self.steps is not None
@@ -110,15 +94,15 @@ class Ingredients:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Model:
-    """A measured model. `trained` are the settings of a student, None where its config.json has none; `iterations` include
-    those of the student it started from."""
+    """A measured model. `training` is what a student's config.json says of its training, {} where it says nothing;
+    `iterations` include those of the student it started from."""
 
     name: str
     figures: tuple[Figure, ...]
     samplings: tuple[Sampling, ...]
     straightness: Mapping[str, Any] | None
     provenance: Mapping[str, Any]
-    trained: Mapping[str, Any] | None = None
+    training: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     iterations: tuple[int, ...] = ()
     number: int = 0
 
@@ -128,29 +112,32 @@ class Model:
         return self.name.removeprefix("students/").replace("/", " · ")
 
     @property
+    def is_average(self) -> bool:
+        """Whether it is another average of a student, or the best of its validations."""
+        part = self.name.split("/")[2] if self.name.count("/") == 2 else ""
+        return part == "best" or part.startswith("ema-")
+
+    @property
     def ingredients(self) -> Ingredients | None:
         """None for a teacher, for other objectives than lines, and for students that say nothing about themselves."""
-        if self.trained is None or not str(self.trained.get("objective", "")).endswith(":LinesMatching"):
+        objective = phases_of(self.training).get(self.training.get("phase", ""), {}).get("objective", {})
+        if objective.get("method") != LINES:
             return None
-        first, second = self.trained.get("reconstruction", {}), self.trained.get("adversarial", {})
-        phase = first if self.name.endswith("/reconstruction") or not second.get("iterations") else second
-        steps = phase.get("steps")
-        networks = self.trained.get("discriminator", {}).get("networks", ())
-        adversarial = bool(phase.get("adversarial_weight"))
-        return Ingredients(str(phase.get("distance")), adversarial, tuple(networks), None if steps is None else tuple(steps))
+        steps, networks = objective.get("steps"), objective.get("discriminator", {}).get("networks", ())
+        adversarial = bool(objective.get("adversarial_weight"))
+        return Ingredients(
+            str(objective.get("distance")), adversarial, tuple(networks), None if steps is None else tuple(steps)
+        )
 
     @property
     def about(self) -> str:
         """What it is, in words; "" where nothing is known."""
-        part = self.name.split("/")[2] if self.name.count("/") == 2 else ""
-        if part == "best":
-            return "the best of its validations"
-        if part.startswith("ema-"):
-            return f"average of the weights, half-life {part[4:]} iterations"
-        if self.ingredients:
-            return self.ingredients.text
-        objective = str((self.trained or {}).get("objective", "")).rpartition(":")[2]
-        return OBJECTIVES.get(objective, objective)
+        part = self.name.rpartition("/")[2]
+        if self.is_average:
+            return (
+                "the best of its validations" if part == "best" else f"average of the weights, half-life {part[4:]} iterations"
+            )
+        return str(self.training.get("method", ""))
 
     def figure(self, label: str, metric: str) -> Figure | None:
         """The figure of one sampling in one metric."""
@@ -172,7 +159,7 @@ def measured_models(place: Folder) -> list[Model]:
 
 
 def _order(model: Model) -> tuple[Any, ...]:
-    return (model.name.count("/") == 2 and not model.name.endswith("/reconstruction"), model.ingredients is not None,
+    return (model.is_average, model.ingredients is not None,
             model.ingredients.rank if model.ingredients else (), model.name)  # fmt: skip
 
 
@@ -193,10 +180,10 @@ def _model(place: Folder, name: str) -> Model:
             if len(curves) != 1:
                 raise ValueError(f"straightness has curves of {sorted(curves)} values")
     with reading(f"{place / name}/{CONFIG} does not say how the student was trained", "make or copy the model again"):
-        trained = _trained(place, name)
+        training = _training(place, name)
         model = Model(
             name=name, figures=figures, samplings=samplings, straightness=straightness, provenance=found["provenance"],
-            trained=trained, iterations=_iterations(place, name, trained),
+            training=training, iterations=_iterations(place, name, training),
         )  # fmt: skip
         _ = _order(model), model.about  # what the report asks of it
     return model
@@ -213,26 +200,31 @@ def _figure(row: Mapping[str, Any]) -> Figure:
     return made
 
 
-def _trained(place: Folder, name: str) -> Mapping[str, Any] | None:
-    if name == TEACHER:
-        return None
-    config = (place / name).read_json(CONFIG)
+def _training(place: Folder, name: str) -> Mapping[str, Any]:
+    """What the config.json of a student says of its training, as trainers/student.py writes it; {} for a teacher."""
+    config = None if name == TEACHER else (place / name).read_json(CONFIG)
     if config is None:
-        return None
-    check_layout(config, {"about?": {"trained?": {}}})
-    return (config.get("about") or {}).get("trained")
+        return {}
+    check_layout(config, {"about?": {"trained?": {"init?": str, "phases?": {}}, "phase?": str, "method?": str}})
+    return config.get("about") or {}
 
 
-def _iterations(place: Folder, name: str, trained: Mapping[str, Any] | None, seen: tuple[str, ...] = ()) -> tuple[int, ...]:
+def phases_of(training: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of the phases of a training, by name and in order."""
+    phases = (training.get("trained") or {}).get("phases") or {}
+    return {name: phase for name, phase in phases.items() if phase.get("iterations")}
+
+
+def _iterations(place: Folder, name: str, training: Mapping[str, Any], seen: tuple[str, ...] = ()) -> tuple[int, ...]:
     """Of each phase, from the teacher's weights on."""
-    if trained is None:
+    phases, last = phases_of(training), training.get("phase", "")
+    if last not in phases:
         return ()
-    init, own = str(trained.get("init", TEACHER)), ["reconstruction"]
-    own += [] if name.endswith("/reconstruction") else ["adversarial"]
+    init, own = str(training["trained"].get("init", TEACHER)), list(phases)[: list(phases).index(last) + 1]
     before: tuple[int, ...] = ()
     if re.fullmatch(STUDENT, init) and init not in (name, *seen):  # a student may have been copied here from elsewhere
-        before = _iterations(place, init, _trained(place, init), (name, *seen))
-    return *before, *(count for phase in own if (count := int(trained.get(phase, {}).get("iterations", 0))))
+        before = _iterations(place, init, _training(place, init), (name, *seen))
+    return *before, *(int(phases[phase]["iterations"]) for phase in own)
 
 
 def main_metric(models: Sequence[Model]) -> str:

@@ -112,7 +112,7 @@ def variant(model: Model, *, papers: bool) -> str | None:
     """The column of a student, None where it has none; with `papers`, only for the paper's own networks (VGG16 in LPIPS, and
     both backbones of the discriminator)."""
     found = model.ingredients
-    if found is None or model.name.rpartition("/")[2] == "best" or "/ema-" in model.name:
+    if found is None or model.is_average:
         return None
     if found.distance == "l2":
         return L2 if not found.adversarial and found.steps is None else None

@@ -11,8 +11,9 @@ import torch
 from beeline.config import EvaluateConfig
 from beeline.denoiser import Denoiser
 from beeline.errors import BeelineError
+from beeline.few_step import RuleName, parse_steps
 from beeline.noise import stream_seed
-from beeline.samplers import FewStepRule, Solver, batches, evaluations, sample
+from beeline.samplers import Solver, batches, evaluations, sample
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Row:
     steps: tuple[int, ...] | None
     solver: Solver | None
     num_steps: int
-    rule: FewStepRule | None = None
+    rule: RuleName | None = None
 
     @property
     def label(self) -> str:
@@ -73,14 +74,6 @@ def teacher_row(nfe: int, solver: str = "auto") -> Row:
     num_steps = (nfe + 1) // 2 if chosen == "heun" else nfe
     assert evaluations(chosen, num_steps) == nfe
     return Row(nfe, None, chosen, num_steps)
-
-
-def parse_steps(text: str) -> tuple[int, ...]:
-    """ "0,8" as (0, 8). Raises BeelineError for anything else."""
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError as error:
-        raise BeelineError(f"steps {text!r} are not indices separated by commas, for example 0 or 0,8") from error
 
 
 def draw(model: Denoiser, row: Row, indices: Sequence[int], labels: np.ndarray, *, seed: int, batch_size: int) -> torch.Tensor:

@@ -15,13 +15,15 @@ from typing import Any, NoReturn
 
 import tyro
 
+from beeline import recipes
 from beeline.entry import run_main
 from beeline.errors import BeelineError
 from beeline.places import holds_credentials
 from beeline.recipes import RECIPES
 from beeline.settings import naming_options
-from pipeline.runtime import find_user_error, shutdown
+from pipeline.runtime import RECIPE, find_user_error, shutdown
 
+WORKSPACE = "BEELINE_WORKSPACE"
 MAX_RECIPE_SEED = 10**18  # recipes make other seeds of it, which fit into 63 bits, too
 
 
@@ -30,7 +32,8 @@ def run_command(stage: Callable[..., Any]) -> NoReturn:
     143 after Ctrl-C and SIGTERM.
 
     `RECIPE`, `--seed` (seeds every stage of the recipe) and, where the stage trains a student, `--student` (which of the
-    recipe's students the defaults come from) choose the defaults; everything else overrides single settings.
+    recipe's students the defaults come from) choose the defaults; everything else overrides single settings. The variables
+    BEELINE_RECIPE and BEELINE_WORKSPACE take the place of RECIPE and --workspace.
     """
 
     def call() -> None:
@@ -53,28 +56,33 @@ def _parse_and_run(stage: Callable[..., Any]) -> None:
             "an option holds a password inside a URL, and Ray shows a command's options to everyone; set "
             "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or use a profile or role, and give s3://bucket/prefix alone"
         )
-    name = argv.pop(0) if argv and not argv[0].startswith("-") else None
-    script = f"python {os.path.relpath(sys.argv[0])}"
-    if name not in RECIPES:
-        asked_help = name is None and argv in (["-h"], ["--help"])
-        problem = "" if asked_help else f"{'no recipe' if name is None else f'recipe {name!r} is unknown'}; "
+    named = argv.pop(0) if argv and not argv[0].startswith("-") else None
+    script, asked_help = f"python {os.path.relpath(sys.argv[0])}", argv in (["-h"], ["--help"])
+    name = named or (None if asked_help else os.environ.get(RECIPE))
+    if not name or (name not in RECIPES and ":" not in name):
+        asked_help = asked_help and named is None
+        problem = "" if asked_help else f"{'no recipe' if not name else f'recipe {name!r} is unknown'}; "
         usage = f"usage: {script} RECIPE [--workspace URI] [--seed N] [OPTIONS], RECIPE one of: {', '.join(RECIPES)}"
-        print(f"{problem}{usage}", file=sys.stdout if asked_help else sys.stderr)
+        own = f"or package.module:function, a recipe of one's own; {RECIPE} and {WORKSPACE} give defaults"
+        print(f"{problem}{usage}, {own}", file=sys.stdout if asked_help else sys.stderr)
         sys.exit(0 if asked_help else 2)
     seed = _pop_option(argv, "--seed", "0")
     if not (seed.isascii() and seed.isdigit() and len(seed) < 20 and int(seed) <= MAX_RECIPE_SEED):
         raise BeelineError(f"--seed is {seed!r}; expected a whole number from 0 to {MAX_RECIPE_SEED:,}")
-    recipe = RECIPES[name](int(seed))
+    if ":" in name and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # Python itself looks in the script's folder alone
+    recipe = recipes.find(name, int(seed))
+    os.environ[RECIPE] = name  # workers import the module of a recipe of one's own (pipeline/runtime.py)
     defaults: dict[str, Any] = {
         "recipe": recipe if parameters.get("recipe") and "Recipe" in str(parameters["recipe"].annotation) else name,
-        "workspace": f"runs/{name}",
+        "workspace": os.environ.get(WORKSPACE) or f"runs/{name.rpartition(':')[2]}",
     }
     defaults |= {section: getattr(recipe, section) for section in parameters if hasattr(recipe, section)}
-    if "lmm" in parameters:
-        student = _pop_option(argv, "--student", "lmm")
+    if "student" in parameters:
+        student = _pop_option(argv, "--student", recipe.main.name)
         if student not in recipe.students:
             raise BeelineError(f"--student is {student!r}; this recipe has {', '.join(recipe.students)}")
-        defaults["lmm"] = recipe.students[student]
+        defaults["student"] = recipe.students[student]
     call = functools.partial(stage, **{key: value for key, value in defaults.items() if key in parameters})
     with naming_options(argv):
         tyro.cli(call, args=argv, prog=f"{script} {name} [--seed N]")

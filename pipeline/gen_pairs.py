@@ -30,6 +30,7 @@ from beeline.config import PairsConfig, to_dict
 from beeline.denoiser import Denoiser
 from beeline.errors import BeelineError
 from beeline.inference import prepare
+from beeline.pixels import rounded
 from beeline.samplers import batches, evaluations, sample_from
 from beeline.schedule import edm_sigmas
 from pipeline import storage
@@ -42,11 +43,6 @@ from pipeline.stage import Stage, require_model
 from pipeline.storage import Folder
 
 CONTACT = "contact.png"  # what verify_pairs.py draws
-
-
-def pair_labels(indices: Sequence[int], num_classes: int) -> np.ndarray:
-    """Class of each pair, int32 (n,): index mod num_classes, so that classes are balanced; -1 for no classes."""
-    return np.asarray(indices, np.int64).astype(np.int32) % num_classes if num_classes else np.full(len(indices), -1, np.int32)
 
 
 def make_pairs(teacher: Denoiser, x0: np.ndarray, labels: np.ndarray, config: PairsConfig) -> np.ndarray:
@@ -63,7 +59,7 @@ def make_pairs(teacher: Denoiser, x0: np.ndarray, labels: np.ndarray, config: Pa
 def stored(x1: np.ndarray, dtype: str) -> np.ndarray:
     """x1 as the store keeps it; uint8 is the image's usual 8 bits, clipped to [-1, 1]."""
     if dtype == "uint8":
-        return ((x1 + 1) * 127.5).round().clip(0, 255).astype(np.uint8)
+        return rounded(x1)
     return x1.astype(dtype, copy=False)
 
 
@@ -128,7 +124,7 @@ class PairShards:
 
     def _sample(self, rows: range) -> tuple[tuple[np.ndarray, np.ndarray, np.ndarray], dict[str, float]]:
         start = time.monotonic()
-        waited, labels = start - self._idle_since, pair_labels(rows, self.teacher.label_dim)
+        waited, labels = start - self._idle_since, noise.pair_labels(rows, self.teacher.label_dim)
         x0 = noise.x0(self.config.seed, rows, self.teacher.image_shape)
         x1 = make_pairs(self.teacher, x0, labels, self.config)
         check_images(x1, rows, self.config, self.plan["teacher_sha256"])

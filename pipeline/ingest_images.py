@@ -17,9 +17,11 @@ if __name__ == "__main__":
 import collections
 import hashlib
 import json
+import os
 import time
 import zlib
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -34,7 +36,7 @@ from pipeline.manifest import Manifest
 from pipeline.pool import run_pool
 from pipeline.progress import Progress
 from pipeline.shards import encode, shard_count, shard_name, shard_rows, survey
-from pipeline.sources import CorruptImage, Source, open_source
+from pipeline.sources import BUILT_IN, CorruptImage, Source, open_source
 from pipeline.sources.labels import summary
 from pipeline.stage import PLAN, Stage
 from pipeline.storage import Folder
@@ -170,7 +172,8 @@ def _make(stage: Stage, place: Folder, source: Source, images: ImagesConfig) -> 
     manifest, left = Manifest(stage.folder, found.sizes), found.todo
     total = sum(len(shard_rows(k, images.shard_size, count)) for k in left)
     passes = passes_for(left, source, images)
-    arguments = {"workspace": place, "plan": stage.plan, "config": images, "passes": passes}
+    here = images if images.source == BUILT_IN else replace(images, source=os.path.abspath(images.source))
+    arguments = {"workspace": place, "plan": stage.plan, "config": here, "passes": passes}
     corrupt: list[str] = []
     seconds = 0.0
     changes: collections.Counter[str] = collections.Counter()

@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 from beeline.arrays import spread
 from beeline.errors import BeelineError, StorageError
 from beeline.noise import crc32, stream, x0
+from beeline.pixels import to_float
 from pipeline.shards import (
     READERS,
     Columns,
@@ -267,8 +268,3 @@ def some_images(folder: Folder, config: dict[str, Any], most: int) -> tuple[np.n
     wanted = spread(min(shards, max(1, most // size)), shards)
     parts = [decoded(folder, int(k)) for k in wanted]
     return np.concatenate([part.images for part in parts]), np.concatenate([part.labels for part in parts])
-
-
-def to_float(images: np.ndarray) -> np.ndarray:
-    """uint8 images as float32 in [-1, 1]: EDM's u / 127.5 - 1."""
-    return images.astype(np.float32) / np.float32(127.5) - np.float32(1)

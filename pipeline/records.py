@@ -9,7 +9,7 @@ from beeline.errors import reading
 from beeline.layout import check_layout
 from pipeline.storage import Folder
 
-PLAN, SUCCESS = "plan.json", "_SUCCESS"
+PLAN, SUCCESS, LOG = "plan.json", "_SUCCESS", "train.jsonl"
 FILES = {"seconds": float, "files": {}}
 # What other stages read of a plan.
 LAYOUTS: dict[str, Any] = {

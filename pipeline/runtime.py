@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib
 import logging
 import os
 import re
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import grpc
 import ray
@@ -25,10 +27,12 @@ from beeline.places import holds_credentials
 
 TIMEOUT = 10  # seconds that the head of a cluster has for an answer, twice
 LOOPBACK = "127.0.0.1"
+RECIPE, FOLDER = "BEELINE_RECIPE", "BEELINE_FOLDER"
 WORKER_ENVIRONMENT = {"RAY_TRAIN_ENABLE_PRINT_PATCH": "0"}  # patched, every printed line comes twice
 # Where the bucket and the trackers are goes with the job. Keys do not: Ray shows a job's environment to everyone. Nodes have
 # their own.
 FOLLOWING = (
+    RECIPE,
     *("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_DEFAULT_REGION", "AWS_REGION", "AWS_EC2_METADATA_DISABLED"),
     *("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_ALLOW_FILE_STORE"),
     *("WANDB_BASE_URL", "WANDB_ENTITY", "WANDB_PROJECT", "WANDB_MODE", "WANDB_DIR"),
@@ -81,8 +85,23 @@ def ensure_ray() -> None:
 
 def _join(address: str, variables: dict[str, str]) -> None:
     # Ray's State API asks for RAY_ADDRESS in worker processes, too: without, it trips over other Rays on the machine.
-    runtime_env = {"env_vars": variables | {"RAY_ADDRESS": address}}
+    runtime_env = _runtime_env(variables | {"RAY_ADDRESS": address})
     ray.init(address=address, logging_level=logging.WARNING, runtime_env=runtime_env)
+
+
+def _runtime_env(variables: dict[str, str]) -> dict[str, Any]:
+    """What worker processes have; with a recipe of one's own they import its module, which may bring sampling rules."""
+    if ":" not in variables.get(RECIPE, ""):
+        return {"env_vars": variables}
+    hook = f"{__name__}.{import_own_recipe.__name__}"
+    return {"env_vars": variables | {FOLDER: os.getcwd()}, "worker_process_setup_hook": hook}
+
+
+def import_own_recipe() -> None:
+    """Import the module of BEELINE_RECIPE. Each worker process calls it first, in a folder that Ray has copied there; else it
+    needs the driver's folder, on the same machine or a shared disk."""
+    sys.path.extend([os.getcwd(), os.environ[FOLDER]])
+    importlib.import_module(os.environ[RECIPE].partition(":")[0])
 
 
 def _start(variables: dict[str, str]) -> None:
@@ -96,7 +115,7 @@ def _start(variables: dict[str, str]) -> None:
         object_store_memory=300 * 2**20,
         include_dashboard=True,  # Ray Train asks it whether its controller is alive
         logging_level=logging.WARNING,
-        runtime_env={"env_vars": variables | {"RAY_ADDRESS": f"{LOOPBACK}:{port}"}},
+        runtime_env=_runtime_env(variables | {"RAY_ADDRESS": f"{LOOPBACK}:{port}"}),
         _node_ip_address=LOOPBACK,
     )
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from beeline.measuring import quantised
+from beeline.pixels import quantised
 
 GAP = 4  # pixels between images
 

@@ -26,13 +26,13 @@ import tyro
 from beeline import noise
 from beeline.config import PairsConfig, VerifyConfig, from_dict
 from beeline.errors import BeelineError, reading
-from beeline.noise import stream
+from beeline.noise import pair_labels, stream
+from beeline.pixels import to_float
 from pipeline.command import run_command
-from pipeline.gen_pairs import CONTACT, load_sampler, make_pairs, pair_labels, stored
+from pipeline.gen_pairs import CONTACT, load_sampler, make_pairs, stored
 from pipeline.manifest import read_manifest
 from pipeline.pool import run_pool
 from pipeline.progress import Progress
-from pipeline.reader import to_float
 from pipeline.records import LAYOUTS, PLAN, SUCCESS, plan_in, success_in
 from pipeline.shards import Columns, decode, shard_count, shard_name, shard_rows
 from pipeline.sheet import sheet_png

@@ -47,8 +47,10 @@ def head() -> Iterator[Head]:
         deadline = time.monotonic() + 90
         while True:
             assert process.poll() is None, (Path(folder) / "head.log").read_text()
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", dashboard)) == 0:
+            with socket.socket() as one, socket.socket() as other:
+                if not one.connect_ex(("127.0.0.1", dashboard)) and not other.connect_ex(
+                    ("127.0.0.1", int(address.split(":")[1]))
+                ):
                     break
             assert time.monotonic() < deadline, "the head node did not come up"
             time.sleep(0.2)
@@ -70,10 +72,12 @@ def head() -> Iterator[Head]:
 def run(head: Head) -> Run:
     """Run a command of the project on the session's Ray; `ok=False` where it is meant to fail."""
 
-    def call(script: str, *arguments: str, ok: bool = True, timeout: int = 600) -> subprocess.CompletedProcess[str]:
+    def call(
+        script: str, *arguments: str, ok: bool = True, timeout: int = 600, cwd: Path = ROOT
+    ) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
-            [sys.executable, script, *map(str, arguments)],
-            cwd=ROOT, env=head.environment(), capture_output=True, text=True, timeout=timeout,
+            [sys.executable, ROOT / script, *map(str, arguments)],
+            cwd=cwd, env=head.environment(), capture_output=True, text=True, timeout=timeout,
         )  # fmt: skip
         assert (done.returncode == 0) == ok, done.stdout[-4000:] + done.stderr[-4000:]
         return done

@@ -164,15 +164,13 @@ def fake_cuda() -> Iterator[torch.device]:
 
     def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         target = _moves(args, kwargs)
-        if target is None or target.type == self.device.type:
-            rest = [one for one in args if not isinstance(one, torch.device | str)]
-            if not [*rest, *(key for key in kwargs if key != "device")]:
-                return self
-            return move(self, *rest, **{key: value for key, value in kwargs.items() if key != "device"})
+        stays = target is None or target.type == self.device.type
+        if stays and len(args) + len(kwargs) == 1 and target is not None:
+            return self
         args = tuple(CPU if isinstance(one, torch.device | str) else one for one in args)
         if "device" in kwargs:
             kwargs["device"] = CPU
-        return move(place(self, target), *args, **kwargs)
+        return move(self if stays else place(self, target), *args, **kwargs)
 
     def device(self: torch.Tensor) -> torch.device:
         own = _device_of(self)

@@ -33,15 +33,17 @@ TINY_TEACHER = [
     "--teacher.checkpoint-every", "10",
     "--teacher.log-every", "5",
 ]  # fmt: skip
+LINES, ADVERSARIAL = "--student.phases.reconstruction", "--student.phases.adversarial"  # of the main student
 TINY_LMM = [
-    "--lmm.reconstruction.iterations", "40",
-    "--lmm.adversarial.iterations", "40",
-    "--lmm.batch-size", "16",
-    "--lmm.checkpoint-every", "10",
-    "--lmm.log-every", "5",
-    "--lmm.num-steps", "6",
+    f"{LINES}.iterations", "40",
+    f"{ADVERSARIAL}.iterations", "40",
+    "--student.batch-size", "16",
+    "--student.checkpoint-every", "10",
+    "--student.log-every", "5",
+    f"{LINES}.objective.num-steps", "6",
+    f"{ADVERSARIAL}.objective.num-steps", "6",
 ]  # fmt: skip
-TWO_RANKS = ("--lmm.workers.count", "2")
+TWO_RANKS = ("--student.workers.count", "2")
 S3_KEYS = {"AWS_ACCESS_KEY_ID": "test:tester", "AWS_SECRET_ACCESS_KEY": "testing"}  # of the tests' own server
 TINY_PAIRS = [
     "--pairs.count", "300",
@@ -185,6 +187,7 @@ def parse_command(words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None
         parse_args(self, *arguments)
         raise Parsed
 
+    monkeypatch.setenv("BEELINE_RECIPE", os.environ.get("BEELINE_RECIPE", ""))  # commands set it
     monkeypatch.setattr(entry, "_handle", lambda handler: None)  # Ctrl-C is for pytest
     monkeypatch.setattr(tyro, "cli", stopped)
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parsed)

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from beeline.config import LmmConfig, to_dict
+from beeline.config import StudentConfig, to_dict
 from evaluation.models import Figure, Model, Sampling
 from pipeline.manifest import Manifest
 from pipeline.sheet import sheet_png
@@ -69,18 +69,15 @@ def measure(place: Folder, model: str, ways: Sequence[Way], metrics: Sequence[st
     finished(place, f"evaluation/{model}", {"model": model}, files, samples=300, evaluations=300)
 
 
-def trained(place: Folder, name: str, config: LmmConfig) -> None:
-    """students/<name> as train_lmm.py leaves it, without weights."""
-    about = {"trained": to_dict(config, resources=False)}
-    log = [
-        {"step": step, "phase": 0.0, "lines": 1 / step, "skipped": 0, "data_wait": 0.01, "seconds": step} for step in (5, 10)
-    ]
-    files = {
-        "config.json": json.dumps({"format": 1, "kind": "denoiser", "about": about}).encode(),
-        "train.jsonl": "\n".join(map(json.dumps, log)).encode(),
-    }
-    finished(place, f"students/{name}", {"lmm": to_dict(config, resources=False)}, files, images_seen=1280)
-    (place / f"students/{name}/reconstruction").write("config.json", files["config.json"])
+def trained(place: Folder, name: str, config: StudentConfig, loss: str = "lines") -> None:
+    """students/<name> as train_lmm.py leaves it, without weights; `loss` is its objective's figure."""
+    phases = list(config.running)
+    log = [{"step": step, "phase": 0.0, loss: 1 / step, "skipped": 0, "data_wait": 0.01, "seconds": step} for step in (5, 10)]
+    configs = {phase: json.dumps({"format": 1, "kind": "denoiser", "about": config.record(phase)}).encode() for phase in phases}
+    files = {"config.json": configs[phases[-1]], "train.jsonl": "\n".join(map(json.dumps, log)).encode()}
+    finished(place, f"students/{name}", {"student": to_dict(config, resources=False)}, files, images_seen=1280)
+    for phase in phases[:-1]:
+        (place / f"students/{name}" / phase).write("config.json", configs[phase])
 
 
 def with_pairs(place: Folder, **facts: Any) -> None:
@@ -102,12 +99,14 @@ def with_sweep(place: Folder) -> None:
     finished(place, "sweeps/sot", {"sweep": {"init": "students/lmm"}}, {"trials.parquet": buffer.getvalue()}, trials=2)
 
 
-def made(name: str, ways: Sequence[Way], metrics: Sequence[str], config: LmmConfig | None = None) -> Model:
+def made(name: str, ways: Sequence[Way], metrics: Sequence[str], config: StudentConfig | None = None) -> Model:
     """A model with those figures, trained with `config`."""
     rows = tuple(
         Figure(**{**row, "steps": tuple(row["steps"]) if row["steps"] else None, "draws": tuple(row["draws"])})
         for row in figures(name, ways, metrics)
     )
     samplings = tuple(Sampling(label, nfe, tuple(steps) if steps else None) for label, nfe, steps in ways)
-    settings = to_dict(config, resources=False) if config else None
-    return Model(name=name, figures=rows, samplings=samplings, straightness=None, provenance={}, trained=settings)
+    part = name.rpartition("/")[2]
+    phase = part if config and part in config.phases else list(config.phases)[-1] if config else ""
+    training = config.record(phase) if config else {}
+    return Model(name=name, figures=rows, samplings=samplings, straightness=None, provenance={}, training=training)

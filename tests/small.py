@@ -14,8 +14,9 @@ from beeline import noise
 from beeline.checkpoint import build, dump
 from beeline.config import NetworkConfig, PairsConfig, ProbeNetworkConfig
 from beeline.features import Probe
-from beeline.samplers import FewStep
-from pipeline.gen_pairs import make_pairs, pair_labels, plan_of
+from beeline.few_step import FewStep
+from beeline.noise import pair_labels
+from pipeline.gen_pairs import make_pairs, plan_of
 from pipeline.shards import encode, shard_count, shard_name, shard_rows
 from pipeline.stage import PLAN, require_model
 from pipeline.storage import Folder

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from harness import TINY_PAIRS, Run
+from harness import ADVERSARIAL, LINES, TINY_PAIRS, Run
 
 COMMANDS = [
     "pipeline/ingest_images.py",
@@ -84,11 +84,11 @@ def test_a_finished_stage_says_so_and_a_changed_setting_is_refused(run: Run, tra
 
 def test_settings_that_contradict_each_other(run: Run, trained: Path, tmp_path: Path) -> None:
     place = ("digits", "--workspace", trained)
-    line = run("trainers/train_lmm.py", *place, "--lmm.name", "x", "--lmm.line", "ve", ok=False)
-    assert "does not follow the line 've'" in line.stderr
-    steps = run("trainers/train_lmm.py", *place, "--lmm.name", "x", "--lmm.adversarial.steps", "8", "0", ok=False)
-    assert steps.stderr.startswith("error: --lmm.adversarial.steps is (8, 0); expected rising indices from 0")
-    batch = run("trainers/train_lmm.py", *place, "--lmm.name", "odd", "--lmm.batch-size", "33", ok=False)
+    line = run("trainers/train_lmm.py", *place, "--student.name", "x", f"{LINES}.objective.line", "ve", ok=False)
+    assert line.stderr.startswith("error: LinesMatchingConfig.rule is 'line'; expected a rule that follows the line 've'")
+    steps = run("trainers/train_lmm.py", *place, "--student.name", "x", f"{ADVERSARIAL}.objective.steps", "8", "0", ok=False)
+    assert steps.stderr.startswith(f"error: {ADVERSARIAL}.objective.steps is (8, 0); expected rising indices from 0")
+    batch = run("trainers/train_lmm.py", *place, "--student.name", "odd", "--student.batch-size", "33", ok=False)
     assert "batch size 33 does not divide among 2 workers" in batch.stderr
     workspace = tmp_path / "ws"
     shutil.copytree(trained / "images", workspace / "images")

@@ -5,11 +5,22 @@ from __future__ import annotations
 import ast
 import re
 import shlex
+import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import small
+import torch
 from harness import ROOT, parse_command
+
+import beeline
+from beeline.recipes import find
+from pipeline.storage import Folder
+from trainers import checkpoints, loop
+from trainers.log import read_log
+from trainers.student import StudentTask
 
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 ERRORS = ("BeelineError", "SettingError", "StorageError", "_fail", "reading")
@@ -64,6 +75,17 @@ def commands(path: Path) -> list[list[str]]:
     return found
 
 
+@pytest.fixture
+def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The modules that documents show, after their names, in a folder that Python looks in."""
+    for path in DOCUMENTS:
+        for name, block in re.findall(r"`(\w+)\.py`:\n\n```python\n(.*?)^```", path.read_text(), re.DOTALL | re.MULTILINE):
+            (tmp_path / f"{name}.py").write_text(block)
+            monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+@pytest.mark.usefixtures("modules")
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_commands_exist_and_take_their_options(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
@@ -73,3 +95,31 @@ def test_commands_exist_and_take_their_options(path: Path, monkeypatch: pytest.M
         elif "..." not in words:
             with monkeypatch.context() as patch:
                 parse_command(words, patch)
+
+
+@pytest.mark.usefixtures("modules")
+def test_the_method_of_the_documentation_trains_and_resumes(tmp_path: Path) -> None:
+    place, recipe = small.workspace(tmp_path / "ws"), find("mine:recipe", 3)
+    assert list(recipe.students) == ["lmm", "l2", "sot", "kd", "rf", "consistency"]
+    student = recipe.students["consistency"]
+    phases = {name: replace(phase, iterations=6) for name, phase in student.phases.items()}
+    student, cadence = replace(student, batch_size=8, phases=phases), loop.Cadence(log_every=1, checkpoint_every=2, keep=9)
+
+    def train(name: str, restored: loop.State | None = None) -> StudentTask:
+        session = loop.Session(folder=Folder(str(tmp_path / name)), restored=restored)
+        task = StudentTask(session=session, workspace=place, recipe="mine:recipe", config=student, **small.plans(place))
+        assert loop.run(task, session, cadence)
+        return task
+
+    first = train("first")
+    assert all(row["consistency"] > 0 for row in read_log(first.folder))
+    model = beeline.load(tmp_path / "first")
+    assert model.few_step is not None
+    assert (model.few_step.rule, model.few_step.trained_steps) == ("fresh_noise", None)
+    assert beeline.generate(model, 2, labels=torch.tensor([0, 1]), steps=(0, 8)).shape == (2, 1, 8, 8)
+    for step in (2, 4):
+        again = train(f"from-{step}", checkpoints.load(first.folder, step))
+        for ours, theirs in ((again.averages[0], first.averages[0]), (again.state, first.state)):
+            assert ours is not None
+            assert theirs is not None
+            assert all(torch.equal(a, b) for a, b in zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True))

@@ -14,54 +14,65 @@ import pytest
 import small
 import torch
 from fake_cuda import fake_cuda
+from methods import ConsistencyConfig, MatchingConfig
 
 import beeline
-from beeline import calibrate, objectives
+from beeline import calibrate
 from beeline.arrays import unpack
 from beeline.augment import LABELS, augment
 from beeline.backbones import build_backbone
-from beeline.checkpoint import build, dump, ema_update
+from beeline.checkpoint import build, dump
 from beeline.config import (
-    DiscriminatorConfig,
     EvaluateConfig,
-    LmmConfig,
     OptimizerConfig,
     PhaseConfig,
+    StudentConfig,
     TeacherConfig,
 )
 from beeline.denoiser import Denoiser, edm_loss
+from beeline.discriminator import DiscriminatorConfig
 from beeline.features import Frozen, Probe, train_probe
+from beeline.few_step import FewStep
 from beeline.inference import prepare
-from beeline.learner import Learner
+from beeline.learner import Learner, ema_update
 from beeline.measuring import Eye, MeasuringProbe, build_measuring
-from beeline.noise import x0
-from beeline.objectives import Batch, Setting
-from beeline.samplers import FewStep, generate, sample
+from beeline.noise import pair_labels, x0
+from beeline.objectives import Batch, Context, ObjectiveConfig
+from beeline.objectives.kd import DistillationConfig
+from beeline.objectives.lmm import LinesMatchingConfig
+from beeline.objectives.rectified_flow import RectifiedFlowConfig
+from beeline.samplers import generate, sample
 from beeline.schedule import edm_sigmas
 from beeline.straightness import straightness, trajectories
 from evaluation.jobs import HELD_OUT, Bench, Fidelity, HeldOut, Judge, Lines, RealImages, Samples, Setup, Sheet
 from evaluation.reference import merge_reference, reference_folder
 from evaluation.rows import Row, draw, teacher_row
-from pipeline.gen_pairs import load_sampler, make_pairs, pair_labels
+from pipeline.gen_pairs import load_sampler, make_pairs
 from pipeline.sheet import sheet_png
 from pipeline.stage import require_model, require_probe
 from pipeline.storage import Folder
 from trainers import checkpoints, loop
+from trainers.log import read_log
 from trainers.student import StudentTask
 from trainers.train_teacher import TeacherTask
 from trainers.validation import Validation
 
 OPTIMIZER = OptimizerConfig(lr=1e-3)
 RADAM = OptimizerConfig(kind="radam", lr=1e-3)
-PHASE = PhaseConfig(iterations=2, optimizer=OPTIMIZER)
-ADVERSARIAL = replace(PHASE, adversarial_weight=0.5)
-STUDENT = LmmConfig(
-    name="tried", num_steps=4, batch_size=4, reconstruction=PHASE, adversarial=ADVERSARIAL, ema_half_lives=(3.0, 30.0),
-    discriminator=DiscriminatorConfig(optimizer=OPTIMIZER, width=8, networks=("probe", "scratch")),
-)  # fmt: skip
+LINES = LinesMatchingConfig(num_steps=4)
+CRITICS = DiscriminatorConfig(optimizer=OPTIMIZER, width=8, networks=("probe", "scratch"))
+ADVERSARIAL = replace(LINES, adversarial_weight=0.5, discriminator=CRITICS)
+PHASE = PhaseConfig(iterations=2, optimizer=OPTIMIZER, objective=LINES)
 CADENCE = loop.Cadence(log_every=1, checkpoint_every=1, keep=10)
 COLOUR = replace(small.NETWORK, img_resolution=32, img_channels=3, attn_resolutions=())
-FULL = "beeline.objectives"
+
+
+def student(*objectives: ObjectiveConfig, optimizer: OptimizerConfig = OPTIMIZER, **changes: Any) -> StudentConfig:
+    """One phase for each objective; the last takes `optimizer`."""
+    phases = {f"phase-{k}": replace(PHASE, objective=objective) for k, objective in enumerate(objectives)}
+    last = f"phase-{len(objectives) - 1}"
+    phases[last] = replace(phases[last], optimizer=optimizer)
+    return StudentConfig(name="tried", phases=phases, batch_size=4, ema_half_lives=(3.0, 30.0), **changes)
 
 
 @pytest.fixture(scope="module")
@@ -246,8 +257,8 @@ def test_a_validation(made: Folder, device: torch.device) -> None:
 # Training
 
 
-def trained(place: Folder, device: torch.device, config: LmmConfig) -> None:
-    """A student through both phases with validation, checkpoints at every step; then again from the middle of each phase."""
+def trained(place: Folder, device: torch.device, config: StudentConfig) -> None:
+    """A student through its phases with validation, checkpoints at every step; then again from each."""
 
     def task(session: loop.Session) -> StudentTask:
         return StudentTask(session=session, workspace=place, recipe="digits", config=config, **small.plans(place))
@@ -269,21 +280,20 @@ def trained(place: Folder, device: torch.device, config: LmmConfig) -> None:
 @pytest.mark.parametrize(
     "config",
     [
-        replace(STUDENT, validate_every=2, validate_count=20, accumulate=2),
-        replace(
-            STUDENT, reconstruction=replace(PHASE, distance="l2", optimizer=RADAM), adversarial=replace(PHASE, iterations=0)
+        student(LINES, ADVERSARIAL, validate_every=2, validate_count=20, accumulate=2),
+        student(replace(LINES, distance="l2"), optimizer=RADAM),
+        student(
+            replace(LINES, line="ve", rule="same_noise", distance="huber", levels="sigma"),
+            replace(ADVERSARIAL, line="ve", rule="same_noise", steps=(0, 2)),
+            optimizer=RADAM, precision="bf16", phase_switch="restart",
         ),
-        replace(
-            STUDENT, precision="bf16", line="ve", rule="same_noise", phase_switch="restart",
-            reconstruction=replace(PHASE, distance="huber", levels="sigma"),
-            adversarial=replace(ADVERSARIAL, optimizer=RADAM, steps=(0, 2)),
-        ),
-        replace(STUDENT, objective=f"{FULL}.kd:Distillation", adversarial=replace(PHASE, iterations=0)),
-        replace(STUDENT, objective=f"{FULL}.rectified_flow:RectifiedFlow", adversarial=replace(PHASE, iterations=0)),
+        student(DistillationConfig(num_steps=4)),
+        student(RectifiedFlowConfig(num_steps=4)),
+        student(ConsistencyConfig(num_steps=4, weighted=True), MatchingConfig(num_steps=4, every=2)),
     ],
-    ids=["adversarial", "radam", "bf16", "kd", "rf"],
+    ids=["adversarial", "radam", "bf16", "kd", "rf", "of one's own"],
 )  # fmt: skip
-def test_students(place: Folder, device: torch.device, config: LmmConfig) -> None:
+def test_students(place: Folder, device: torch.device, config: StudentConfig) -> None:
     trained(place, device, config)
 
 
@@ -298,23 +308,21 @@ def test_students(place: Folder, device: torch.device, config: LmmConfig) -> Non
 def test_pretrained_networks(device: torch.device, distance: Any, network: Any) -> None:
     """A step in colour with real images mirrored, and with random weights in the frozen networks."""
     torch.manual_seed(0)
-    phase = replace(ADVERSARIAL, distance=distance, resize=48, optimizer=RADAM)
-    critic = replace(STUDENT.discriminator, networks=(network,), resize=128, mirror=True)
-    config = replace(STUDENT, adversarial=phase, discriminator=critic)
-    objective = objectives.load(config.objective)
-    names = objective.needs(config, phase).features
-    features = {name: Frozen(build_backbone(name), device=device) for name in names}
-    setting = Setting(config=config, phase=phase, image_shape=(3, 32, 32), num_classes=small.CLASSES, features=features)
-    made = objective(setting)
+    critic = replace(CRITICS, networks=(network,), resize=128, mirror=True)
+    config = replace(ADVERSARIAL, distance=distance, resize=48, discriminator=critic)
+    features = {name: Frozen(build_backbone(name), device=device) for name in config.needs().features}
     student = Learner(build(COLOUR).train().to(device), RADAM)
+    average = build(COLOUR).to(device)
+    made = config.build(
+        Context(image_shape=(3, 32, 32), num_classes=small.CLASSES, models={}, features=features, average=average)
+    )
     assert made.critic is not None
     learner = Learner(made.critic.to(device), RADAM)
     generator = torch.Generator(device).manual_seed(0)
     noise, x1, real = (torch.randn(2, 3, 32, 32, device=device, generator=generator) for _ in range(3))
     labels = torch.eye(small.CLASSES, device=device)[:2]
-    figures = made.backward(
-        student, learner, Batch(noise=noise, x1=x1, labels=labels, real=real, real_labels=labels), generator
-    )
+    batch = Batch(size=2, step=0, total=10, noise=noise, x1=x1, labels=labels, real=real, real_labels=labels)
+    figures = made.backward(student, learner, batch, generator)
     assert all(np.isfinite(float(value)) for value in figures.values())
     assert student.update(0, 10)["grad_norm"] > 0
     assert learner.update(0, 10)["grad_norm"] > 0
@@ -329,7 +337,7 @@ def test_a_teacher(place: Folder, device: torch.device) -> None:
         session = loop.Session(folder=place / "teacher", device=device)
         task = TeacherTask(session=session, workspace=place, config=config, images=small.plans(place)["images"])
         assert loop.run(task, session, CADENCE)
-        assert loop.read_log(session.folder)[-1]["loss"] > 0
+        assert read_log(session.folder)[-1]["loss"] > 0
         assert all(tensor.is_cuda for tensor in task.ema.state_dict().values())
 
 

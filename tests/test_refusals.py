@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 import ray
-from harness import ROOT, Run
+from harness import ADVERSARIAL, LINES, ROOT, Run
 
 from beeline.errors import BeelineError
 from pipeline.command import run_command
 from pipeline.room import check_room
+from pipeline.runtime import RECIPE
 
 INGEST = ("pipeline.ingest_images", "ingest_images")
 PROBE = ("trainers.train_probe", "train_probes")
@@ -89,33 +90,47 @@ REFUSED: list[tuple[tuple[str, str], str, str]] = [
     (PAIRS, "--seed 1.5", "--seed is '1.5';"),
     (VERIFY, "--verify.remake -1", "--verify.remake is -1;"),
     (VERIFY, "--verify.shown 1000000000", "--verify.shown is 1000000000;"),
-    (LMM, "--lmm.name ../../x", "--lmm.name is '../../x'; expected text of letters, digits"),
-    (LMM, "--lmm.name=", "--lmm.name is '';"),
-    (LMM, "--lmm.name .", "--lmm.name is '.';"),
-    (LMM, "--lmm.name ..", "--lmm.name is '..';"),
-    (LMM, "--lmm.name a/b", "--lmm.name is 'a/b';"),
-    (LMM, "--lmm.name=-x", "--lmm.name is '-x';"),
-    (LMM, "--lmm.name é", "--lmm.name is 'é';"),
-    (LMM, f"--lmm.name {'x' * 300}", "--lmm.name is 'xxx"),
-    (LMM, "--lmm.init ../teacher", "--lmm.init is '../teacher'; expected text naming a folder"),
-    (LMM, "--lmm.init /etc", "--lmm.init is '/etc';"),
-    (LMM, "--lmm.num-steps 0", "--lmm.num-steps is 0;"),
-    (LMM, "--lmm.reconstruction.iterations -5", "--lmm.reconstruction.iterations is -5;"),
-    (LMM, "--lmm.adversarial.iterations -5 --lmm.reconstruction.iterations 5", "--lmm.adversarial.iterations is -5;"),
-    (LMM, "--lmm.adversarial.adversarial-weight nan", "--lmm.adversarial.adversarial-weight is nan;"),
-    (LMM, "--lmm.reconstruction.pixel-weight inf", "--lmm.reconstruction.pixel-weight is inf;"),
-    (LMM, "--lmm.ema-half-lives 50 nan", "--lmm.ema-half-lives is (50.0, nan);"),
-    (LMM, "--lmm.ema-half-lives", "--lmm.ema-half-lives is ();"),
-    (LMM, "--lmm.ema-half-lives 50 50", "--lmm.ema-half-lives is (50.0, 50.0); expected values that differ"),
-    (LMM, "--lmm.adversarial.steps 0 18", "--lmm.adversarial.steps is (0, 18); expected indices below num_steps, 18"),
-    (LMM, "--lmm.adversarial.steps", "--lmm.adversarial.steps is ();"),
-    (LMM, "--lmm.discriminator.resize 100", "--lmm.discriminator.resize is 100;"),
-    (LMM, "--lmm.discriminator.networks", "--lmm.discriminator.networks is ();"),
-    (LMM, "--lmm.accumulate 0", "--lmm.accumulate is 0;"),
-    (LMM, "--lmm.validate-every -1", "--lmm.validate-every is -1;"),
-    (LMM, "--lmm.validate-count 0", "--lmm.validate-count is 0;"),
-    (LMM, "--lmm.reconstruction.iterations 0 --lmm.adversarial.iterations 0", "student 'lmm' needs at least one phase"),
-    (LMM, "--lmm.batch-size 33", "batch size 33 does not divide among"),
+    (LMM, "--student.name ../../x", "--student.name is '../../x'; expected text of letters, digits"),
+    (LMM, "--student.name=", "--student.name is '';"),
+    (LMM, "--student.name .", "--student.name is '.';"),
+    (LMM, "--student.name ..", "--student.name is '..';"),
+    (LMM, "--student.name a/b", "--student.name is 'a/b';"),
+    (LMM, "--student.name=-x", "--student.name is '-x';"),
+    (LMM, "--student.name é", "--student.name is 'é';"),
+    (LMM, f"--student.name {'x' * 300}", "--student.name is 'xxx"),
+    (LMM, "--student.init ../teacher", "--student.init is '../teacher'; expected text naming a folder"),
+    (LMM, "--student.init /etc", "--student.init is '/etc';"),
+    (LMM, f"{ADVERSARIAL}.objective.num-steps 0", f"{ADVERSARIAL}.objective.num-steps is 0;"),
+    (LMM, f"{LINES}.iterations -5", f"{LINES}.iterations is -5;"),
+    (LMM, f"{ADVERSARIAL}.iterations -5 {LINES}.iterations 5", f"{ADVERSARIAL}.iterations is -5;"),
+    (LMM, f"{ADVERSARIAL}.objective.adversarial-weight nan", f"{ADVERSARIAL}.objective.adversarial-weight is nan;"),
+    (LMM, f"{LINES}.objective.pixel-weight inf", f"{LINES}.objective.pixel-weight is inf;"),
+    (LMM, "--student.ema-half-lives 50 nan", "--student.ema-half-lives is (50.0, nan);"),
+    (LMM, "--student.ema-half-lives", "--student.ema-half-lives is ();"),
+    (LMM, "--student.ema-half-lives 50 50", "--student.ema-half-lives is (50.0, 50.0); expected values that differ"),
+    (LMM, f"{ADVERSARIAL}.objective.steps 0 18", f"{ADVERSARIAL}.objective.steps is (0, 18); expected indices below num_steps"),
+    (LMM, f"{LINES}.objective.rule same_noise", f"{LINES}.objective.rule is 'same_noise'; expected a rule that follows"),
+    (LMM, f"{LINES}.objective.line ve", "LinesMatchingConfig.rule is 'line'; expected a rule that follows the line 've'"),
+    (
+        LMM,
+        f"{LINES}.objective.distance lpips {LINES}.objective.resize 15",
+        f"{LINES}.objective.resize is 15; expected 16 or more, for VGG16",
+    ),
+    (LMM, "--student other", "--student is 'other'; this recipe has lmm, l2, sot, kd, rf"),
+    (LMM, "--student kd --student.phases.distillation.iterations 0", "student 'kd' needs at least one phase"),
+    (
+        LMM,
+        f"--student.phase-switch continue {ADVERSARIAL}.optimizer.kind radam",
+        "the phases use the optimisers adam and radam, and phase_switch is 'continue'",
+    ),
+    (LMM, f"{ADVERSARIAL}.objective.steps", f"{ADVERSARIAL}.objective.steps is ();"),
+    (LMM, f"{ADVERSARIAL}.objective.discriminator.resize 100", f"{ADVERSARIAL}.objective.discriminator.resize is 100;"),
+    (LMM, f"{ADVERSARIAL}.objective.discriminator.networks", f"{ADVERSARIAL}.objective.discriminator.networks is ();"),
+    (LMM, "--student.accumulate 0", "--student.accumulate is 0;"),
+    (LMM, "--student.validate-every -1", "--student.validate-every is -1;"),
+    (LMM, "--student.validate-count 0", "--student.validate-count is 0;"),
+    (LMM, f"{LINES}.iterations 0 {ADVERSARIAL}.iterations 0", "student 'lmm' needs at least one phase"),
+    (LMM, "--student.batch-size 33", "batch size 33 does not divide among"),
     (SWEEP, "--sweep.name ../x", "--sweep.name is '../x';"),
     (SWEEP, "--sweep.promote a/b", "--sweep.promote is 'a/b';"),
     (SWEEP, "--sweep.promote best --sweep.promote-nfe 9", "--sweep.promote-nfe is 9;"),
@@ -123,7 +138,8 @@ REFUSED: list[tuple[tuple[str, str], str, str]] = [
     (SWEEP, "--sweep.trials 0", "--sweep.trials is 0;"),
     (SWEEP, "--sweep.schedules 8,0", "--sweep.schedules is ('8,0',); expected values, each text with rising indices from 0"),
     (SWEEP, "--sweep.schedules", "--sweep.schedules is ();"),
-    (SWEEP, "--sweep.schedules 0,18", "--sweep.schedules is ('0,18',); expected indices below lmm.num_steps, 18"),
+    (SWEEP, "--sweep.schedules 0,18", "--sweep.schedules is ('0,18',); expected indices below the objective's num_steps, 18"),
+    (SWEEP, "--student kd", "the last phase of 'kd', distillation, is end points alone"),
     (SWEEP, "--sweep.learning-rates 0 1", "--sweep.learning-rates is (0.0, 1.0);"),
     (SWEEP, "--sweep.learning-rates nan nan", "--sweep.learning-rates is (nan, nan);"),
     (SWEEP, "--sweep.adversarial-weights", "--sweep.adversarial-weights is ();"),
@@ -148,9 +164,9 @@ REFUSED: list[tuple[tuple[str, str], str, str]] = [
     (REPORT, "--seed x", "--seed is 'x';"),
     (PIPELINE, "--images.resolution 16", "images has 1 channels at 16 pixels, teacher.network 1 at 8. Make the two agree"),
     (PIPELINE, "--students.l2.name other", "--students.l2.name is 'other'; expected 'l2'"),
-    (PIPELINE, "--students.l2.reconstruction.iterations -1", "--students.l2.reconstruction.iterations is -1;"),
+    (PIPELINE, "--students.l2.phases.reconstruction.iterations -1", "--students.l2.phases.reconstruction.iterations is -1;"),
     (PIPELINE, "--few-steps 0,99", "the last step in few_steps is 99; expected a whole number from 0 to 17"),
-    (PIPELINE, "--students.l2.reconstruction.distance lpips", "the distance 'lpips' is asked for at 8 pixels"),
+    (PIPELINE, "--students.l2.phases.reconstruction.objective.distance lpips", "the distance 'lpips' is asked for at 8 pixels"),
     (ESTIMATE, "--price nan", "--price is nan;"),
     (ESTIMATE, "--utilisation nan", "--utilisation is nan;"),
     (ESTIMATE, "--utilisation 0", "--utilisation is 0.0; expected a number above 0"),
@@ -171,6 +187,7 @@ def test_it_is_refused_in_one_line_before_anything_is_written(
 ) -> None:
     module, stage = command
     words = ["digits", "--workspace", str(tmp_path / "ws"), *options.split(" ")]
+    monkeypatch.setenv(RECIPE, "")  # commands set it
     monkeypatch.setattr(sys, "argv", [f"{module.replace('.', '/')}.py", *words])
     with pytest.raises(SystemExit) as ended:
         run_command(getattr(importlib.import_module(module), stage))

@@ -33,9 +33,9 @@ from beeline.config import NetworkConfig, ProbeNetworkConfig
 from beeline.edm_import import convert
 from beeline.errors import BeelineError
 from beeline.features import Probe
+from beeline.few_step import FewStep
 from beeline.frechet import Moments, Statistics
 from beeline.recipes import RECIPES
-from beeline.samplers import FewStep
 from beeline.weights import dump_backbone, load_backbone, read
 from evaluation import cost, models, sweeps
 from evaluation.report import report

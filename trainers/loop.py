@@ -7,8 +7,6 @@ a checkpoint holds weights, optimisers and counters, and a resumed run ends with
 from __future__ import annotations
 
 import dataclasses
-import json
-import resource
 import time
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, Protocol
@@ -19,18 +17,18 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from beeline.errors import BeelineError
+from beeline.layout import check_layout
 from beeline.noise import stream_seed
 from pipeline.reader import ShardReader
 from pipeline.storage import Folder
 from trainers import checkpoints
-from trainers.tracking import Tracker, tensorboard_events
+from trainers.log import Figures, Log, write_log
+from trainers.tracking import Tracker
 
 MAX_SKIPPED = 100  # steps in a row
 NOTICE_EVERY = 10  # steps: to ask whether a machine leaves makes all ranks meet, some 5 ms
-LOG, EVENTS = "train.jsonl", "tensorboard/events.out.tfevents.0000000000.beeline"
 LOOP = "loop"  # the loop's own entry of a checkpoint
 State = checkpoints.State
-Figures = dict[str, Any]
 
 
 class MisfitError(BeelineError):
@@ -61,6 +59,14 @@ class Session:
         first, last = (batch_size * rank // self.world_size for rank in (self.rank, self.rank + 1))
         return step * batch_size + first, last - first
 
+    def average_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Average the gradients of parameters that `parallel` has not wrapped over all ranks."""
+        if self.world_size > 1:
+            for parameter in parameters:
+                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                torch.distributed.all_reduce(parameter.grad)
+                parameter.grad /= self.world_size
+
     def generator(self, seed: int, step: int) -> torch.Generator:
         """The source of this step's randomness on this rank. torch's global generator (dropout) gets a seed of its own: with
         the same one both would draw the same numbers."""
@@ -81,6 +87,11 @@ class Task(Protocol):
     name: str
     iterations: int
     images_per_step: int
+
+    @property
+    def phase_ends(self) -> Sequence[int]:
+        """Steps after which a phase ends. Rows of the log end there, too."""
+        ...
 
     def step(self, step: int) -> Figures:
         """One step; returns figures for the log, numbers or tensors, among them "skipped" (1 for a step with non-finite
@@ -141,109 +152,68 @@ def run(task: Task, session: Session, cadence: Cadence) -> bool:
     Raises BeelineError if MAX_SKIPPED steps in a row had gradients that are not finite, MisfitError if `restored` is not a
     state of this task.
     """
-    start, since, skipped, in_a_row, rows = 0, 0, 0, 0, []
-    sums: Figures = {}
+    log = Log(session.readers, session.device, task.images_per_step)
     if session.restored is not None:
-        start, since, sums, skipped, in_a_row = _restore(task, session)
-        rows = [row for row in read_log(session.folder) if row["step"] <= start]
+        log.restore(_restore(task, session), session.folder)
         if session.rank == 0:
-            print(f"{task.name}: resumed at step {start} of {task.iterations}", flush=True)
+            print(f"{task.name}: resumed at step {log.done} of {task.iterations}", flush=True)
             for tracker in session.trackers:
-                for row in rows:
+                for row in log.rows:
                     tracker.log(row)
-    began = last = time.monotonic()
-    timed_from, waited_before = start, 0.0
-    for step in range(start, task.iterations):
-        figures = task.step(step)
-        bad = int(figures.pop("skipped"))
-        skipped, in_a_row = skipped + bad, in_a_row + 1 if bad else 0
-        if in_a_row == MAX_SKIPPED:
+    began, start = time.monotonic(), log.done
+    for done in range(start + 1, task.iterations + 1):
+        log.add(task.step(done - 1))
+        if log.skipped_in_a_row == MAX_SKIPPED:
             raise BeelineError(
-                f"{task.name}: the gradients of {MAX_SKIPPED} steps in a row, up to step {step + 1}, are not finite, and were "
+                f"{task.name}: the gradients of {MAX_SKIPPED} steps in a row, up to step {done}, are not finite, and were "
                 "skipped; lower the learning rate, or train in fp32. The last checkpoint is kept"
             )
-        for key, value in figures.items():
-            sums[key] = sums.get(key, 0.0) + value
-        done = step + 1
         final = done == task.iterations
-        judged = cadence.validate_every and (done % cadence.validate_every == 0 or final)
-        if done % cadence.log_every == 0 or judged or final:
-            now = time.monotonic()
-            row = {"step": done, **{key: float(value) / (done - since) for key, value in sums.items()}, "skipped": skipped}
-            row["images_per_s"] = task.images_per_step * (done - timed_from) / (now - last)
-            waited = sum(reader.waited for reader in session.readers)
-            row["data_wait"] = (waited - waited_before) / (now - last)
-            row["peak_mb"] = peak_memory(session.device)
-            row["seconds"] = now - began
-            waited_before, sums, since, timed_from = waited, {}, done, done
+        judged = bool(cadence.validate_every) and (done % cadence.validate_every == 0 or final)
+        if done % cadence.log_every == 0 or judged or final or done in task.phase_ends:
+            log.end_row()
             if session.rank == 0:
-                if judged:
-                    row |= task.validate(done)
-                left = (task.iterations - done) * (now - began) / (done - start)
-                shown = ", ".join(f"{key} {value:.4g}" for key, value in row.items() if key not in ("step", "seconds"))
-                print(f"{task.name}: step {done} of {task.iterations}, {shown}, {left:.0f} s left", flush=True)
-                for tracker in session.trackers:
-                    tracker.log(row)
-            rows.append(row)
-            last = time.monotonic()
+                left = (task.iterations - done) * (time.monotonic() - began) / (done - start)
+                _show(task, session, log.rows[-1], judged, left)
+            log.start_row()
         leaving = done % NOTICE_EVERY == 0 and session.leaving()
         if (done % cadence.checkpoint_every == 0 or leaving) and not final:
             if session.rank == 0:
                 if leaving:
                     print(f"{task.name}: a machine is about to leave; checkpoint at step {done}", flush=True)
-                write_log(session.folder, rows)
-                own = {"step": done, "since": since, "sums": {key: float(value) for key, value in sums.items()}}
-                own |= {"skipped": skipped, "in_a_row": in_a_row}
-                checkpoints.save(session.folder, done, {LOOP: own, **task.state_dict()}, keep=cadence.keep)
+                write_log(session.folder, log.rows)
+                state = {LOOP: log.state_dict(), **task.state_dict()}
+                checkpoints.save(session.folder, done, state, keep=cadence.keep)
             if leaving:
                 return False
     if session.rank == 0:
-        write_log(session.folder, rows)
+        write_log(session.folder, log.rows)
         task.publish()
         for tracker in session.trackers:
             tracker.close()
     return True
 
 
-def _restore(task: Task, session: Session) -> tuple[int, int, Figures, int, int]:
+def _show(task: Task, session: Session, row: dict[str, Any], judged: bool, left: float) -> None:
+    """Print a row of the log, with the figures of a validation if it is `judged`, and give it to the trackers."""
+    if judged:
+        row |= task.validate(row["step"])
+    shown = ", ".join(f"{key} {value:.4g}" for key, value in row.items() if key not in ("step", "seconds"))
+    print(f"{task.name}: step {row['step']} of {task.iterations}, {shown}, {left:.0f} s left", flush=True)
+    for tracker in session.trackers:
+        tracker.log(row)
+
+
+def _restore(task: Task, session: Session) -> State:
     """Give the task its state and drop it; returns the loop's own part."""
     state, session.restored = dict(session.restored or {}), None
     try:
         own = state.pop(LOOP)
-        counters = own["step"], own["since"], own["sums"], own["skipped"], own["in_a_row"]
+        check_layout(own, {"done": 0, "sums": {}, "counts": {}, "skipped": 0, "skipped_in_a_row": 0})
         task.load_state_dict(state)
     except (BeelineError, torch.OutOfMemoryError, torch.AcceleratorError):
         raise  # nothing that the checkpoint is to blame for
     except Exception as error:  # torch, optimisers and tasks each raise their own
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise MisfitError(f"the checkpoint is of another task ({reason}); the one before it is used") from error
-    return counters
-
-
-def peak_memory(device: torch.device) -> float:
-    """The most memory that this process has held so far, in MB: the GPU's, or its own."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
-def read_log(folder: Folder) -> list[dict[str, Any]]:
-    """The rows of train.jsonl, [] where there is none. Of a file that was cut or damaged the rows before that, with a line."""
-    rows: list[dict[str, Any]] = []
-    try:
-        for line in folder.read(LOG).splitlines():
-            row = json.loads(line)
-            if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-                raise ValueError("not a row with a step")
-            rows.append(row)
-    except FileNotFoundError:
-        return []
-    except ValueError as error:
-        print(f"{folder}/{LOG} is damaged after row {len(rows)} ({error}); later rows are left out", flush=True)
-    return rows
-
-
-def write_log(folder: Folder, rows: Sequence[dict[str, Any]]) -> None:
-    """Publish train.jsonl, and TensorBoard's file, whole: object storage cannot append."""
-    folder.write(LOG, "".join(json.dumps(row) + "\n" for row in rows).encode())
-    folder.write(EVENTS, tensorboard_events(rows))
+    return own

@@ -38,24 +38,23 @@ from ray import tune
 from ray.tune.trainable import wrap_function
 
 from beeline.checkpoint import CONFIG, WEIGHTS
-from beeline.config import EvaluateConfig, LmmConfig, SweepConfig, WorkersConfig, to_dict
+from beeline.config import EvaluateConfig, StudentConfig, SweepConfig, WorkersConfig, to_dict
 from beeline.errors import BeelineError, StorageError, reading
+from beeline.few_step import parse_steps
 from beeline.layout import check_layout
 from evaluation.evaluate import check_measurable, measure
 from evaluation.results import metrics_in
-from evaluation.rows import parse_steps
 from evaluation.sweeps import trials_in
 from pipeline import metrics
 from pipeline.command import run_command
-from pipeline.records import plan_in
+from pipeline.records import LOG, plan_in
 from pipeline.room import check_room
 from pipeline.runtime import ensure_ray, find_user_error
 from pipeline.stage import Stage, fingerprint, publish_model, require, require_features, require_model, require_probe
 from pipeline.storage import Folder
 from trainers import checkpoints
 from trainers.launch import check_batch
-from trainers.student import all_needs
-from trainers.train_lmm import check_sides
+from trainers.train_lmm import check_resolution
 from trainers.trials import PerSchedule, config_of, folder_name, run_trial, rungs_in, settings
 from trainers.validation import METRIC
 
@@ -63,7 +62,7 @@ TRIALS, PARETO = "trials.parquet", "pareto.png"
 
 
 def sweep_lmm(
-    workspace: str, recipe: tyro.conf.Suppress[str], sweep: SweepConfig, lmm: LmmConfig, evaluate: EvaluateConfig
+    workspace: str, recipe: tyro.conf.Suppress[str], sweep: SweepConfig, student: StudentConfig, evaluate: EvaluateConfig
 ) -> None:
     """Train `sweep.trials` short trials, judge the finished ones, and tabulate all.
 
@@ -71,18 +70,18 @@ def sweep_lmm(
         workspace: Local folder or s3://bucket/prefix.
     """
     place = Folder(workspace)
-    check_sweep(sweep, lmm)
+    check_sweep(sweep, student)
     pairs, images = require(place, "pairs", recipe), require(place, "images", recipe)
     check_measurable(place, recipe, judging(sweep, evaluate), images)
-    tried = {number: settings(number, sweep, lmm.seed) for number in range(sweep.trials)}
-    configs = {number: config_of(found, sweep, lmm) for number, found in tried.items()}
-    names = dict.fromkeys(name for config in configs.values() for name in all_needs(config).features)
+    tried = {number: settings(number, sweep, student.seed) for number in range(sweep.trials)}
+    configs = {number: config_of(found, sweep, student) for number, found in tried.items()}
+    names = dict.fromkeys(name for config in configs.values() for name in config.needs().features)
     init, init_sha256 = require_model(place, sweep.init, recipe)
     for config in configs.values():
-        check_sides(config, init.img_resolution)
+        check_resolution(config, init.img_resolution)
     plan = {
         "sweep": to_dict(sweep, resources=False),
-        "lmm": to_dict(config_of(tried[0], sweep, lmm), resources=False),
+        "student": to_dict(config_of(tried[0], sweep, student), resources=False),
         "pairs": fingerprint(pairs),
         "images": fingerprint(images),
         "init_sha256": init_sha256,
@@ -108,12 +107,14 @@ def sweep_lmm(
         _promote(place, sweep, trials_in(folder))
 
 
-def check_sweep(sweep: SweepConfig, lmm: LmmConfig) -> None:
+def check_sweep(sweep: SweepConfig, student: StudentConfig) -> None:
     """Raise BeelineError for settings that do not go together, whatever the workspace holds."""
+    num_steps = list(student.phases.values())[-1].objective.sampling().num_steps
     for text in sweep.schedules:
         last = parse_steps(text)[-1]
-        sweep.require(last < lmm.num_steps, "schedules", f"indices below lmm.num_steps, {lmm.num_steps}")
-    check_batch(lmm.batch_size, WorkersConfig(), lmm.accumulate)
+        sweep.require(last < num_steps, "schedules", f"indices below the objective's num_steps, {num_steps}")
+    config_of(settings(0, sweep, student.seed), sweep, student)
+    check_batch(student.batch_size, WorkersConfig(), student.accumulate)
     nfes = {len(parse_steps(text)) for text in sweep.schedules}
     if sweep.promote:
         sweep.require(sweep.promote_nfe in nfes, "promote_nfe", f"the steps of one of the schedules {sweep.schedules}")
@@ -125,7 +126,7 @@ def _train(
     sweep: SweepConfig,
     folder: Folder,
     tried: Mapping[int, Mapping[str, Any]],
-    configs: Mapping[int, LmmConfig],
+    configs: Mapping[int, StudentConfig],
     pairs: dict[str, Any],
     images: dict[str, Any],
 ) -> None:
@@ -261,7 +262,7 @@ def _promote(place: Folder, sweep: SweepConfig, rows: list[dict[str, Any]]) -> N
     stage = Stage(place, f"students/{sweep.promote}", {"promoted": origin, "sweep": plan_in(swept, {})})
     if stage.begin():
         publish_model(stage.folder, files)
-        stage.folder.write("train.jsonl", source.read("train.jsonl"))
+        stage.folder.write(LOG, source.read(LOG))
         stage.finish(**origin)
         print(f"sweep: trial {origin['trial']} is students/{sweep.promote}", flush=True)
 

@@ -21,8 +21,9 @@ from beeline.errors import BeelineError
 from beeline.features import Probe, train_probe
 from beeline.noise import stream_seed
 from beeline.numerics import set_numerics
+from beeline.pixels import to_float
 from pipeline.command import run_command
-from pipeline.reader import some_images, to_float
+from pipeline.reader import some_images
 from pipeline.room import check_room
 from pipeline.runtime import ensure_ray
 from pipeline.stage import Stage, fingerprint, publish_model, require
@@ -46,7 +47,7 @@ def train_probes(workspace: str, recipe: tyro.conf.Suppress[str], probe: ProbeCo
     if images["images"]["count"] < FEWEST_IMAGES:
         raise BeelineError(
             f"{place / 'images'} holds {images['images']['count']} images; a probe needs {FEWEST_IMAGES} at least, since one "
-            "in ten is held out to test it. Ingest more, or train with --lmm.reconstruction.distance l2 and no probe"
+            "in ten is held out to test it. Ingest more, or train with the distance l2 and no probe"
         )
     for which in PROBES:
         network, classes = getattr(probe, which), images["images"]["num_classes"]

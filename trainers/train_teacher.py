@@ -19,15 +19,15 @@ import tyro
 
 from beeline.augment import LABELS, augment, mirrored
 from beeline.buildable import check_network
-from beeline.checkpoint import CONFIG, build, dump, ema_update
+from beeline.checkpoint import CONFIG, build, dump
 from beeline.config import TeacherConfig, to_dict
 from beeline.denoiser import edm_loss
 from beeline.errors import BeelineError, reading
 from beeline.layout import check_layout
-from beeline.learner import Learner
+from beeline.learner import Learner, ema_update
 from beeline.noise import stream_seed
+from beeline.pixels import to_float
 from pipeline.command import run_command
-from pipeline.reader import to_float
 from pipeline.stage import Stage, check_fits, fingerprint, publish_model, require
 from pipeline.storage import Folder
 from trainers import loop
@@ -37,7 +37,7 @@ from trainers.launch import check_batch, launch
 class TeacherTask:
     """EDM training (Karras et al. 2022, section 5), with an EMA of the weights as the result."""
 
-    name = "teacher"
+    name, phase_ends = "teacher", ()
 
     def __init__(self, *, session: loop.Session, workspace: Folder, config: TeacherConfig, images: dict[str, Any]) -> None:
         self.session, self.config, self.workspace = session, config, workspace

@@ -17,12 +17,13 @@ import torch
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 
-from beeline.config import LmmConfig, SweepConfig
-from beeline.errors import reading
+from beeline.config import StudentConfig, SweepConfig
+from beeline.errors import BeelineError, reading
+from beeline.few_step import parse_steps
 from beeline.layout import check_layout
 from beeline.noise import stream
 from beeline.numerics import set_numerics
-from evaluation.rows import parse_steps
+from beeline.objectives.lmm import LinesMatchingConfig
 from pipeline import metrics
 from pipeline.storage import Folder
 from trainers import checkpoints, loop
@@ -59,22 +60,36 @@ def _log_uniform(u: float, bounds: tuple[float, float]) -> float:
     return float(f"{math.exp(low + u * (high - low)):.3g}")
 
 
-def config_of(found: Mapping[str, Any], sweep: SweepConfig, lmm: LmmConfig) -> LmmConfig:
-    """The student of a trial with these settings: one phase, from the sweep's shared student."""
-    critic = lmm.discriminator
+def can_vary(student: StudentConfig) -> bool:
+    """Whether a sweep can vary the student: its last phase is lines matching."""
+    return bool(student.phases) and isinstance(list(student.phases.values())[-1].objective, LinesMatchingConfig)
+
+
+def config_of(found: Mapping[str, Any], sweep: SweepConfig, student: StudentConfig) -> StudentConfig:
+    """The student of a trial with these settings: the last phase of `student` alone, from the sweep's shared student.
+
+    Raises BeelineError unless that phase is lines matching, whose settings a sweep varies.
+    """
+    name, phase = list(student.phases.items())[-1]
+    lines = phase.objective
+    if not isinstance(lines, LinesMatchingConfig):
+        raise BeelineError(
+            f"the last phase of {student.name!r}, {name}, is {lines.about()}; a sweep varies settings of lines matching. "
+            "Choose a student with --student"
+        )
+    critic = lines.discriminator
+    objective = replace(
+        lines,
+        steps=parse_steps(found["steps"]),
+        adversarial_weight=found["adversarial_weight"],
+        discriminator=replace(critic, optimizer=replace(critic.optimizer, lr=found["critic_lr"])),
+    )
+    optimizer = replace(phase.optimizer, lr=found["lr"])
     return replace(
-        lmm,
+        student,
         name=f"trial-{found['trial']:04d}",
         init=sweep.init,
-        reconstruction=replace(lmm.reconstruction, iterations=0),
-        adversarial=replace(
-            lmm.adversarial,
-            iterations=sweep.iterations,
-            steps=parse_steps(found["steps"]),
-            optimizer=replace(lmm.adversarial.optimizer, lr=found["lr"]),
-            adversarial_weight=found["adversarial_weight"],
-        ),
-        discriminator=replace(critic, optimizer=replace(critic.optimizer, lr=found["critic_lr"])),
+        phases={name: replace(phase, iterations=sweep.iterations, optimizer=optimizer, objective=objective)},
         ema_half_lives=(found["ema_half_life"],),
         validate_every=rung_of(sweep),
         checkpoint_every=rung_of(sweep),
@@ -117,7 +132,7 @@ def run_trial(
     workspace: Folder,
     recipe: str,
     folder: Folder,
-    configs: Mapping[int, LmmConfig],
+    configs: Mapping[int, StudentConfig],
     sweep: SweepConfig,
     pairs: dict[str, Any],
     images: dict[str, Any],
@@ -126,15 +141,15 @@ def run_trial(
     set_numerics()
     torch.set_num_threads(sweep.threads)
     number = int(config["trial"])
-    lmm, place = configs[number], folder / folder_name(number)
+    student, place = configs[number], folder / folder_name(number)
     session = loop.Session(
         device=torch.device("cuda" if sweep.gpus else "cpu"),
         folder=place,
         trackers=[metrics.TrainingGauges(f"sweeps/{sweep.name}/{folder_name(number)}")],
     )
-    every = lmm.checkpoint_every
+    every = student.checkpoint_every
     loop.train(
-        lambda session: Trial(session=session, workspace=workspace, recipe=recipe, config=lmm, pairs=pairs, images=images),
+        lambda session: Trial(session=session, workspace=workspace, recipe=recipe, config=student, pairs=pairs, images=images),
         session,
         loop.Cadence(log_every=every, checkpoint_every=every, validate_every=every),
         functools.partial(checkpoints.newest, place),

@@ -14,8 +14,9 @@ import torch
 
 from beeline.denoiser import Denoiser
 from beeline.frechet import Statistics, frechet_distance
-from beeline.measuring import Eye, MeasuringProbe, quantised
+from beeline.measuring import Eye, MeasuringProbe
 from beeline.noise import stream_seed
+from beeline.pixels import quantised
 from evaluation.rows import Row, draw
 from pipeline.reader import ShardReader
 from pipeline.sheet import sheet_png

@@ -10,7 +10,16 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from beeline.networks.layers import BlockStyle, Conv2d, GroupNorm, Linear, PositionalEmbedding, UNetBlock, kaiming
+from beeline.networks.layers import (
+    BlockStyle,
+    Conv2d,
+    GroupNorm,
+    LevelEmbedding,
+    Linear,
+    PositionalEmbedding,
+    UNetBlock,
+    kaiming,
+)
 
 
 class DhariwalUNet(nn.Module):
@@ -30,6 +39,7 @@ class DhariwalUNet(nn.Module):
         num_blocks: int = 3,
         attn_resolutions: Sequence[int] = (32, 16, 8),
         dropout: float = 0.10,
+        second_level: bool = False,
     ) -> None:
         super().__init__()
         emb_channels = model_channels * channel_mult_emb
@@ -57,6 +67,8 @@ class DhariwalUNet(nn.Module):
         if label_dim:
             self.map_label = Linear(label_dim, emb_channels, init=kaiming(0.0), bias=False)
             nn.init.normal_(self.map_label.weight)  # Kaiming-normal times sqrt(label_dim): unit variance
+
+        self.map_to = LevelEmbedding(model_channels, emb_channels, init=third) if second_level else None
 
         self.enc, self.dec = nn.ModuleDict(), nn.ModuleDict()
         skips: list[int] = []
@@ -100,9 +112,13 @@ class DhariwalUNet(nn.Module):
         noise_labels: torch.Tensor,
         labels: torch.Tensor | None,
         augment_labels: torch.Tensor | None = None,
+        to_labels: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """x (B, C, H, W), noise_labels (B,) = c_noise(sigma), labels one-hot (B, K) or None, to (B, C_out, H, W)."""
-        return self.out_conv(self.trunk(x, noise_labels, labels, augment_labels))
+        """x (B, C, H, W), noise_labels (B,) = c_noise(sigma), labels one-hot (B, K) or None, to (B, C_out, H, W).
+
+        `to_labels` (B,) = c_noise of a second noise level, for a network with `second_level`.
+        """
+        return self.out_conv(self.trunk(x, noise_labels, labels, augment_labels, to_labels))
 
     def trunk(
         self,
@@ -110,6 +126,7 @@ class DhariwalUNet(nn.Module):
         noise_labels: torch.Tensor,
         labels: torch.Tensor | None,
         augment_labels: torch.Tensor | None = None,
+        to_labels: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """All but the output convolution, which two losses are compared at: what training compiles."""
         emb = self.map_noise(noise_labels)
@@ -118,6 +135,8 @@ class DhariwalUNet(nn.Module):
         emb = self.map_layer1(F.silu(self.map_layer0(emb)))
         if self.map_label is not None and labels is not None:
             emb = emb + self.map_label(labels)
+        if self.map_to is not None and to_labels is not None:
+            emb = emb + self.map_to(to_labels)
         emb = F.silu(emb)
 
         skips = []

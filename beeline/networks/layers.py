@@ -121,10 +121,14 @@ class Conv2d(nn.Module):
 class GroupNorm(nn.GroupNorm):
     """Group normalisation with EDM's rule for the number of groups: 32, or as many as leave 4 channels in each."""
 
+    contiguous = False
+    """Whether inputs are made contiguous first, as forward-mode differentiation wants it (beeline/derivative.py)."""
+
     def __init__(self, channels: int, eps: float) -> None:
         super().__init__(min(32, channels // 4), channels, eps=eps)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
+        input = input.contiguous() if self.contiguous else input
         return F.group_norm(input, self.num_groups, self.weight.to(input.dtype), self.bias.to(input.dtype), self.eps)
 
 
@@ -215,6 +219,20 @@ class PositionalEmbedding(nn.Module):
         exponent = torch.arange(self.frequencies, dtype=torch.float32, device=x.device) / self.denominator
         angles = x[:, None] * (1 / 10000) ** exponent
         return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+class LevelEmbedding(nn.Module):
+    """A second noise level, added to the embedding of the first: (B,) to (B, out_channels), 0 at the start of training, so
+    that a network with it starts as the one without."""
+
+    def __init__(self, channels: int, out_channels: int, *, init: Init) -> None:
+        super().__init__()
+        self.sinusoids = PositionalEmbedding(channels, endpoint=True)
+        self.layer0 = Linear(channels, out_channels, init=init)
+        self.layer1 = Linear(out_channels, out_channels, init=_zero)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer1(F.silu(self.layer0(self.sinusoids(x))))
 
 
 class FourierEmbedding(nn.Module):

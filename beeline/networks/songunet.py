@@ -14,6 +14,7 @@ from beeline.networks.layers import (
     Conv2d,
     FourierEmbedding,
     GroupNorm,
+    LevelEmbedding,
     Linear,
     PositionalEmbedding,
     UNetBlock,
@@ -39,6 +40,7 @@ class SongUNet(nn.Module):
         num_blocks: int = 4,
         attn_resolutions: Sequence[int] = (16,),
         dropout: float = 0.10,
+        second_level: bool = False,
         embedding_type: str = "positional",
         channel_mult_noise: int = 1,
         encoder_type: str = "standard",
@@ -78,6 +80,8 @@ class SongUNet(nn.Module):
         self.map_augment = Linear(augment_dim, noise_channels, init=init, bias=False) if augment_dim else None
         self.map_layer0 = Linear(noise_channels, emb_channels, init=init)
         self.map_layer1 = Linear(emb_channels, emb_channels, init=init)
+
+        self.map_to = LevelEmbedding(noise_channels, emb_channels, init=init) if second_level else None
 
         self.enc, self.dec = nn.ModuleDict(), nn.ModuleDict()
         skips: list[int] = []
@@ -132,9 +136,13 @@ class SongUNet(nn.Module):
         noise_labels: torch.Tensor,
         labels: torch.Tensor | None,
         augment_labels: torch.Tensor | None = None,
+        to_labels: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """x (B, C, H, W), noise_labels (B,) = c_noise(sigma), labels one-hot (B, K) or None, to (B, C_out, H, W)."""
-        return self._last_conv(self.trunk(x, noise_labels, labels, augment_labels))
+        """x (B, C, H, W), noise_labels (B,) = c_noise(sigma), labels one-hot (B, K) or None, to (B, C_out, H, W).
+
+        `to_labels` (B,) = c_noise of a second noise level, for a network with `second_level`.
+        """
+        return self._last_conv(self.trunk(x, noise_labels, labels, augment_labels, to_labels))
 
     def trunk(
         self,
@@ -142,6 +150,7 @@ class SongUNet(nn.Module):
         noise_labels: torch.Tensor,
         labels: torch.Tensor | None,
         augment_labels: torch.Tensor | None = None,
+        to_labels: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """All but the output convolution, which two losses are compared at: what training compiles."""
         emb = self.map_noise(noise_labels)
@@ -150,7 +159,10 @@ class SongUNet(nn.Module):
             emb = emb + self.map_label(labels * math.sqrt(self.map_label.in_features))
         if self.map_augment is not None and augment_labels is not None:
             emb = emb + self.map_augment(augment_labels)
-        emb = F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))
+        emb = self.map_layer1(F.silu(self.map_layer0(emb)))
+        if self.map_to is not None and to_labels is not None:
+            emb = emb + self.map_to(to_labels)
+        emb = F.silu(emb)
 
         skips, aux = [], x
         for name, block in self.enc.items():

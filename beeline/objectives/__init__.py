@@ -1,112 +1,164 @@
-"""Objectives: what one step of training is. The seam between the trainer and a method.
+"""Objectives: what a training step computes. The seam between the trainer and a method.
 
-An objective says what it needs (`needs`), owns what learns beside the student (`critic`), and adds gradients (`backward`);
-the trainer around it owns data, optimisers, averages, checkpoints and ranks, and knows no loss. A new one is a file with a
-class, and a recipe that names it: `objective="beeline.objectives.kd:Distillation"`, or a class of your own package.
+A method is one file with two halves. Its settings are an `ObjectiveConfig`, which a recipe puts into a phase; they say what
+the method needs and how a student of it may be sampled, without building anything. Its `Objective` adds the gradients of a
+batch. The trainer owns data, optimisers, averages, checkpoints and ranks, and knows no loss.
 """
 
 from __future__ import annotations
 
+import abc
 import dataclasses
-import importlib
 from collections.abc import Mapping
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from beeline.config import LmmConfig, PhaseConfig
-from beeline.denoiser import Denoiser
-from beeline.errors import BeelineError
-from beeline.features import FeatureNetwork
-from beeline.learner import Learner
-from beeline.samplers import FewStep
+from beeline.settings import Settings
+
+if TYPE_CHECKING:
+    from beeline.config import OptimizerConfig
+    from beeline.denoiser import Denoiser
+    from beeline.features import FeatureNetwork
+    from beeline.few_step import FewStep
+    from beeline.learner import Learner
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Needs:
-    """What an objective asks of the trainer, and what the trainer asks of the workspace before it starts."""
+    """What an objective asks of the trainer. The trainer asks the workspace for it before it starts."""
 
     pairs: bool = False
     """Noise-image pairs: `Batch.noise`, `x1`, `labels`."""
     images: bool = False
     """Real images: `Batch.real`, `real_labels`."""
-    teacher: bool = False
-    """The teacher, frozen: `Setting.teacher`."""
-    average: bool = False
-    """The student's own average as it stands, a target for others: `Setting.average`."""
+    noise: bool = False
+    """Fresh noise and labels, where there are no pairs: `Batch.noise`, `labels`."""
+    models: tuple[str, ...] = ()
+    """Frozen denoisers by their folder in the workspace, "teacher" or "students/<name>": `Context.models`."""
     features: tuple[str, ...] = ()
-    """Frozen feature networks by name, "probe" or a pretrained backbone: `Setting.features`."""
+    """Frozen feature networks by name, "probe" or a pretrained backbone: `Context.features`."""
+    second_level: bool = False
+    """A student whose network takes a second noise level, `to`."""
+
+    def __or__(self, other: Needs) -> Needs:
+        """What two phases need together."""
+        return Needs(
+            pairs=self.pairs or other.pairs,
+            images=self.images or other.images,
+            noise=self.noise or other.noise,
+            models=tuple(dict.fromkeys((*self.models, *other.models))),
+            features=tuple(dict.fromkeys((*self.features, *other.features))),
+            second_level=self.second_level or other.second_level,
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Setting:
-    """What the trainer provides to an objective, as it needs."""
+class Context:
+    """What the trainer provides to an objective."""
 
-    config: LmmConfig
-    phase: PhaseConfig
     image_shape: tuple[int, int, int]
+    """(C, H, W)"""
     num_classes: int
+    """0 for unconditional students."""
+    models: Mapping[str, Denoiser]
+    """As `Needs.models` asks; in the run's precision. Gradients flow to their inputs, not to their weights."""
     features: Mapping[str, FeatureNetwork]
-    teacher: Denoiser | None = None
-    average: Denoiser | None = None
+    """As `Needs.features` asks; in the run's precision. Gradients flow to their inputs, not to their weights."""
+    average: Denoiser
+    """The student's first average. The trainer updates it after each step: read it as a target, or copy it for one with a
+    decay of its own."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Batch:
-    """A rank's rows of one step, or a part of them, on the device. What the objective did not ask for is None."""
+    """One rank's rows of one step, or a part of them, on the device. What the objective does not need is None."""
 
+    size: int
+    """B"""
+    step: int
+    """Of the phase, from 0."""
+    total: int
+    """Steps of the phase."""
+    weight: float = 1.0
+    """Weight of this micro-batch in the step, for the objective to multiply its mean loss by: 1 / parts, or near it where
+    shares differ in size."""
     noise: torch.Tensor | None = None
-    """Unit-variance x0 / sigma_max of the pairs, float32 (B, C, H, W)."""
+    """Unit-variance noise x0 / sigma_max, float32 (B, C, H, W): of the pairs, or fresh."""
     x1: torch.Tensor | None = None
     """Images of the pairs, float32 (B, C, H, W), nominally in [-1, 1]."""
     labels: torch.Tensor | None = None
-    """Classes of the pairs, one-hot (B, K); None for unconditional students."""
+    """Classes of `noise`, one-hot (B, K); None for unconditional students."""
     real: torch.Tensor | None = None
     """Real images, float32 (B, C, H, W) in [-1, 1]."""
     real_labels: torch.Tensor | None = None
-    """Their classes, one-hot (B, K); None for unconditional students."""
-    weight: float = 1.0
-    """What the gradient of these rows' mean loss counts in the step: 1 / parts, and near it where shares differ in size."""
+    """Classes of `real`, one-hot (B, K); None for unconditional students."""
 
 
-class Objective(Protocol):
-    """Made anew for each phase of training, on each rank alike."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Turns:
+    """Which networks learn in a step."""
 
-    def __init__(self, setting: Setting) -> None: ...
+    student: bool = True
+    critic: bool = True
 
-    @staticmethod
-    def needs(config: LmmConfig, phase: PhaseConfig) -> Needs:
-        """What a phase asks for. Raises BeelineError for settings that do not go together."""
-        ...
 
-    @property
-    def few_step(self) -> FewStep:
-        """How a student of this phase may be sampled."""
-        ...
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig(Settings, abc.ABC):
+    """Settings of a method. Subclasses are frozen dataclasses with `kw_only=True`."""
 
-    @property
-    def critic(self) -> nn.Module | None:
-        """What learns beside the student, by the optimiser of `config.discriminator`: a discriminator, a fake score."""
-        ...
+    @abc.abstractmethod
+    def needs(self) -> Needs:
+        """What training asks for."""
 
+    @abc.abstractmethod
+    def sampling(self) -> FewStep:
+        """How a student of this objective may be sampled."""
+
+    @abc.abstractmethod
+    def about(self) -> str:
+        """The method in a few words, for logs and report: "lines, perceptual distance (probe), SOT at steps 0"."""
+
+    @abc.abstractmethod
+    def build(self, context: Context) -> Objective:
+        """The objective. Called once at the start of the phase, on each rank alike; torch's global generator is seeded."""
+
+    def check(self, resolution: int) -> None:
+        """Raise BeelineError for images of `resolution` pixels that the method cannot take."""
+
+    def representative(self) -> ObjectiveConfig:
+        """Settings whose step costs as much as that of these: planning counts equal ones once."""
+        return self
+
+
+class Objective(abc.ABC):
+    """What a step of a method does."""
+
+    critic: nn.Module | None = None
+    """A network that learns beside the student: a discriminator, a fake score."""
+    critic_optimizer: OptimizerConfig | None = None
+    """Its optimiser's settings."""
+
+    @abc.abstractmethod
     def backward(
         self, student: Learner, critic: Learner | None, batch: Batch, generator: torch.Generator
     ) -> dict[str, torch.Tensor]:
-        """Add the gradients of `batch` to the student's parameters, and to the critic's; return figures for the log.
+        """Add the gradients of `batch` to the parameters that learn in this step. Returns figures for the log, scalars.
 
-        All randomness comes from `generator`, or torch's global one, which is seeded for the step.
+        All randomness comes from `generator`, or from torch's global generator, which is seeded for the step.
         """
-        ...
 
+    def turns(self, step: int) -> Turns:
+        """Which networks learn in `step` of the phase."""
+        return Turns()
 
-def load(path: str) -> type[Objective]:
-    """The class that "package.module:Class" names. Raises BeelineError where there is none."""
-    module, _, name = path.partition(":")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise BeelineError(
-            f"objective {path!r} cannot be loaded ({error}); expected package.module:Class, for example "
-            "beeline.objectives.lmm:LinesMatching"
-        ) from error
+    def after_step(self, student: nn.Module) -> None:  # noqa: B027 (most methods have nothing to do)
+        """Update what follows the student, for example target networks. Called after each step in which it learned."""
+
+    def state(self) -> nn.Module | None:
+        """What a checkpoint holds of the objective itself: target networks, learned weightings.
+
+        Parameters that require gradients are trained with the student, by an optimiser of the same settings.
+        """
+        return None

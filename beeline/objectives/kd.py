@@ -1,44 +1,58 @@
-"""Knowledge distillation (Luhman & Luhman 2021): the student maps the noise of a pair to its image, in one step, by L2.
+"""Knowledge distillation (Luhman & Luhman 2021): the student maps the noise of a pair to its image, in one step.
 
-It is what lines matching is without lines: the same pairs, the end points alone. The control for what the lines bring.
+    E |N(x0, sigma_max) - x1|^2
+
+It is lines matching at sigma_max alone, in squared pixel distance: the control for what the lines bring.
 """
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 
-from beeline.config import LmmConfig, PhaseConfig
+from beeline.few_step import FewStep
 from beeline.learner import Learner
-from beeline.objectives import Batch, Needs, Setting
+from beeline.objectives import Batch, Context, Needs, Objective, ObjectiveConfig
 from beeline.perceptual import l2
-from beeline.samplers import FewStep
 from beeline.schedule import SIGMA_MAX
+from beeline.settings import Steps
 
 
-class Distillation:
-    """E |N(x0, sigma_max) - x1|^2 over the pairs. Of the phase's settings it follows those of the optimiser alone."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DistillationConfig(ObjectiveConfig):
+    """Knowledge distillation."""
 
-    critic = None
+    num_steps: Steps = 18
+    """Levels of the schedule whose first level the student is sampled at."""
 
-    @staticmethod
-    def needs(config: LmmConfig, phase: PhaseConfig) -> Needs:
+    def needs(self) -> Needs:
         """Pairs."""
         return Needs(pairs=True)
 
-    def __init__(self, setting: Setting) -> None:
-        self.config = setting.config
-
-    @property
-    def few_step(self) -> FewStep:
+    def sampling(self) -> FewStep:
         """One step from pure noise."""
-        return FewStep(num_steps=self.config.num_steps, trained_steps=(0,))
+        return FewStep(num_steps=self.num_steps, trained_steps=(0,))
+
+    def about(self) -> str:
+        """As the report shows it."""
+        return "end points alone: knowledge distillation, L2"
+
+    def build(self, context: Context) -> Distillation:
+        """The objective."""
+        return Distillation()
+
+
+class Distillation(Objective):
+    """A step of knowledge distillation."""
 
     def backward(
         self, student: Learner, critic: Learner | None, batch: Batch, generator: torch.Generator
     ) -> dict[str, torch.Tensor]:
+        """The figure "distillation"."""
         assert batch.x1 is not None
         assert batch.noise is not None
-        sigma = torch.full((len(batch.x1),), SIGMA_MAX, device=batch.x1.device)
+        sigma = torch.full((batch.size,), SIGMA_MAX, device=batch.x1.device)
         loss = l2(student(SIGMA_MAX * batch.noise, sigma, batch.labels), batch.x1).mean()
         (batch.weight * loss).backward()
         return {"distillation": loss.detach()}

@@ -1,90 +1,156 @@
-"""Lines matching (Matityahu & Fattal 2024): the student sees the end of a line from any point on it.
+"""Lines matching (Matityahu & Fattal 2024): the student predicts the end of a line from any point on it.
 
     L = L_lines + weight lambda L_adv
 
-L_lines is a distance in pixels or in features (eq. 3), L_adv the hinge loss of a discriminator that compares the student's
-images with real ones. Each term is a switch of the phase: distance, levels or SOT steps, adversarial weight.
+L_lines is a distance in pixels or in features (eq. 3). L_adv is the hinge loss of a discriminator that compares the student's
+images with real ones. Distance, levels or SOT steps, and adversarial weight are settings.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import itertools
 from collections.abc import Callable
+from typing import Annotated, Literal
 
 import torch
 from torch import nn
 
 from beeline import adversarial, lines, perceptual
 from beeline.augment import mirrored
-from beeline.config import LmmConfig, PhaseConfig
+from beeline.config import OptimizerConfig
 from beeline.denoiser import Denoiser
-from beeline.discriminator import SCRATCH, Discriminator
+from beeline.discriminator import SCRATCH, Discriminator, DiscriminatorConfig
 from beeline.errors import BeelineError
+from beeline.few_step import FewStep
 from beeline.learner import Learner
-from beeline.objectives import Batch, Needs, Setting
-from beeline.samplers import FewStep
+from beeline.objectives import Batch, Context, Needs, Objective, ObjectiveConfig
+from beeline.settings import MAX_SIDE, Amount, Index, Range, Some, Steps
 
-# The feature network of each distance that has one.
+SMALLEST_VGG16 = 16  # pixels: VGG16 halves images four times
 NETWORK = {"probe": "probe", "lpips": "vgg16", "lpips_avg": "vgg16_avg", "johnson": "vgg16"}
+"""The feature network of each distance that has one."""
+DISTANCES = {
+    "l2": "pixel distance (L2)",
+    "huber": "pixel distance (Huber)",
+    "probe": "perceptual distance (probe)",
+    "lpips": "perceptual distance (LPIPS, VGG16)",
+    "lpips_avg": "perceptual distance (LPIPS, VGG16 with average pooling)",
+    "johnson": "perceptual distance (Johnson et al., VGG16)",
+}
 
 
-class LinesMatching:
-    """One phase of lines matching."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LinesMatchingConfig(ObjectiveConfig):
+    """Lines matching. Without `steps` levels follow `levels`; with them (SOT) only those are drawn."""
 
-    @staticmethod
-    def needs(config: LmmConfig, phase: PhaseConfig) -> Needs:
-        """Pairs; real images for the adversarial term; the networks of distance and discriminator.
+    num_steps: Steps = 18
+    """Levels of the EDM schedule."""
+    line: Literal["ve", "lerp"] = "lerp"
+    """"lerp" is the segment from the image to x0: at sigma_max the student trains on exactly what it samples from. "ve" adds
+    noise to the image: at sigma_max the input still holds the image, which is missing when the student samples."""
+    rule: Literal["same_noise", "line", "fresh_noise"] = "line"
+    """Sampling rule: "line" goes with the line "lerp", "same_noise" with "ve"."""
+    levels: Literal["schedule", "sigma"] = "schedule"
+    """Law of the levels: uniform over the schedule, or uniform in sigma."""
+    steps: Some[Index] | None = None
+    """SOT: the schedule indices that are trained, from 0."""
+    distance: Literal["l2", "huber", "probe", "lpips", "lpips_avg", "johnson"] = "probe"
+    """Of pixels: squared, or pseudo-Huber. Of features: the losses' probe; LPIPS in VGG16, or the same with average pooling
+    (as CTM uses it); "johnson", unnormalised VGG16 features (Johnson et al. 2016, whom the LMM paper cites)."""
+    resize: Annotated[int, Range(0, MAX_SIDE)] = 0
+    """Side in pixels at which features are taken; 0 leaves images as they are."""
+    pixel_weight: Amount = 0.0
+    """Weight of the squared pixel distance in addition to one of features."""
+    adversarial_weight: Amount = 0.0
+    """Weight of the adversarial term, times its adaptive weight; 0 leaves the discriminator out."""
+    discriminator: DiscriminatorConfig = DiscriminatorConfig(optimizer=OptimizerConfig())
 
-        Raises BeelineError for a sampling rule that does not follow the line, and sizes that networks cannot take.
-        """
-        if (config.line, config.rule) in (("ve", "line"), ("lerp", "same_noise")):
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.steps is not None:
+            rising = self.steps[0] == 0 and all(a < b for a, b in itertools.pairwise(self.steps))
+            self.require(rising, "steps", "rising indices from 0, the level of pure noise, for example 0 or 0 8")
+            self.require(self.steps[-1] < self.num_steps, "steps", f"indices below num_steps, {self.num_steps}")
+        follows = (self.line, self.rule) not in (("ve", "line"), ("lerp", "same_noise"))
+        self.require(follows, "rule", f"a rule that follows the line {self.line!r}: same_noise with ve, line with lerp")
+        self.require(not self._too_small(self.resize or MAX_SIDE), "resize", f"{SMALLEST_VGG16} or more, for VGG16")
+
+    def needs(self) -> Needs:
+        """Pairs; real images for the adversarial term; the networks of distance and discriminator."""
+        names = [NETWORK[self.distance]] if self.distance in NETWORK else []
+        if self.adversarial_weight:
+            names += [name for name in self.discriminator.networks if name != SCRATCH]
+        return Needs(pairs=True, images=self.adversarial_weight > 0, features=tuple(dict.fromkeys(names)))
+
+    def sampling(self) -> FewStep:
+        """At any levels, or at the steps of SOT."""
+        return FewStep(num_steps=self.num_steps, rule=self.rule, line=self.line, trained_steps=self.steps)
+
+    def about(self) -> str:
+        """As "lines, perceptual distance (probe), adversarial term, SOT at steps 0"."""
+        parts = ["lines", DISTANCES[self.distance], *["adversarial term"] * (self.adversarial_weight > 0)]
+        return ", ".join([*parts, *([] if self.steps is None else [f"SOT at steps {','.join(map(str, self.steps))}"])])
+
+    def build(self, context: Context) -> LinesMatching:
+        """The objective, with a discriminator where there is an adversarial term."""
+        return LinesMatching(self, context)
+
+    def check(self, resolution: int) -> None:
+        """Raise BeelineError for images that are too small for the network of the distance."""
+        if self._too_small(self.resize or resolution):
             raise BeelineError(
-                f"the sampling rule {config.rule!r} does not follow the line {config.line!r}: its points lie elsewhere. "
-                "Use ve with same_noise, or lerp with line"
+                f"the distance {self.distance!r} is asked for at {self.resize or resolution} pixels; VGG16 halves images four "
+                f"times: set the objective's resize to {SMALLEST_VGG16} or more, or take another distance"
             )
-        if NETWORK.get(phase.distance, "probe") != "probe" and 0 < phase.resize < 16:
-            raise BeelineError(
-                f"the distance {phase.distance!r} is asked for at {phase.resize} pixels; VGG16 halves images four times: "
-                "resize to 16 or more"
-            )
-        names = [NETWORK[phase.distance]] if phase.distance in NETWORK else []
-        if phase.adversarial_weight:
-            names += [name for name in config.discriminator.networks if name != SCRATCH]
-        return Needs(pairs=True, images=phase.adversarial_weight > 0, features=tuple(dict.fromkeys(names)))
 
-    def __init__(self, setting: Setting) -> None:
-        self.config, self.phase = setting.config, setting.phase
-        self._distance = distance(setting)
-        self.critic: Discriminator | None = None
-        if self.phase.adversarial_weight:
-            settings = self.config.discriminator
+    def representative(self) -> LinesMatchingConfig:
+        """Without weights, levels and the learning rate of the discriminator."""
+        return dataclasses.replace(
+            self,
+            steps=None,
+            pixel_weight=0.0,
+            adversarial_weight=float(self.adversarial_weight > 0),
+            discriminator=dataclasses.replace(self.discriminator, optimizer=OptimizerConfig()),
+        )
+
+    def _too_small(self, side: int) -> bool:
+        return NETWORK.get(self.distance, "probe") != "probe" and side < SMALLEST_VGG16
+
+
+class LinesMatching(Objective):
+    """A step of lines matching."""
+
+    critic: Discriminator | None
+
+    def __init__(self, config: LinesMatchingConfig, context: Context) -> None:
+        self.config = config
+        self._distance = distance(config, context)
+        self.critic = None
+        if config.adversarial_weight:
+            settings = config.discriminator
+            self.critic_optimizer = settings.optimizer
             self.critic = Discriminator(
-                {name: None if name == SCRATCH else setting.features[name] for name in settings.networks},
-                image_shape=setting.image_shape,
-                num_classes=setting.num_classes,
+                {name: None if name == SCRATCH else context.features[name] for name in settings.networks},
+                image_shape=context.image_shape,
+                num_classes=context.num_classes,
                 policy=settings.augment,
                 side=settings.resize,
                 width=settings.width,
             )
 
-    @property
-    def few_step(self) -> FewStep:
-        config = self.config
-        return FewStep(num_steps=config.num_steps, rule=config.rule, line=config.line, trained_steps=self.phase.steps)
-
     def backward(
         self, student: Learner, critic: Learner | None, batch: Batch, generator: torch.Generator
     ) -> dict[str, torch.Tensor]:
+        """The figures "lines" and, with a discriminator, its losses and the shares of logits above 0."""
         assert batch.x1 is not None
         assert batch.noise is not None
+        config = self.config
         sigma = lines.draw_levels(
-            len(batch.x1),
-            num_steps=self.config.num_steps,
-            law=self.phase.levels,
-            steps=self.phase.steps,
-            generator=generator,
+            batch.size, num_steps=config.num_steps, law=config.levels, steps=config.steps, generator=generator
         )
-        images = student(lines.point(batch.x1, batch.noise, sigma, self.config.line), sigma, batch.labels)
+        images = student(lines.point(batch.x1, batch.noise, sigma, config.line), sigma, batch.labels)
         loss = self._distance(images, batch.x1).mean()
         if critic is None:
             (batch.weight * loss).backward()
@@ -95,12 +161,12 @@ class LinesMatching:
             fake = self.critic.look(images, generator)
         fooling = adversarial.hinge_generator(critic.frozen(fake, batch.labels))
         gradient, balance = adversarial.balanced_gradient(
-            images, loss, fooling, last_layer(student.model), self.phase.adversarial_weight
+            images, loss, fooling, last_layer(student.model), config.adversarial_weight
         )
         images.backward(batch.weight * gradient)
 
         assert batch.real is not None
-        real_images = mirrored(batch.real, generator) if self.config.discriminator.mirror else batch.real
+        real_images = mirrored(batch.real, generator) if config.discriminator.mirror else batch.real
         with critic.autocast(), torch.no_grad():
             real = self.critic.look(real_images, generator)
         of_fake = critic([[part.detach() for part in look] for look in fake], batch.labels)
@@ -113,16 +179,15 @@ class LinesMatching:
         return {name: value.detach() for name, value in figures.items()}
 
 
-def distance(setting: Setting) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """The phase's distance d(images, targets), per image (B,)."""
-    phase = setting.phase
-    if phase.distance == "l2":
+def distance(config: LinesMatchingConfig, context: Context) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """The distance d(images, targets), per image (B,)."""
+    if config.distance == "l2":
         return perceptual.l2
-    if phase.distance == "huber":
+    if config.distance == "huber":
         return perceptual.pseudo_huber
-    network = setting.features[NETWORK[phase.distance]]
-    features = perceptual.johnson if phase.distance == "johnson" else perceptual.perceptual
-    return functools.partial(features, network, pixel_weight=phase.pixel_weight, side=phase.resize)
+    network = context.features[NETWORK[config.distance]]
+    features = perceptual.johnson if config.distance == "johnson" else perceptual.perceptual
+    return functools.partial(features, network, pixel_weight=config.pixel_weight, side=config.resize)
 
 
 def last_layer(model: nn.Module) -> nn.Parameter:

@@ -1,6 +1,6 @@
 """Rectified flow on the teacher's pairs (Liu et al. 2023): reflow, with the teacher's ODE as the flow that is straightened.
 
-Between image x1 and unit-variance noise z, x_t = (1 - t) x1 + t z has the velocity z - x1, which is to be predicted for t
+Between image x1 and unit-variance noise z, x_t = (1 - t) x1 + t z has the velocity z - x1, which the network predicts for t
 uniform in (0, 1) (eq. 1 there). Divided by 1 - t, x_t is x1 + sigma z with sigma = t / (1 - t): a denoiser's input, whose
 output N implies the velocity (x_t - N) / t. So
 
@@ -11,44 +11,56 @@ and Euler's method on the velocity is the sampling rule "line". t ends where sig
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 
 from beeline import lines
-from beeline.config import LmmConfig, PhaseConfig
+from beeline.few_step import FewStep
 from beeline.learner import Learner
-from beeline.objectives import Batch, Needs, Setting
+from beeline.objectives import Batch, Context, Needs, Objective, ObjectiveConfig
 from beeline.perceptual import l2
-from beeline.samplers import FewStep
 from beeline.schedule import SIGMA_MAX, SIGMA_MIN
+from beeline.settings import Steps
 
 
-class RectifiedFlow:
-    """Velocity matching on straight lines. Of the phase's settings it follows those of the optimiser alone."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RectifiedFlowConfig(ObjectiveConfig):
+    """Rectified flow."""
 
-    critic = None
+    num_steps: Steps = 18
+    """Levels of the schedule whose indices few-step schedules name."""
 
-    @staticmethod
-    def needs(config: LmmConfig, phase: PhaseConfig) -> Needs:
+    def needs(self) -> Needs:
         """Pairs."""
         return Needs(pairs=True)
 
-    def __init__(self, setting: Setting) -> None:
-        self.config = setting.config
+    def sampling(self) -> FewStep:
+        """Euler's method, at any levels."""
+        return FewStep(num_steps=self.num_steps, rule="line", line="ve", trained_steps=None)
 
-    @property
-    def few_step(self) -> FewStep:
-        """Euler's method, on any levels."""
-        return FewStep(num_steps=self.config.num_steps, rule="line", line="ve", trained_steps=None)
+    def about(self) -> str:
+        """As the report shows it."""
+        return "rectified flow on the same pairs"
+
+    def build(self, context: Context) -> RectifiedFlow:
+        """The objective."""
+        return RectifiedFlow()
+
+
+class RectifiedFlow(Objective):
+    """A step of velocity matching on straight lines."""
 
     def backward(
         self, student: Learner, critic: Learner | None, batch: Batch, generator: torch.Generator
     ) -> dict[str, torch.Tensor]:
+        """The figure "velocity"."""
         assert batch.x1 is not None
         assert batch.noise is not None
         first, last = (sigma / (1 + sigma) for sigma in (SIGMA_MIN, SIGMA_MAX))
-        t = first + (last - first) * torch.rand(len(batch.x1), generator=generator, device=batch.x1.device)
+        t = first + (last - first) * torch.rand(batch.size, generator=generator, device=batch.x1.device)
         sigma = t / (1 - t)
-        seen = student(lines.point(batch.x1, batch.noise, sigma, "ve"), sigma, batch.labels)
-        loss = (l2(seen, batch.x1) / t.square()).mean()
+        images = student(lines.point(batch.x1, batch.noise, sigma, "ve"), sigma, batch.labels)
+        loss = (l2(images, batch.x1) / t.square()).mean()
         (batch.weight * loss).backward()
         return {"velocity": loss.detach()}

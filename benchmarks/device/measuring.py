@@ -15,8 +15,9 @@ from beeline.backbones import BACKBONES
 from beeline.features import Frozen, Probe, train_probe
 from beeline.frechet import Statistics, frechet_distance, merge
 from beeline.measures import Reference, inception_score, kernel_distance, measures, nearest, neighbourhoods
-from beeline.measuring import DINOV2, Eye, Looks, MeasuringProbe, build_measuring, quantised
+from beeline.measuring import DINOV2, Eye, Looks, MeasuringProbe, build_measuring
 from beeline.perceptual import perceptual
+from beeline.pixels import quantised
 from beeline.recipes import RECIPES
 from benchmarks.device.checks import Check, Checks, Outcome, Setting, Skip, at_most, relative, worst
 from benchmarks.device.networks import backbone, images, network_config

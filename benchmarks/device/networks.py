@@ -10,10 +10,11 @@ import torch
 
 from beeline.backbones import BACKBONES, build_backbone
 from beeline.checkpoint import build
-from beeline.config import LmmConfig, NetworkConfig
+from beeline.config import NetworkConfig, PhaseConfig, StudentConfig
 from beeline.denoiser import Denoiser, as_one_hot
 from beeline.noise import stream_seed, x0
 from beeline.objectives import Batch
+from beeline.objectives.lmm import LinesMatchingConfig
 from beeline.recipes import RECIPES
 from benchmarks.device.checks import Setting
 
@@ -45,17 +46,19 @@ def backbone(name: str) -> Any:
     return build_backbone(name)
 
 
-def student_config(setting: Setting, **changes: Any) -> LmmConfig:
+def student_config(setting: Setting, **changes: Any) -> StudentConfig:
     """The paper's student of CIFAR-10, in float32 and not compiled unless `changes` say so; its features small where asked."""
-    config = replace(RECIPES["cifar10"](0).students["lmm"], precision="fp32", compiled=False)
+    config = replace(RECIPES["cifar10"](0).main, precision="fp32", compiled=False)
     if setting.small:
-        config = replace(
-            config,
-            reconstruction=replace(config.reconstruction, resize=32),
-            adversarial=replace(config.adversarial, resize=32),
-            discriminator=replace(config.discriminator, networks=("scratch",)),
-        )
+        config = replace(config, phases={name: _with_small_features(phase) for name, phase in config.phases.items()})
     return replace(config, **changes)
+
+
+def _with_small_features(phase: PhaseConfig) -> PhaseConfig:
+    lines = phase.objective
+    assert isinstance(lines, LinesMatchingConfig)
+    critic = replace(lines.discriminator, networks=("scratch",))
+    return replace(phase, objective=replace(lines, resize=32, discriminator=critic))
 
 
 def noise(setting: Setting, config: NetworkConfig, count: int, seed: int = 0) -> torch.Tensor:
@@ -83,6 +86,9 @@ def batch_of(setting: Setting, config: NetworkConfig, count: int, device: torch.
     """A training batch of pairs and real images."""
     labels = as_one_hot(classes(config, count), config.label_dim, count, device)
     return Batch(
+        size=count,
+        step=0,
+        total=1,
         noise=noise(setting, config, count, seed).to(device),
         x1=images(config, count, seed).to(device),
         labels=labels,

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 from beeline.denoiser import Denoiser
+from beeline.few_step import FewStep, RuleName
 from beeline.inference import Precision, prepare
 from beeline.networks.layers import Conv2d
-from beeline.samplers import FewStep, FewStepRule, sample, solve
+from beeline.samplers import sample, solve
 from benchmarks.device.checks import (
     COMPILING,
     NONE,
@@ -36,7 +37,7 @@ PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16", "fp16")
 LIMITS: dict[str, float] = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 3e-3}
 ROUGHER = 4
 STEPS = (0, 6, 12)
-RULES: tuple[FewStepRule, ...] = ("same_noise", "line", "fresh_noise")
+RULES: tuple[RuleName, ...] = ("same_noise", "line", "fresh_noise")
 
 
 class Here(Executor):
@@ -112,12 +113,12 @@ class Sampler:
         bad += sum(not output.is_contiguous(memory_format=torch.channels_last) for output in seen if output.shape[1] > 1)
         return at_most(float(bad), 0.0, layers=len(weights), outputs=len(seen))
 
-    def few_step_images(self, model: Denoiser, rule: FewStepRule) -> torch.Tensor:
+    def few_step_images(self, model: Denoiser, rule: RuleName) -> torch.Tensor:
         """Images of a student by a rule."""
         how = FewStep(num_steps=18, rule=rule)
         return sample(model, range(self.count), self.labels, seed=0, steps=STEPS, how=how)
 
-    def few_steps(self, rule: FewStepRule, precision: Precision) -> Outcome:
+    def few_steps(self, rule: RuleName, precision: Precision) -> Outcome:
         """Images of few steps against the CPU's."""
         found = self.few_step_images(self.prepared(precision), rule)
         return at_most(rms(found, self.few_step_reference(rule)), self.limits[precision])

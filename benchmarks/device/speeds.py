@@ -53,12 +53,12 @@ def largest(setting: Setting, model: Denoiser) -> dict[str, Any]:
 def _both_phases(setting: Setting, model: Denoiser, size: int) -> dict[str, Any]:
     config = student_config(setting, **POLICIES["bf16 compiled"])
     networks: dict[str, Any] = {name: backbone(name) for name in BACKBONES}
-    step, found = Step(model, networks, config, config.reconstruction), {}
+    step, found = Step(model, networks, config, config.phases["reconstruction"]), {}
     batch = batch_of(setting, network_config(setting, augment_dim=0), size, setting.device)
     generator = torch.Generator(setting.device).manual_seed(0)
     for phase in PHASES:
         if phase != PHASES[0]:
-            step.begin(config.adversarial)  # the same compiled network
+            step.begin(config.phases["adversarial"])  # the same compiled network
         if setting.gpu:
             torch.cuda.reset_peak_memory_stats()
         start = time.perf_counter()
@@ -168,7 +168,7 @@ class Speeds:
         networks: dict[str, Any] = {name: backbone(name) for name in BACKBONES}
         if policy == "plain":
             networks = {name: network.to(self.device) for name, network in networks.items()}
-        return Step(self.model, networks, config, getattr(config, phase), as_written=policy == "plain")
+        return Step(self.model, networks, config, config.phases[phase], as_written=policy == "plain")
 
     def seconds_of(self, step: Step, count: int) -> tuple[float, float]:
         """Seconds of one step, and of the first."""

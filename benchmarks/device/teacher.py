@@ -12,9 +12,8 @@ from typing import Any, Literal
 import torch
 
 from beeline.augment import augment
-from beeline.checkpoint import ema_update
 from beeline.denoiser import edm_loss
-from beeline.learner import Learner
+from beeline.learner import Learner, ema_update
 from beeline.noise import stream_seed
 from beeline.recipes import RECIPES
 from benchmarks.device.checks import Check, Checks, Outcome, SameDraws, Setting, at_most, identical, relative, worst

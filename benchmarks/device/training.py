@@ -63,7 +63,7 @@ class Runs:
         """A fresh student on `device`."""
         config = student_config(self.setting, precision=precision, compiled=compiled)
         model = random_denoiser(self.network).to(device)
-        return Step(model, self.networks, config, getattr(config, phase))
+        return Step(model, self.networks, config, config.phases[phase])
 
     def _compiled(self, phase: str, precision: Precision) -> Step:
         start_compiling()

@@ -31,6 +31,8 @@ from pipeline.sources.part import Part
 from pipeline.sources.pixels import CorruptImage as CorruptImage
 from pipeline.sources.pixels import Pixels, kind_of
 
+BUILT_IN = "digits"  # scikit-learn's, which needs no files
+
 
 class Source(Protocol):
     """The images of a data set, what they are called in errors, and their classes."""
@@ -59,7 +61,7 @@ def open_source(config: ImagesConfig) -> Source:
 
 
 def _whole(config: ImagesConfig) -> Source:
-    if config.source == "digits":
+    if config.source == BUILT_IN:
         return Digits(config)
     with reading(f"images.source {config.source} cannot be read", "check the file, or make or download it again"):
         return _opened(config)

@@ -95,8 +95,11 @@ def summary(classes: Classes) -> str:
     def said(k: int) -> str:
         return f"{counts[k]:,} in class {k}{f' ({names[k]})' if k < len(names) else ''}"
 
-    ends = f"{said(int(held[counts[held].argmin()]))} to {said(int(counts.argmax()))}"
-    text = f"{images} in {len(counts):,} class{'es' if len(counts) > 1 else ''}, from {ends}"
+    smallest, largest = int(held[counts[held].argmin()]), int(counts.argmax())
+    ends = f"from {said(smallest)} to {said(largest)}"
+    if counts[smallest] == counts[largest]:
+        ends = said(largest) if len(held) == 1 else f"as many in each: {said(largest)}"
+    text = f"{images} in {len(counts):,} class{'es' if len(counts) > 1 else ''}, {ends}"
     return (
         text if not len(empty) else f"{text}; {len(empty):,} of the classes have no images, the first of them class {empty[0]}"
     )

@@ -13,11 +13,12 @@ import torch
 from torch import nn
 
 import beeline
-from beeline.checkpoint import CONFIG, FORMAT, WEIGHTS, digest, dump, ema_update, load, restore
+from beeline.checkpoint import CONFIG, FORMAT, WEIGHTS, digest, dump, load, restore
 from beeline.denoiser import Denoiser
 from beeline.errors import BeelineError
 from beeline.features import Probe
-from beeline.samplers import FewStep, FewStepRule
+from beeline.few_step import FewStep, RuleName
+from beeline.learner import ema_update
 
 
 @pytest.mark.parametrize("kind", ["ddpmpp", "ncsnpp", "adm"])
@@ -90,7 +91,7 @@ def test_an_unknown_way_of_sampling_is_refused(make_denoiser: Callable[..., Deno
 
 def test_students_of_earlier_versions_know_their_line(make_denoiser: Callable[..., Denoiser]) -> None:
     model = make_denoiser()
-    lines: dict[FewStepRule, str] = {"same_noise": "ve", "line": "lerp"}
+    lines: dict[RuleName, str] = {"same_noise": "ve", "line": "lerp"}
     for rule, line in lines.items():
         model.few_step = FewStep(num_steps=18, rule=rule)
         files = dump(model, {})

@@ -8,10 +8,15 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from configs import restored, with_objectives
 
-from beeline.config import LmmConfig, NetworkConfig, Recipe, WorkersConfig, from_dict, to_dict
+from beeline.config import NetworkConfig, PhaseConfig, Recipe, StudentConfig, WorkersConfig, from_dict, to_dict
+from beeline.few_step import FewStep
+from beeline.objectives import Needs
+from beeline.objectives.kd import DistillationConfig
+from beeline.objectives.lmm import LinesMatchingConfig
+from beeline.objectives.rectified_flow import RectifiedFlowConfig
 from beeline.recipes import RECIPES
-from beeline.samplers import FewStep
 from beeline.schedule import check_steps
 
 
@@ -27,28 +32,41 @@ CASES = [(name, stage) for name, recipe in RECIPES.items() for stage in stages(r
 @pytest.mark.parametrize(("recipe", "stage"), CASES)
 def test_stage_configs_survive_json(recipe: str, stage: str) -> None:
     config = stages(RECIPES[recipe](3))[stage]
-    assert from_dict(type(config), json.loads(json.dumps(to_dict(config)))) == config
+    assert restored(config) == config
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipes_come_back(recipe: str) -> None:
     made = RECIPES[recipe](3)
-    assert from_dict(Recipe, to_dict(made)) == made
+    assert restored(made) == made
+    assert list(restored(made).students) == list(made.students)  # the first is the main one
+
+
+def test_code_named_in_a_file_is_not_loaded() -> None:
+    student = RECIPES["digits"](0).students["kd"]
+    with pytest.raises(TypeError, match="abstract class ObjectiveConfig"):
+        from_dict(StudentConfig, to_dict(student))
 
 
 @pytest.mark.parametrize(("recipe", "stage"), CASES)
 def test_unknown_keys_are_refused(recipe: str, stage: str) -> None:
     config = stages(RECIPES[recipe](0))[stage]
-    with pytest.raises(TypeError, match="no_such_key"):
-        from_dict(type(config), to_dict(config) | {"no_such_key": 1})
+    parts = [phase.objective for phase in config.phases.values()] if isinstance(config, StudentConfig) else []
+    for part in (config, *parts):
+        with pytest.raises(TypeError, match="no_such_key"):
+            from_dict(type(part), with_objectives(part, to_dict(part)) | {"no_such_key": 1})
 
 
 def test_unknown_nested_and_missing_keys_are_refused() -> None:
-    values = to_dict(RECIPES["digits"](0).students["lmm"])
+    lmm = RECIPES["digits"](0).students["lmm"]
+    values = with_objectives(lmm, to_dict(lmm))
+    phase = values["phases"]["reconstruction"]
     with pytest.raises(TypeError, match="no_such_key"):
-        from_dict(LmmConfig, values | {"reconstruction": values["reconstruction"] | {"no_such_key": 1}})
-    with pytest.raises(TypeError, match="reconstruction"):
-        from_dict(LmmConfig, {name: value for name, value in values.items() if name != "reconstruction"})
+        from_dict(StudentConfig, values | {"phases": {"reconstruction": phase | {"no_such_key": 1}}})
+    with pytest.raises(TypeError, match="objective"):
+        from_dict(PhaseConfig, {name: value for name, value in phase.items() if name != "objective"})
+    with pytest.raises(TypeError, match="phases"):
+        from_dict(StudentConfig, {name: value for name, value in values.items() if name != "phases"})
 
 
 def test_resources_are_left_out_of_the_identity() -> None:
@@ -59,7 +77,42 @@ def test_resources_are_left_out_of_the_identity() -> None:
     assert everything["workers"]["count"] == lmm.workers.count
     spread = dataclasses.replace(lmm, workers=WorkersConfig(count=7), log_every=1, checkpoint_every=1)
     assert to_dict(spread, resources=False) == identity
-    assert to_dict(dataclasses.replace(lmm, num_steps=40), resources=False) != identity
+    phase = lmm.phases["adversarial"]
+    for changed in (
+        dataclasses.replace(phase, iterations=9),
+        dataclasses.replace(phase, objective=dataclasses.replace(phase.objective, num_steps=40)),  # pyright: ignore[reportCallIssue]
+        dataclasses.replace(phase, objective=DistillationConfig()),
+    ):
+        assert to_dict(dataclasses.replace(lmm, phases=lmm.phases | {"adversarial": changed}), resources=False) != identity
+    kd, rf = (dataclasses.replace(phase, objective=made()) for made in (DistillationConfig, RectifiedFlowConfig))
+    assert to_dict(kd)["objective"].keys() == to_dict(rf)["objective"].keys()
+    assert to_dict(kd) != to_dict(rf)  # methods of the same settings
+
+
+def test_phases_of_no_iterations_are_left_out() -> None:
+    lmm = RECIPES["digits"](0).main
+    first, second = lmm.phases.values()
+    assert (list(lmm.running), lmm.iterations) == (["reconstruction", "adversarial"], 500)
+    assert lmm.models() == {"students/lmm/reconstruction": first, "students/lmm": second}
+    assert lmm.needs() == Needs(pairs=True, images=True, features=("probe",))
+    assert lmm.record("reconstruction") == {
+        "method": "lines, perceptual distance (probe)",
+        "phase": "reconstruction",
+        "trained": to_dict(lmm, resources=False),
+    }
+    alone = dataclasses.replace(lmm, phases=lmm.phases | {"adversarial": dataclasses.replace(second, iterations=0)})
+    assert (list(alone.running), alone.iterations) == (["reconstruction"], 300)
+    assert alone.models() == {"students/lmm": first}
+    assert alone.needs() == Needs(pairs=True, features=("probe",))
+    none = dataclasses.replace(alone, phases={"reconstruction": dataclasses.replace(first, iterations=0)})
+    assert (none.running, none.iterations, none.needs()) == ({}, 0, Needs())
+
+
+def test_the_first_student_is_the_main_one() -> None:
+    recipe = RECIPES["digits"](0)
+    assert recipe.main == recipe.students["lmm"]
+    turned = dict(reversed(recipe.students.items()))
+    assert dataclasses.replace(recipe, students=turned).main == recipe.students["rf"]
 
 
 def test_a_pool_is_a_resource() -> None:
@@ -121,6 +174,10 @@ def test_recipes_are_consistent(recipe: str) -> None:
     assert made.probe.losses.widths != made.probe.measure.widths
     for name, student in made.students.items():
         assert student.name == name
-        assert (student.line, student.rule) in {("ve", "same_noise"), ("lerp", "line")}
-    for text in (*made.few_steps, *made.sweep.schedules, *made.evaluate.steps):
-        check_steps([int(part) for part in text.split(",")], made.students["lmm"].num_steps)
+        for phase in student.phases.values():
+            how = phase.objective.sampling()
+            assert how.num_steps == made.pairs.num_steps
+            for text in (*made.few_steps, *made.sweep.schedules, *made.evaluate.steps):
+                check_steps([int(part) for part in text.split(",")], how.num_steps)
+            if isinstance(phase.objective, LinesMatchingConfig):
+                assert (how.line, how.rule) in {("ve", "same_noise"), ("lerp", "line")}

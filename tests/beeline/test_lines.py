@@ -7,8 +7,8 @@ from typing import Literal
 import pytest
 import torch
 
+from beeline.few_step import FewStep, RuleName, few_step
 from beeline.lines import Line, draw_levels, point
-from beeline.samplers import FewStep, FewStepRule, few_step
 from beeline.schedule import SIGMA_MAX, SIGMA_MIN, edm_sigmas
 
 X1 = torch.rand(3, 2, 4, 4, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -92,7 +92,7 @@ def test_gaussian_data_keep_their_spread_on_the_segment(std: float, steps: tuple
     k = std / (std**2 + SIGMA_MAX**2) ** 0.5
     x1 = k * SIGMA_MAX * noise
 
-    def spread(line: Line, rule: FewStepRule) -> float:
+    def spread(line: Line, rule: RuleName) -> float:
         how = FewStep(num_steps=18, rule=rule, line=line)
         return float(few_step(Linear(x1, noise, line), noise, None, steps=steps, how=how).std() / x1.std())
 

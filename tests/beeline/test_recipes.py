@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
+from configs import restored
 
 from beeline.checkpoint import build
-from beeline.config import Recipe, from_dict, to_dict
 from beeline.recipes import RECIPES
 
 
@@ -16,7 +14,7 @@ from beeline.recipes import RECIPES
 def test_a_recipe_is_consistent(name: str) -> None:
     recipe = RECIPES[name](3)
     assert recipe.name == name
-    assert from_dict(Recipe, json.loads(json.dumps(to_dict(recipe)))) == recipe
+    assert restored(recipe) == recipe
     network = recipe.teacher.network
     assert (recipe.images.resolution, recipe.images.channels) == (network.img_resolution, network.img_channels)
     assert {config.seed for config in (recipe.teacher, recipe.pairs, *recipe.students.values())} == {3}
@@ -25,9 +23,10 @@ def test_a_recipe_is_consistent(name: str) -> None:
     assert (recipe.teacher.augment > 0) <= (network.augment_dim == 9)
     for key, student in recipe.students.items():
         assert student.name == key
-        assert student.num_steps == recipe.pairs.num_steps
+        assert student.running
+        assert {phase.objective.sampling().num_steps for phase in student.phases.values()} == {recipe.pairs.num_steps}
         assert student.batch_size % student.workers.count == 0
-    assert recipe.sweep.init == f"students/{recipe.students['lmm'].name}/reconstruction"
+    assert recipe.sweep.init == next(iter(recipe.main.models())) == "students/lmm/reconstruction"
     pair_bytes = 4 * network.img_channels * network.img_resolution**2
     assert recipe.pairs.shard_size * pair_bytes <= 128 * 2**20
 

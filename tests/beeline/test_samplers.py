@@ -12,9 +12,10 @@ from torch import nn
 
 from beeline.denoiser import Denoiser
 from beeline.errors import BeelineError
+from beeline.few_step import FewStep, few_step
 from beeline.lines import point
 from beeline.noise import stream_seed, x0
-from beeline.samplers import FewStep, batches, evaluations, few_step, generate, sample, solve
+from beeline.samplers import batches, evaluations, generate, sample, solve
 from beeline.schedule import edm_sigmas
 
 SIGMA_D = 0.5

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import types
 import typing
@@ -12,6 +11,7 @@ from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 import pytest
+from configs import restored
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -19,19 +19,20 @@ from hypothesis import strategies as st
 from beeline.buildable import check_network, check_probe
 from beeline.config import (
     ImagesConfig,
-    LmmConfig,
     NetworkConfig,
     PairsConfig,
     PoolConfig,
     ProbeNetworkConfig,
+    StudentConfig,
     SweepConfig,
     VerifyConfig,
     from_dict,
-    to_dict,
 )
 from beeline.errors import BeelineError, SettingError
+from beeline.few_step import FewStep
+from beeline.objectives.kd import DistillationConfig
+from beeline.objectives.lmm import LinesMatchingConfig
 from beeline.recipes import RECIPES
-from beeline.samplers import FewStep
 from beeline.settings import (
     MAX_SEED,
     Count,
@@ -112,6 +113,10 @@ def good(hint: Any) -> st.SearchStrategy[Any]:
         return st.one_of(*(good(part) for part in parts))
     if origin is tuple:
         return st.lists(good(parts[0]), max_size=4).map(tuple) if parts[-1] is ... else st.tuples(*map(good, parts))
+    if origin is dict:
+        return st.dictionaries(good(parts[0]), good(parts[1]), max_size=3)
+    if isinstance(hint, type) and issubclass(hint, Settings):
+        return st.sampled_from([config for config in EVERY if isinstance(config, hint)])
     return {bool: st.booleans(), str: st.text(max_size=9), int: st.integers(), type(None): st.none()}[hint]
 
 
@@ -141,6 +146,10 @@ def bad(hint: Any) -> st.SearchStrategy[Any]:
     if typing.get_origin(base) is tuple:
         entry = typing.get_args(base)[0]
         found = found | st.tuples(good(entry), bad(entry))
+    if typing.get_origin(base) is dict:
+        key, entry = typing.get_args(base)
+        keys = bad(key).filter(lambda value: not isinstance(value, list))
+        found = found | st.dictionaries(good(key), bad(entry), min_size=1) | st.dictionaries(keys, good(entry), min_size=1)
     return found.filter(lambda value: not allowed(value, hint))
 
 
@@ -154,7 +163,7 @@ def test_a_config_within_its_ranges_survives_json(data: st.DataObject) -> None:
     except SettingError:  # of several settings together
         return
     assert getattr(made, name) == value
-    assert from_dict(type(config), json.loads(json.dumps(to_dict(made)))) == made
+    assert restored(made) == made
 
 
 @given(st.data())
@@ -270,6 +279,8 @@ def test_a_command_names_its_option(words: list[str], message: str) -> None:
 def test_settings_that_do_not_go_together() -> None:
     recipe = RECIPES["digits"](0)
     network, lmm = recipe.teacher.network, recipe.students["lmm"]
+    lines = lmm.phases["reconstruction"].objective
+    assert isinstance(lines, LinesMatchingConfig)
     with pytest.raises(
         SettingError, match=r"img_resolution is 28; expected a multiple of 8, since channel_mult \(1, 2, 2, 2\)"
     ):
@@ -285,34 +296,51 @@ def test_settings_that_do_not_go_together() -> None:
     with pytest.raises(SettingError, match="count is 200001; expected at most 200,000, which is 100,000 shards of 2"):
         PairsConfig(count=200_001, shard_size=2)
     with pytest.raises(SettingError, match=r"steps is \(0, 18\); expected indices below num_steps, 18"):
-        replace(lmm, adversarial=replace(lmm.adversarial, steps=(0, 18)))
-    left_out = replace(lmm, adversarial=replace(lmm.adversarial, steps=(0, 18), iterations=0))
-    assert left_out.num_steps == 18
+        replace(lines, steps=(0, 18))
+    assert replace(lines, steps=(0, 18), num_steps=19).steps == (0, 18)
+    for line, rule in (("ve", "line"), ("lerp", "same_noise")):
+        with pytest.raises(SettingError, match=f"rule is '{rule}'; expected a rule that follows the line '{line}'"):
+            replace(lines, line=line, rule=rule)
+        assert replace(lines, line=line, rule="fresh_noise").line == line
+    assert replace(lines, line="ve", rule="same_noise").rule == "same_noise"
+    for distance in ("lpips", "lpips_avg", "johnson"):
+        with pytest.raises(SettingError, match="resize is 15; expected 16 or more, for VGG16"):
+            replace(lines, distance=distance, resize=15)
+        assert replace(lines, distance=distance, resize=16).resize == 16
+    assert replace(lines, distance="probe", resize=15).resize == 15
+    phase = lmm.phases["adversarial"]
+    for name in ("best", "checkpoints", "samples", "tensorboard", "ema-50"):
+        with pytest.raises(
+            SettingError, match=r"phases is .* expected other names than best, checkpoints, samples, tensorboard"
+        ):
+            replace(lmm, phases={name: phase})
+    assert list(replace(lmm, phases={"ema": phase}).phases) == ["ema"]
     with pytest.raises(SettingError, match=r"ema_half_lives is .* expected values that differ"):
         replace(lmm, ema_half_lives=(693.0, 693.0000001))
     with pytest.raises(SettingError, match="expected the lower bound, then the upper one"):
         SweepConfig(learning_rates=(1e-3, 1e-4))
-    with pytest.raises(SettingError, match=r"LmmConfig\.name is 'lmm'; expected 'other'"):
+    with pytest.raises(SettingError, match=r"StudentConfig\.name is 'lmm'; expected 'other'"):
         replace(recipe, students={"other": lmm})
 
 
 def test_partial_changes_in_python_pass() -> None:
     recipe = RECIPES["digits"](0)
     lmm = recipe.students["lmm"]
-    none = replace(lmm.reconstruction, iterations=0)
-    assert replace(lmm, reconstruction=none, adversarial=none).name == "lmm"  # what runs is train_lmm.py's to ask
-    assert replace(lmm, num_steps=1).num_steps == 1
+    none = replace(lmm.phases["reconstruction"], iterations=0)
+    assert replace(lmm, phases={"reconstruction": none}).name == "lmm"  # what runs is train_lmm.py's to ask
+    assert replace(lmm, phases={}).running == {}
+    assert replace(none, objective=DistillationConfig(num_steps=1)).objective.sampling().num_steps == 1
     assert replace(recipe, images=ImagesConfig(resolution=32, channels=3)).images.channels == 3
     assert from_dict(PairsConfig, {"count": 5, "shard_size": 2}) == PairsConfig(count=5, shard_size=2)
     with pytest.raises(SettingError, match="solver is 'euler'; expected 'heun' or 'calibrated'"):
         from_dict(PairsConfig, {"count": 5, "shard_size": 2, "solver": "euler"})
     with pytest.raises(SettingError, match="rule is 'other'"):
         FewStep(num_steps=18, rule="other")  # pyright: ignore[reportArgumentType]
-    with pytest.raises(SettingError, match=r"LmmConfig\.precision is 'fp64'"):
+    with pytest.raises(SettingError, match=r"StudentConfig\.precision is 'fp64'"):
         replace(lmm, precision="fp64")
     assert issubclass(SettingError, BeelineError)
     assert not issubclass(SettingError, ValueError)  # tyro would print it in a box, with status 2
-    assert isinstance(lmm, LmmConfig)
+    assert isinstance(lmm, StudentConfig)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -367,6 +368,7 @@ def test_every_command_exists_and_takes_its_options(monkeypatch: pytest.MonkeyPa
     seen = [*commands(r"python (?=(?:pipeline|trainers|evaluation|cluster)/)")]
     for words in seen:
         with monkeypatch.context() as patch:
+            patch.setenv("BEELINE_RECIPE", "digits")  # jobs have the head's
             parse_command(words, patch)
     assert {words[1] for words in seen} == STAGES
     for _, _, *arguments in commands(r"python (?=/home/ray/beeline/cluster/spot_notice)"):
@@ -388,16 +390,18 @@ def test_ray_knows_its_options(ray_cluster: dict[str, Any]) -> None:
 # A head on this machine -----------------------------------------------------------------------------------------------------
 
 
-def test_a_local_head_takes_jobs_with_the_token(tmp_path: Path) -> None:
-    dashboard, metrics = free_port(), free_port()
+def test_a_local_head_takes_jobs_with_the_token(trained: Path, tmp_path: Path) -> None:
+    dashboard, metrics, workspace = free_port(), free_port(), tmp_path / "ws"
+    shutil.copytree(trained, workspace, ignore=shutil.ignore_patterns("pairs"))
     inherited = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-    environment = inherited | {"HOME": str(tmp_path), "PORT": str(free_port()), "WORKSPACE": "s3://bucket/here"}
+    environment = inherited | {"HOME": str(tmp_path), "PORT": str(free_port()), "PYTHONPATH": f"{ROOT}:{ROOT}/tests"}
+    environment |= {"BEELINE_RECIPE": "own_method:tiny", "BEELINE_WORKSPACE": str(workspace)}
     environment |= {"DASHBOARD_PORT": str(dashboard), "METRICS_PORT": str(metrics)}
     log = tmp_path / "log"
     with open(log, "wb") as out:
         process = subprocess.Popen(
             [
-                ROOT / "cluster/local.sh", "--num-cpus=1", "--object-store-memory=80000000", "--min-worker-port=21000",
+                ROOT / "cluster/local.sh", "--num-cpus=4", "--object-store-memory=80000000", "--min-worker-port=21000",
                 "--max-worker-port=21100", f"--ray-client-server-port={free_port()}",
             ],
             cwd=tmp_path, env=environment, stdout=out, stderr=subprocess.STDOUT,
@@ -411,17 +415,15 @@ def test_a_local_head_takes_jobs_with_the_token(tmp_path: Path) -> None:
             urllib.request.urlopen(f"http://127.0.0.1:{dashboard}/api/jobs/", timeout=30)
         token = tmp_path / ".ray/auth_token"
         assert token.stat().st_mode & 0o077 == 0, "others can read the token"
-        program = "import os; print('ran in', os.getcwd(), 'for', os.environ['WORKSPACE'])"
+        # Without a working directory of its own a job has that of `ray start`, and its environment: jobs.yaml relies on both.
         done = subprocess.run(
-            [
-                str(Path(sys.executable).parent / "ray"), "job", "submit", f"--address=http://127.0.0.1:{dashboard}",
-                "--", sys.executable, "-c", program,
-            ],
-            cwd=tmp_path, env=environment | {"RAY_AUTH_MODE": "token"}, capture_output=True, text=True, timeout=120,
+            [Path(sys.executable).parent / "ray", "job", "submit", "--", "python", "pipeline/gen_pairs.py"],
+            cwd=tmp_path, env=environment | {"RAY_AUTH_MODE": "token", "RAY_ADDRESS": f"http://127.0.0.1:{dashboard}"},
+            capture_output=True, text=True, timeout=240,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
-        # Without a working directory of its own a job has that of `ray start`, and its environment: jobs.yaml relies on both.
-        assert f"ran in {ROOT} for s3://bucket/here" in done.stdout
+        assert "pairs: 100 of 100 pairs" in done.stdout
+        assert len(list((workspace / "pairs").glob("part-*.parquet"))) == 2
         with urllib.request.urlopen(f"http://127.0.0.1:{metrics}/metrics", timeout=30) as answer:
             assert b"ray_" in answer.read()
         family = psutil.Process(process.pid).children(recursive=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import io
 import json
@@ -18,6 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from harness import ROOT, Head, free_port, wait_for
+from methods import ConsistencyConfig, MatchingConfig
 from ray.core.generated.autoscaler_pb2 import ClusterConfig  # pyright: ignore[reportAttributeAccessIssue]
 from s3 import forget
 from torch.utils.flop_counter import FlopCounterMode
@@ -26,8 +28,8 @@ from beeline.checkpoint import build, dump
 from beeline.config import PairsConfig, Recipe
 from beeline.errors import BeelineError
 from beeline.learner import Learner
-from beeline.objectives import Batch, Setting
-from beeline.objectives.lmm import LinesMatching
+from beeline.objectives import Batch, Context
+from beeline.objectives.lmm import LinesMatchingConfig
 from beeline.recipes import cifar10, digits
 from cluster import counting, nodes, readiness, speeds
 from cluster.contents import store_bytes
@@ -80,33 +82,70 @@ def test_the_cifar10_network_is_counted_exactly() -> None:
 
 def test_a_step_without_data_counts_as_a_real_one() -> None:
     recipe = digits()
-    lmm, network = recipe.students["lmm"], recipe.teacher.network
+    phase, network = recipe.main.phases["adversarial"], recipe.teacher.network
+    assert isinstance(phase.objective, LinesMatchingConfig)
     torch.manual_seed(0)
-    student = Learner(build(network), lmm.adversarial.optimizer)
+    model = build(network)
+    student = Learner(model, phase.optimizer)
     probe = counting._probe(recipe.probe.losses, 1).eval().requires_grad_(False)
-    setting = Setting(config=lmm, phase=lmm.adversarial, image_shape=(1, 8, 8), num_classes=10, features={"probe": probe})
-    objective = LinesMatching(setting)
+    features = {"probe": probe}
+    context = Context(image_shape=(1, 8, 8), num_classes=10, models={}, features=features, average=copy.deepcopy(model))
+    objective = phase.objective.build(context)
     assert objective.critic is not None
-    critic = Learner(objective.critic, lmm.discriminator.optimizer)
+    critic = Learner(objective.critic, phase.objective.discriminator.optimizer)
     x, labels = torch.rand(4, 1, 8, 8), torch.eye(10)[:4]
-    batch = Batch(noise=x, x1=x, labels=labels, real=x, real_labels=labels)
+    batch = Batch(size=4, step=0, total=1, noise=x, x1=x, labels=labels, real=x, real_labels=labels)
     with FlopCounterMode(display=False) as counter:
         objective.backward(student, critic, batch, torch.Generator())
-    found = counting.of_phase(network, recipe.probe.losses, lmm, lmm.adversarial)
+    found = counting.of_phase(network, recipe.probe.losses, phase.objective)
     assert found.flops == counter.get_total_flops() / 4
-    assert found.trained_steps == (0,)
     state = sum(tensor.numel() * 4 for tensor in objective.critic.state_dict().values())
     assert state < found.critic_bytes < 3 * state + 1
+    assert found.state_bytes == 0
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_what_an_objective_keeps_is_counted(weighted: bool) -> None:
+    """A target network once, a learned weighting with the two moments of its optimiser."""
+    recipe = digits()
+    found = counting.of_phase(recipe.teacher.network, recipe.probe.losses, ConsistencyConfig(weighted=weighted))
+    assert found.critic_bytes == 0
+    assert found.state_bytes == counting.weight_bytes(recipe.teacher.network) + 4 + 2 * 4 * weighted
+    assert found.flops > 0
+
+
+def test_steps_of_all_turns_are_counted() -> None:
+    """The student's, and the critic's four times as often, with no more in the batch than is asked for."""
+    network, probe = digits().teacher.network, digits().probe.losses
+    always, never, often = (counting.of_phase(network, probe, MatchingConfig(every=every)) for every in (1, 10_000, 5))
+    assert always.critic_bytes == often.critic_bytes > counting.weight_bytes(network)
+    assert never.flops > 0
+    assert min(always.flops, never.flops) < often.flops < max(always.flops, never.flops)
+
+
+def test_phases_by_any_name_and_number_are_planned(on_gpus: Recipe, tmp_path: Path) -> None:
+    """A third phase adds its own work, and one that is left out none."""
+    l2 = on_gpus.students["l2"]
+    (phase,) = l2.phases.values()
+    phases = {f"phase-{k}": replace(phase, iterations=count) for k, count in enumerate((100, 0, 200, 300))}
+    found = row(
+        planned(replace(on_gpus, students=on_gpus.students | {"l2": replace(l2, phases=phases)}), tmp_path), "students/l2"
+    )
+    before = row(planned(on_gpus, tmp_path), "students/l2")
+    assert found.work == "600 iterations of 128"
+    assert found.flops == pytest.approx(600 / phase.iterations * before.flops)
+    assert found.stored_bytes - before.stored_bytes >= 2 * counting.weight_bytes(on_gpus.teacher.network)
 
 
 @pytest.mark.parametrize("factor", [2, 5])
 def test_work_grows_with_the_recipe(factor: int, on_gpus: Recipe, tmp_path: Path) -> None:
     l2, pairs = on_gpus.students["l2"], on_gpus.pairs
-    phase = replace(l2.reconstruction, iterations=factor * l2.reconstruction.iterations)
+    (phase,) = l2.phases.values()
+    phases = {"reconstruction": replace(phase, iterations=factor * phase.iterations)}
     larger = replace(
         on_gpus,
         pairs=replace(pairs, count=factor * pairs.count),
-        students=on_gpus.students | {"l2": replace(l2, reconstruction=phase)},
+        students=on_gpus.students | {"l2": replace(l2, phases=phases)},
         evaluate=replace(on_gpus.evaluate, draws=factor * on_gpus.evaluate.draws),
     )
     before, after = planned(on_gpus, tmp_path), planned(larger, tmp_path)
@@ -115,6 +154,14 @@ def test_work_grows_with_the_recipe(factor: int, on_gpus: Recipe, tmp_path: Path
     assert row(after, "students/l2").flops == pytest.approx(factor * row(before, "students/l2").flops)
     assert row(after, "evaluation").passing_bytes == pytest.approx(factor * row(before, "evaluation").passing_bytes)
     assert row(after, "teacher") == row(before, "teacher")
+
+
+def test_a_student_without_phases_is_refused(tmp_path: Path) -> None:
+    recipe = digits()
+    sot = recipe.students["sot"]
+    phases = {name: replace(phase, iterations=0) for name, phase in sot.phases.items()}
+    with pytest.raises(BeelineError, match="student 'sot' needs at least one phase with iterations above 0"):
+        estimate(str(tmp_path), replace(recipe, students=recipe.students | {"sot": replace(sot, phases=phases)}))
 
 
 def test_gpus_share_the_pairs_and_students_wait_for_theirs(on_gpus: Recipe, tmp_path: Path) -> None:

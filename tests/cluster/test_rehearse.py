@@ -192,7 +192,10 @@ def test_only_counts_are_smaller(name: str) -> None:
             "num_steps",
         )
     }
-    assert all(student.num_steps == real.students[key].num_steps for key, student in on_cpu.students.items())
+    for key, student in on_cpu.students.items():
+        assert list(student.running) == list(real.students[key].running)
+        for name, phase in student.phases.items():
+            assert phase.objective == real.students[key].phases[name].objective
     assert {on_cpu.teacher.workers.gpus, on_cpu.probe.gpus, on_cpu.pairs.gpus, on_cpu.sweep.gpus} == {0}
 
 

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from harness import TINY_PAIRS, TINY_TEACHER, Head, Run
+from harness import LINES, TINY_PAIRS, TINY_TEACHER, Head, Run
 
 TINY = [
     *TINY_TEACHER, *TINY_PAIRS,
     "--probe.iterations", "150",
-    "--students.lmm.reconstruction.iterations", "12", "--students.lmm.adversarial.iterations", "6",
-    "--students.l2.reconstruction.iterations", "6", "--students.sot.adversarial.iterations", "6",
-    "--students.kd.reconstruction.iterations", "6", "--students.rf.reconstruction.iterations", "6",
+    "--students.lmm.phases.reconstruction.iterations", "12", "--students.lmm.phases.adversarial.iterations", "6",
+    "--students.l2.phases.reconstruction.iterations", "6", "--students.sot.phases.adversarial.iterations", "6",
+    "--students.kd.phases.distillation.iterations", "6", "--students.rf.phases.flow.iterations", "6",
     "--sweep.iterations", "4",
     "--evaluate.count", "100", "--evaluate.draws", "2", "--evaluate.nfe", "15", "3",
 ]  # fmt: skip
@@ -47,8 +47,12 @@ def test_the_layout_of_the_workspace(made: Path) -> None:
         distance = [row for row in metrics["rows"] if row["metric"] == "fd_probe_100"]
         assert [(row["n"], len(row["draws"])) for row in distance] == [(100, 2)] * len(metrics["order"])
         assert metrics["provenance"]["model_sha256"]
-    metrics = json.loads((made / "evaluation/students/lmm/reconstruction/metrics.json").read_text())
-    assert [row["label"] for row in metrics["order"]] == ["0", "0,8", "0,6,12"]
+    for name in ("lmm/reconstruction", "l2", "rf"):  # they take any level
+        metrics = json.loads((made / f"evaluation/students/{name}/metrics.json").read_text())
+        assert [row["label"] for row in metrics["order"]] == ["0", "0,8", "0,6,12"]
+    for name in ("lmm", "sot", "kd"):
+        metrics = json.loads((made / f"evaluation/students/{name}/metrics.json").read_text())
+        assert [row["label"] for row in metrics["order"]] == ["0"]
     assert not list(made.rglob("*.tmp"))
 
 
@@ -84,7 +88,7 @@ def test_run_again_it_returns_at_once(run: Run, made: Path) -> None:
         (["pipeline/ingest_images.py"], "images: already complete"),
         (["trainers/train_probe.py", "--probe.iterations", "150"], "probe: already complete"),
         (["trainers/train_teacher.py", *TINY_TEACHER, "--teacher.workers.count", "1"], "teacher: already complete"),
-        (["trainers/train_lmm.py", "--student", "l2", "--lmm.reconstruction.iterations", "6"], "students/l2: already complete"),
+        (["trainers/train_lmm.py", "--student", "l2", f"{LINES}.iterations", "6"], "students/l2: already complete"),
         (["trainers/sweep_lmm.py", "--sweep.iterations", "4"], "sweeps/sot: already complete"),
         (["evaluation/evaluate.py", "--count", "100", "--draws", "2", "--nfe", "2"], "teacher, euler 2: NFE 2, fd_probe_100"),
         (["evaluation/report.py"], "report: "),

@@ -21,7 +21,7 @@ from cluster.grafana.dashboard import FILE, dashboard
 
 # Ray writes these for machines with a GPU alone. That it would is checked against Ray's own tables.
 OF_GPUS = {"ray_node_gpus_utilization", "ray_node_gram_used", "ray_node_gram_available"}
-STUDENT = (*TINY_LMM, "--lmm.workers.count", "1", "--lmm.validate-every", "40", "--lmm.validate-count", "100")
+STUDENT = (*TINY_LMM, "--student.workers.count", "1", "--student.validate-every", "40", "--student.validate-count", "100")
 SWEEP = (
     *STUDENT, "--sweep.trials", "1", "--sweep.iterations", "4", "--sweep.rungs", "1", "--sweep.schedules", "0",
     "--evaluate.count", "100", "--evaluate.draws", "1",

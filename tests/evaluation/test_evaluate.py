@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from harness import ROOT, Head, Run, wait_for
+from harness import ADVERSARIAL, LINES, ROOT, Head, Run, wait_for
 from PIL import Image
 
 import beeline
@@ -24,15 +24,16 @@ from beeline.arrays import pack, unpack
 from beeline.checkpoint import build, dump
 from beeline.config import EvaluateConfig, NetworkConfig
 from beeline.errors import BeelineError
+from beeline.few_step import FewStep, parse_steps
 from beeline.frechet import Moments, Statistics, frechet_distance
-from beeline.measuring import Inception, quantised
-from beeline.samplers import FewStep
+from beeline.measuring import Inception
+from beeline.pixels import quantised
 from beeline.weights import dump_backbone
 from evaluation import results
 from evaluation.evaluate import Measurement
 from evaluation.jobs import Bench, Judge, RealImages, Samples, Setup
 from evaluation.reference import FEATURES, STATISTICS, groups, merge_reference, reference_folder
-from evaluation.rows import parse_steps, teacher_row
+from evaluation.rows import teacher_row
 from pipeline.shards import encode, shard_name
 from pipeline.sheet import GAP, sheet_png
 from pipeline.stage import Stage
@@ -156,9 +157,9 @@ def test_rows_add_up(run: Run, workspace: Path, undisturbed: Path) -> None:
 
 def test_students_are_measured_at_any_steps_they_know(run: Run, workspace: Path) -> None:
     run(
-        "trainers/train_lmm.py", "digits", "--workspace", workspace, "--lmm.name", "brief", "--lmm.num-steps", "6",
-        "--lmm.reconstruction.iterations", "40", "--lmm.reconstruction.steps", "0", "2", "--lmm.adversarial.iterations", "0",
-        "--lmm.batch-size", "16", "--lmm.ema-half-lives", "5", "0.2",
+        "trainers/train_lmm.py", "digits", "--workspace", workspace, "--student.name", "brief",
+        f"{LINES}.iterations", "40", f"{LINES}.objective.num-steps", "6", f"{LINES}.objective.steps", "0", "2",
+        f"{ADVERSARIAL}.iterations", "0", "--student.batch-size", "16", "--student.ema-half-lives", "5", "0.2",
     )  # fmt: skip
     command = ("evaluation/evaluate.py", "digits", "--workspace", workspace, *SMALL, "--model")
     refused = run(*command, "students/brief", "--steps", "0,1", ok=False)

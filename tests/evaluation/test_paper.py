@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import pytest
 from measured import DIGITS, FRESH, ONE, TEACHER_WAYS, TWO, made
 
+from beeline.objectives.lmm import LinesMatchingConfig
 from beeline.recipes import RECIPES
 from evaluation import paper
 from evaluation.explain import explain
@@ -71,8 +72,12 @@ def test_other_networks_than_the_papers_are_not_beside_it() -> None:
     ]
     (theirs,) = paper.tables("cifar10", models, metric)
     assert {cell.ours for cell in cells(theirs).values()} == {"—"}
-    probing = dataclasses.replace(students["lmm"].discriminator, networks=("probe",))
-    mixed = dataclasses.replace(RECIPES["cifar10"](0).students["lmm"], discriminator=probing)
+    published = RECIPES["cifar10"](0).students["lmm"]
+    phase = published.phases["adversarial"]
+    assert isinstance(phase.objective, LinesMatchingConfig)
+    probing = dataclasses.replace(phase.objective.discriminator, networks=("probe",))
+    phase = dataclasses.replace(phase, objective=dataclasses.replace(phase.objective, discriminator=probing))
+    mixed = dataclasses.replace(published, phases=published.phases | {"adversarial": phase})
     (theirs,) = paper.tables("cifar10", [models[0], made(name, [ONE], [metric], mixed)], metric)
     assert {cell.ours for cell in cells(theirs).values()} == {"—"}
     (own,) = paper.tables("cifar10_small", models, metric)

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from browser import Page, browser, find
 from measured import FRESH, ONE, TEACHER_WAYS, TWO, finished, measure, trained, with_pairs, with_sweep
+from methods import JumpConfig
 from PIL import Image
 
 from beeline.errors import BeelineError
@@ -39,7 +40,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     finished(place, "images", {"images": images}, {}, images=1797)
     finished(place, "teacher", {"teacher": {}}, {"train.jsonl": b'{"step": 9, "loss": 0.5, "seconds": 7}'}, images_seen=900)
     for name in ("lmm", "l2", "kd"):
-        trained(place, name, recipe.students[name])
+        trained(place, name, recipe.students[name], loss="distillation" if name == "kd" else "lines")
     measure(place, "teacher", TEACHER_WAYS)
     for name in ("lmm", "l2", "kd", ODD):
         measure(place, f"students/{name}", [ONE])
@@ -167,6 +168,23 @@ def test_a_teacher_and_one_student_are_enough(tmp_path: Path) -> None:
     assert "actor-seconds" not in page.text
     assert "5.125" in page.text
     assert "No student with the paper's ingredients is measured in fid_50k" in " ".join(page.text.split())
+
+
+def test_a_method_of_ones_own_is_shown(tmp_path: Path) -> None:
+    """Whatever its figures are called, and in three phases."""
+    place, kd = Folder(str(tmp_path)), RECIPES["digits"](0).students["kd"]
+    (phase,) = kd.phases.values()
+    own = dataclasses.replace(phase, objective=JumpConfig())
+    phases = {"first": phase, "left-out": dataclasses.replace(own, iterations=0), "own": own, "last": own}
+    trained(place, "own", dataclasses.replace(kd, name="own", phases=phases), loss="lines")
+    measure(place, "teacher", TEACHER_WAYS)
+    measure(place, "students/own", [ONE])
+    measure(place, "students/own/first", [ONE])
+    report(str(tmp_path), "digits")
+    text = " ".join(Parsed((tmp_path / "report.html").read_text()).text.split())
+    assert "jumps to level 0" in text
+    assert "end points alone: knowledge distillation, L2" in text  # after its first phase
+    assert "300 + 300 + 300" in text
 
 
 def test_models_that_were_measured_otherwise_are_named(tmp_path: Path) -> None:

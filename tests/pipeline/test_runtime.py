@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 import ray.exceptions
-from harness import LOOPBACK, ROOT, Head, Run, files, free_port, listening, wait_for
+from harness import LINES, LOOPBACK, ROOT, Head, Run, files, free_port, listening, wait_for
 
 from beeline.entry import SIGNALS
 from beeline.errors import BeelineError, StorageError
@@ -141,8 +141,8 @@ def test_a_ray_of_our_own_keeps_to_loopback_and_ends_with_its_command(trained: P
 @pytest.mark.parametrize(
     ("script", "number", "worker", "settings"),
     [
-        ("trainers/train_lmm.py", signal.SIGINT, "RayTrainWorker", ["--lmm.reconstruction.iterations", "100000"]),
-        ("trainers/train_lmm.py", signal.SIGKILL, "RayTrainWorker", ["--lmm.reconstruction.iterations", "100000"]),
+        ("trainers/train_lmm.py", signal.SIGINT, "RayTrainWorker", [f"{LINES}.iterations", "100000"]),
+        ("trainers/train_lmm.py", signal.SIGKILL, "RayTrainWorker", [f"{LINES}.iterations", "100000"]),
         ("trainers/sweep_lmm.py", signal.SIGTERM, "Trial(", ["--sweep.iterations", "100000"]),
     ],
     ids=["training", "killed training", "sweep"],

@@ -18,6 +18,7 @@ import torch
 from beeline.errors import StorageError
 from pipeline.storage import Folder
 from trainers import checkpoints, loop
+from trainers.log import read_log
 
 FLIPS = int(os.environ.get("BEELINE_FLIPS", "300"))  # bits that are flipped in each test of them
 
@@ -25,7 +26,7 @@ FLIPS = int(os.environ.get("BEELINE_FLIPS", "300"))  # bits that are flipped in 
 class Model:
     """A task whose state is a tensor, and what the steps have added to it."""
 
-    name, images_per_step, iterations = "model", 1, 6
+    name, images_per_step, iterations, phase_ends = "model", 1, 6, (6,)
 
     def __init__(self, session: loop.Session, key: str = "weight") -> None:
         self.session, self.key = session, key
@@ -125,8 +126,8 @@ def saved(value: Any) -> bytes:
         (lambda f: forge(f, 5, "model.pt", saved({"model": 1})[:-40]), "is damaged"),
         (lambda f: forge(f, 5, "model.pt", saved({"bias": torch.zeros(3)})), "of another task (KeyError: 'weight')"),
         (lambda f: forge(f, 5, "model.pt", saved({"weight": torch.zeros(4)})), "of another task (RuntimeError"),
-        (lambda f: forge(f, 5, "loop.pt", saved({"step": 5})), "of another task (KeyError: 'since')"),
-        (lambda f: forge(f, 5, "loop.pt", saved(None)), "of another task (TypeError"),
+        (lambda f: forge(f, 5, "loop.pt", saved({"step": 5})), "of another task (ValueError: it lacks 'done')"),
+        (lambda f: forge(f, 5, "loop.pt", saved(None)), "of another task (ValueError: it is None; expected an object)"),
     ],
 )
 def test_what_does_not_fit_is_said_and_the_one_before_is_taken(
@@ -166,7 +167,7 @@ def test_strangers_and_a_cut_log_do_not_stop_a_run(folder: Folder, capsys: pytes
     tasks = trained(folder)
     assert "train.jsonl is damaged after row 3" in capsys.readouterr().out
     assert tasks[-1].weight.tolist() == [15.0] * 3
-    assert [row["step"] for row in loop.read_log(folder)] == [1, 2, 3, 6]
+    assert [row["step"] for row in read_log(folder)] == [1, 2, 3, 6]
 
 
 def of_a_gpu(state: Any) -> bytes:

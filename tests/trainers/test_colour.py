@@ -8,14 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from harness import Run
+from harness import ADVERSARIAL, LINES, Run
 from PIL import Image
 
 import beeline
 from beeline.backbones import BACKBONES, build_backbone
 from beeline.weights import dump_backbone
 from pipeline.storage import Folder
-from trainers.loop import read_log
+from trainers.log import read_log
 
 ON_A_CPU = ["--teacher.workers.gpus", "0", "--teacher.workers.count", "1"]
 TEACHER = [
@@ -27,10 +27,11 @@ PAIRS = [
     "--pairs.cpus", "0.5", "--pairs.max-actors", "1",
 ]  # fmt: skip
 STUDENT = [
-    "--lmm.reconstruction.iterations", "2", "--lmm.adversarial.iterations", "2", "--lmm.batch-size", "4",
-    "--lmm.num-steps", "3", "--lmm.adversarial.resize", "64", "--lmm.discriminator.resize", "128",
-    "--lmm.no-compiled", "--lmm.accumulate", "2",
-    "--lmm.workers.gpus", "0", "--lmm.workers.count", "1", "--lmm.log-every", "1", "--lmm.validate-every", "2",
+    f"{LINES}.iterations", "2", f"{LINES}.objective.num-steps", "3",
+    f"{ADVERSARIAL}.iterations", "2", f"{ADVERSARIAL}.objective.num-steps", "3", f"{ADVERSARIAL}.objective.resize", "64",
+    f"{ADVERSARIAL}.objective.discriminator.resize", "128",
+    "--student.batch-size", "4", "--student.no-compiled", "--student.accumulate", "2",
+    "--student.workers.gpus", "0", "--student.workers.count", "1", "--student.log-every", "1", "--student.validate-every", "2",
 ]  # fmt: skip
 
 

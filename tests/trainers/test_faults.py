@@ -17,14 +17,14 @@ from s3 import Fault, FaultProxy
 
 from pipeline.storage import Folder
 from trainers import checkpoints
-from trainers.loop import read_log
+from trainers.log import read_log
 
 KD = [
     "--student", "kd",
-    "--lmm.reconstruction.iterations", "600",
-    "--lmm.batch-size", "16",
-    "--lmm.checkpoint-every", "100",
-    "--lmm.log-every", "50",
+    "--student.phases.distillation.iterations", "600",
+    "--student.batch-size", "16",
+    "--student.checkpoint-every", "100",
+    "--student.log-every", "50",
     *TWO_RANKS,
 ]  # fmt: skip
 # Ray's own patience, shortened: between looks for machines that leave, and before it goes on with fewer.
@@ -118,7 +118,7 @@ def test_a_machine_that_leaves_with_notice_costs_no_step(
 def test_training_goes_on_with_fewer_machines(head: Head, cluster: Cluster, trained: Path, tmp_path: Path) -> None:
     workspace = tmp_path / "ws"
     shutil.copytree(trained, workspace)
-    process = begin(head, cluster, workspace, "--lmm.workers.min-count", "1")
+    process = begin(head, cluster, workspace, "--student.workers.min-count", "1")
     cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)
     output = process.communicate(timeout=400)[0].decode()
     assert process.returncode == 0, output[-4000:]
@@ -131,9 +131,9 @@ def test_weights_that_diverge_end_the_run_with_one_message(run: Run, trained: Pa
     workspace = tmp_path / "ws"
     shutil.copytree(trained, workspace)
     done = run(
-        "trainers/train_lmm.py", "digits", "--workspace", workspace, "--student", "kd", "--lmm.batch-size", "16",
-        "--lmm.reconstruction.iterations", "300", "--lmm.reconstruction.optimizer.lr", "1e30",
-        "--lmm.reconstruction.optimizer.warmup", "0", ok=False,
+        "trainers/train_lmm.py", "digits", "--workspace", workspace, "--student", "kd", "--student.batch-size", "16",
+        "--student.phases.distillation.iterations", "300", "--student.phases.distillation.optimizer.lr", "1e30",
+        "--student.phases.distillation.optimizer.warmup", "0", ok=False,
     )  # fmt: skip
     assert re.search("^error: kd: the gradients of 100 steps in a row", done.stderr, re.MULTILINE)
     assert done.stderr.count("error: ") == 1

@@ -8,10 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from harness import ROOT, TINY_LMM, TINY_TEACHER, TWO_RANKS, Head, Run, files, wait_for
+from harness import LINES, ROOT, TINY_LMM, TINY_TEACHER, TWO_RANKS, Head, Run, files, wait_for
 
 from pipeline.storage import Folder
-from trainers.loop import read_log
+from trainers.log import read_log
 
 
 def kill_a_rank_after(head: Head, command: list[str], folder: Path, checkpoints: list[int]) -> None:
@@ -69,8 +69,8 @@ def test_the_student_starts_from_the_teachers_weights(run: Run, trained: Path, t
     workspace = tmp_path / "ws"
     shutil.copytree(trained, workspace)
     run(
-        "trainers/train_lmm.py", "digits", "--workspace", workspace, "--student", "l2", "--lmm.reconstruction.iterations", "1",
-        "--lmm.reconstruction.optimizer.lr", "1e-12", "--lmm.num-steps", "6",
+        "trainers/train_lmm.py", "digits", "--workspace", workspace, "--student", "l2", f"{LINES}.iterations", "1",
+        f"{LINES}.optimizer.lr", "1e-12", f"{LINES}.objective.num-steps", "6",
     )  # fmt: skip
     student, teacher = (load((workspace / name / "model.safetensors").read_bytes()) for name in ("students/l2", "teacher"))
     assert student.keys() == teacher.keys()

@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
-from harness import ROOT, TINY_LMM, Head, Run, wait_for
+from harness import ADVERSARIAL, LINES, ROOT, TINY_LMM, Head, Run, wait_for
 from hypothesis import given
 from hypothesis import strategies as st
 from ray.tune.schedulers import TrialScheduler
@@ -35,8 +35,8 @@ SMALL = [
 @pytest.fixture(scope="module")
 def workspace(run: Run, trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     copy = Path(shutil.copytree(trained, tmp_path_factory.mktemp("sweep") / "ws"))
-    student = (*TINY_LMM, "--lmm.reconstruction.iterations", "10", "--lmm.adversarial.iterations", "0")
-    run("trainers/train_lmm.py", "digits", "--workspace", copy, *student, "--lmm.workers.count", "1")
+    student = (*TINY_LMM, f"{LINES}.iterations", "10", f"{ADVERSARIAL}.iterations", "0")
+    run("trainers/train_lmm.py", "digits", "--workspace", copy, *student, "--student.workers.count", "1")
     return copy
 
 
@@ -82,9 +82,10 @@ def test_what_is_tried_reaches_the_workers(workspace: Path) -> None:
             continue
         model = beeline.load(folder / f"trials/{row['trial']:04d}")
         trained = json.loads((folder / f"trials/{row['trial']:04d}/config.json").read_text())["about"]["trained"]
-        assert trained["adversarial"]["optimizer"]["lr"] == row["lr"]
-        assert trained["discriminator"]["optimizer"]["lr"] == row["critic_lr"]
-        assert trained["adversarial"]["adversarial_weight"] == row["adversarial_weight"]
+        (phase,) = trained["phases"].values()
+        assert phase["optimizer"]["lr"] == row["lr"]
+        assert phase["objective"]["discriminator"]["optimizer"]["lr"] == row["critic_lr"]
+        assert phase["objective"]["adversarial_weight"] == row["adversarial_weight"]
         assert trained["ema_half_lives"] == [row["ema_half_life"]]
         assert model.few_step is not None
         assert model.few_step.trained_steps == tuple(map(int, row["steps"].split(",")))

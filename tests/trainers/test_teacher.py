@@ -9,7 +9,7 @@ from harness import TINY_TEACHER, Run
 
 import beeline
 from pipeline.storage import Folder
-from trainers.loop import read_log
+from trainers.log import read_log
 
 
 def test_augmentation_bf16_and_accumulation(run: Run, trained: Path, tmp_path: Path) -> None:

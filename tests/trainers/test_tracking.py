@@ -27,7 +27,7 @@ from trainers.tracking import check_trackers, open_trackers, tensorboard_events
 
 EVENTS = "tensorboard/events.out.tfevents.0000000000.beeline"
 MISSING = "an optional dependency is not installed: pip install --editable '.[tracking]'"
-CONFIG = {"lmm": {"batch_size": 16, "optimizer": {"lr": 1e-3, "betas": [0.9, 0.999]}, "note": "x" * 9000}, "images": None}
+CONFIG = {"student": {"batch_size": 16, "optimizer": {"lr": 1e-3, "betas": [0.9, 0.999]}, "note": "x" * 9000}, "images": None}
 
 
 def row(step: int) -> dict[str, Any]:
@@ -168,10 +168,10 @@ def test_mlflow_gets_every_row_once_over_a_restart(store: Path, capsys: pytest.C
     assert points == {key: values[:5] for key, values in EXPECTED.items()}
     assert (run.info.run_name, run.info.status) == ("lmm", "RUNNING")
     assert run.data.params == {
-        "lmm.batch_size": "16",
-        "lmm.optimizer.lr": "0.001",
-        "lmm.optimizer.betas": "[0.9, 0.999]",
-        "lmm.note": "x" * 500,
+        "student.batch_size": "16",
+        "student.optimizer.lr": "0.001",
+        "student.optimizer.betas": "[0.9, 0.999]",
+        "student.note": "x" * 500,
         "images": "None",
     }
     # Killed after step 25, resumed from a checkpoint at 15; some resources were changed, which the config shows.
@@ -380,7 +380,7 @@ def test_wandb_gets_every_row_once_over_a_restart(server: Wandb, monkeypatch: py
     wait_for(lambda: len(server.history) == 5, 60, "W&B to send the rows")
     kill(process)
     assert server.config
-    assert json.loads(server.config)["lmm"]["value"] == CONFIG["lmm"]
+    assert json.loads(server.config)["student"]["value"] == CONFIG["student"]
     close(training(ROWS, resumed=True))
     assert points(server) == ROWS
 

@@ -1,0 +1,112 @@
+"""The log of a training, train.jsonl: a row every so many steps, with the means of the figures since the row before.
+
+A row holds `step`, the objective's figures, `grad_norm`, `skipped` (steps so far whose gradients were not finite),
+`images_per_s`, `data_wait` (share of the time), `peak_mb` and `seconds` (since this run started or resumed); a student's also
+`phase`, the number of the phase, from 0.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from pipeline.reader import ShardReader
+from pipeline.records import LOG
+from pipeline.storage import Folder
+from trainers.checkpoints import State
+from trainers.tracking import tensorboard_events
+
+EVENTS = "tensorboard/events.out.tfevents.0000000000.beeline"
+Figures = dict[str, Any]
+
+
+class Log:
+    """The rows so far, and the figures since the last one. A figure's mean is over the steps that had it."""
+
+    def __init__(self, readers: Sequence[ShardReader], device: torch.device, images_per_step: int) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self.done = self.skipped = self.skipped_in_a_row = 0
+        self._readers, self._device, self._images_per_step = readers, device, images_per_step
+        self._sums, self._counts = dict[str, Any](), dict[str, int]()
+        self._began = time.monotonic()
+        self.start_row()
+
+    def add(self, figures: Figures) -> None:
+        """Count a step. "skipped" is 1 for gradients that are not finite."""
+        bad = int(figures.pop("skipped"))
+        self.done += 1
+        self.skipped, self.skipped_in_a_row = self.skipped + bad, self.skipped_in_a_row + 1 if bad else 0
+        for key, value in figures.items():
+            self._sums[key] = self._sums.get(key, 0.0) + value
+            self._counts[key] = self._counts.get(key, 0) + 1
+
+    def end_row(self) -> None:
+        """Append a row of the steps since the last one."""
+        now = time.monotonic()
+        means = {key: float(value) / self._counts[key] for key, value in self._sums.items()}
+        row = {"step": self.done, **means, "skipped": self.skipped}
+        row["images_per_s"] = self._images_per_step * (self.done - self._timed_from) / (now - self._row_began)
+        row["data_wait"] = (self._waited() - self._waited_before) / (now - self._row_began)
+        row["peak_mb"] = peak_memory(self._device)
+        row["seconds"] = now - self._began
+        self.rows.append(row)
+        self._sums, self._counts = {}, {}
+
+    def start_row(self) -> None:
+        """Time the next row from now on."""
+        self._row_began, self._timed_from, self._waited_before = time.monotonic(), self.done, self._waited()
+
+    def state_dict(self) -> State:
+        """What a checkpoint holds of the log, beside its rows, as plain Python."""
+        return {
+            "done": self.done,
+            "sums": {key: float(value) for key, value in self._sums.items()},
+            "counts": dict(self._counts),
+            "skipped": self.skipped,
+            "skipped_in_a_row": self.skipped_in_a_row,
+        }
+
+    def restore(self, state: State, folder: Folder) -> None:
+        """Go on from `state_dict`, with the rows of <folder>/train.jsonl up to it."""
+        self.done = state["done"]
+        self._sums, self._counts = dict(state["sums"]), dict(state["counts"])
+        self.skipped, self.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
+        self.rows = [row for row in read_log(folder) if row["step"] <= self.done]
+        self.start_row()
+
+    def _waited(self) -> float:
+        return sum(reader.waited for reader in self._readers)
+
+
+def peak_memory(device: torch.device) -> float:
+    """The most memory that this process has held so far, in MB: the GPU's, or its own."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def read_log(folder: Folder) -> list[dict[str, Any]]:
+    """The rows of train.jsonl, [] where there is none. Of a file that was cut or damaged the rows before that, with a line."""
+    rows: list[dict[str, Any]] = []
+    try:
+        for line in folder.read(LOG).splitlines():
+            row = json.loads(line)
+            if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+                raise ValueError("not a row with a step")
+            rows.append(row)
+    except FileNotFoundError:
+        return []
+    except ValueError as error:
+        print(f"{folder}/{LOG} is damaged after row {len(rows)} ({error}); later rows are left out", flush=True)
+    return rows
+
+
+def write_log(folder: Folder, rows: Sequence[dict[str, Any]]) -> None:
+    """Publish train.jsonl, and TensorBoard's file, whole: object storage cannot append."""
+    folder.write(LOG, "".join(json.dumps(row) + "\n" for row in rows).encode())
+    folder.write(EVENTS, tensorboard_events(rows))
