@@ -54,8 +54,8 @@ def rate(
 
     start = torch.zeros_like(levels)
     with _forward_mode(denoiser):
-        value, tangent = torch.func.jvp(at, (x, start), (velocity, torch.ones_like(start)))
-    return value, tangent
+        found = torch.func.jvp(at, (x, start), (velocity, torch.ones_like(start)))
+    return found[0], found[1]
 
 
 def _scaled(levels: torch.Tensor, by: float) -> torch.Tensor:

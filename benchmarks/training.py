@@ -141,7 +141,7 @@ class Step:
             distance(self.lines, self.context)(x1.clone().requires_grad_(), x1).mean().backward()
 
         found = {"student": student, "distance": loss, "optimisers and averages": self.update}
-        critic, own = self.critic, self.objective.critic
+        critic, own = self.critic, self.objective.discriminator
         if critic is None or own is None:
             return found
 

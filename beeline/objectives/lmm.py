@@ -122,16 +122,14 @@ class LinesMatchingConfig(ObjectiveConfig):
 class LinesMatching(Objective):
     """A step of lines matching."""
 
-    critic: Discriminator | None
-
     def __init__(self, config: LinesMatchingConfig, context: Context) -> None:
         self.config = config
         self._distance = distance(config, context)
-        self.critic = None
+        self.discriminator: Discriminator | None = None
         if config.adversarial_weight:
             settings = config.discriminator
             self.critic_optimizer = settings.optimizer
-            self.critic = Discriminator(
+            self.discriminator = Discriminator(
                 {name: None if name == SCRATCH else context.features[name] for name in settings.networks},
                 image_shape=context.image_shape,
                 num_classes=context.num_classes,
@@ -139,6 +137,7 @@ class LinesMatching(Objective):
                 side=settings.resize,
                 width=settings.width,
             )
+        self.critic = self.discriminator
 
     def backward(
         self, student: Learner, critic: Learner | None, batch: Batch, generator: torch.Generator
@@ -156,9 +155,9 @@ class LinesMatching(Objective):
             (batch.weight * loss).backward()
             return {"lines": loss.detach()}
 
-        assert self.critic is not None
+        assert self.discriminator is not None
         with critic.autocast():
-            fake = self.critic.look(images, generator)
+            fake = self.discriminator.look(images, generator)
         fooling = adversarial.hinge_generator(critic.frozen(fake, batch.labels))
         gradient, balance = adversarial.balanced_gradient(
             images, loss, fooling, last_layer(student.model), config.adversarial_weight
@@ -168,7 +167,7 @@ class LinesMatching(Objective):
         assert batch.real is not None
         real_images = mirrored(batch.real, generator) if config.discriminator.mirror else batch.real
         with critic.autocast(), torch.no_grad():
-            real = self.critic.look(real_images, generator)
+            real = self.discriminator.look(real_images, generator)
         of_fake = critic([[part.detach() for part in look] for look in fake], batch.labels)
         of_real = critic(real, batch.real_labels)
         loss_of_critic = adversarial.hinge_discriminator(of_real, of_fake)
