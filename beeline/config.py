@@ -57,7 +57,7 @@ RESERVED = (
     *("best", "checkpoints", "samples", "tensorboard"),
     *("config.json", "model.safetensors", "plan.json", "train.jsonl", "_SUCCESS"),
 )
-"""What a student's folder holds, and so what no phase may be called."""
+"""Names that a student's folder already uses. No phase may have one of them."""
 T = TypeVar("T")
 
 
@@ -312,7 +312,7 @@ class PhaseConfig(Settings):
     """0 leaves the phase out."""
     optimizer: OptimizerConfig
     objective: ObjectiveConfig
-    """What a step computes: the settings of a method (beeline/objectives)."""
+    """The settings of a method (beeline/objectives), which compute the gradients of a step."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -332,7 +332,7 @@ class StudentConfig(Settings):
     """Limit of a half-life as a share of the iterations so far, so that an average forgets its start (EDM: 0.05). 0 keeps the
     decay constant, as the paper does."""
     phase_switch: Literal["continue", "restart"] = "continue"
-    """What a later phase starts from. "continue": the weights and the optimiser's moments as they are, as in CTM's code,
+    """Start of a later phase. "continue": the weights and the optimiser's moments as they are, as in CTM's code,
     where the adversarial term joins a running training. "restart": the averaged weights, with a new optimiser."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """"bf16": student and critic train under autocast, frozen networks are bf16. Weights, averages, losses: float32."""
@@ -372,11 +372,11 @@ class StudentConfig(Settings):
 
     @property
     def iterations(self) -> int:
-        """Of all phases."""
+        """Total steps of all phases."""
         return sum(phase.iterations for phase in self.phases.values())
 
     def needs(self) -> Needs:
-        """What the phases need together."""
+        """The combined needs of all phases that run."""
         return functools.reduce(operator.or_, (phase.objective.needs() for phase in self.running.values()), Needs())
 
     def record(self, phase: str) -> dict[str, Any]:
@@ -385,8 +385,8 @@ class StudentConfig(Settings):
         return {"method": self.phases[phase].objective.about(), "phase": phase, "trained": trained}
 
     def models(self) -> dict[str, PhaseConfig]:
-        """The models that training publishes, but for averages and the best, by folder: the last is the student itself. With
-        the phase that made each."""
+        """The published models by folder, each with the phase that made it. The last is the student itself; other averages and
+        the best validation are left out."""
         folder, running = f"students/{self.name}", list(self.running.items())
         last = {folder: running[-1][1]} if running else {}
         return {f"{folder}/{name}": phase for name, phase in running[:-1]} | last

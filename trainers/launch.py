@@ -91,8 +91,8 @@ class _Trainer(ray.train.torch.TorchTrainer):
     def _register_sigint_handler(self, controller: Any) -> None: ...
 
     def _create_default_callbacks(self) -> list[RayTrainCallback]:
-        # Without the cleaner of placement groups. It is a detached actor that stays for ever once the driver is killed (Ray
-        # 2.60 calls exit_actor in a thread, which ends the thread alone), and groups end with their job anyway.
+        # Ray's cleaner of placement groups is a detached actor. In Ray 2.60 it never ends once the driver is killed, because it
+        # calls exit_actor in a thread. Leave it out: placement groups end with their job.
         return [each for each in super()._create_default_callbacks() if not isinstance(each, PlacementGroupCleanerCallback)]
 
 

@@ -62,7 +62,7 @@ class Log:
         self._row_began, self._timed_from, self._waited_before = time.monotonic(), self.done, self._waited()
 
     def state_dict(self) -> State:
-        """What a checkpoint holds of the log, beside its rows, as plain Python."""
+        """The counters and open sums for a checkpoint, as plain Python. The rows themselves are in train.jsonl."""
         return {
             "done": self.done,
             "sums": {key: float(value) for key, value in self._sums.items()},
@@ -72,7 +72,7 @@ class Log:
         }
 
     def restore(self, state: State, folder: Folder) -> None:
-        """Go on from `state_dict`, with the rows of <folder>/train.jsonl up to it."""
+        """Continue from `state_dict`, with the rows of <folder>/train.jsonl up to it."""
         self.done = state["done"]
         self._sums, self._counts = dict(state["sums"]), dict(state["counts"])
         self.skipped, self.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
@@ -84,14 +84,14 @@ class Log:
 
 
 def peak_memory(device: torch.device) -> float:
-    """The most memory that this process has held so far, in MB: the GPU's, or its own."""
+    """Peak memory of this process so far, in MB: GPU memory on a GPU, else resident memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def read_log(folder: Folder) -> list[dict[str, Any]]:
-    """The rows of train.jsonl, [] where there is none. Of a file that was cut or damaged the rows before that, with a line."""
+    """The rows of train.jsonl; [] where there is none. A damaged file gives the rows before the damage and prints a line."""
     rows: list[dict[str, Any]] = []
     try:
         for line in folder.read(LOG).splitlines():

@@ -59,7 +59,7 @@ def train_probes(workspace: str, recipe: tyro.conf.Suppress[str], probe: ProbeCo
     check_room("probe", 1, cpus=1, gpus=probe.gpus)
     try:
         files, accuracies = _train_both(place, probe, images)
-    except Exception:
+    except Exception:  # nothing is kept of a failed training: free the folder for other settings
         stage.withdraw()
         raise
     for which in PROBES:

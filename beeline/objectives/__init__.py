@@ -43,7 +43,7 @@ class Needs:
     """A student whose network takes a second noise level, `to`."""
 
     def __or__(self, other: Needs) -> Needs:
-        """What two phases need together."""
+        """The combined needs of two phases."""
         return Needs(
             pairs=self.pairs or other.pairs,
             images=self.images or other.images,
