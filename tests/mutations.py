@@ -20,6 +20,7 @@ import resource
 import struct
 import sys
 import tempfile
+import threading
 import typing
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -192,11 +193,12 @@ FORBIDDEN = {
 OWN = (sys.prefix, sys.base_prefix, os.path.dirname(os.__file__), str(Path(__file__).parent.parent))
 WRITING = {"os.remove", "os.rename", "os.rmdir", "os.mkdir"}  # what commands do that write a result
 _seen: list[str] | None = None  # what the hook has noticed; None while nobody watches
+_thread = 0  # the thread that reads; other threads of the tests' process (Ray's, a server's) may do what they like
 _hooked = False
 
 
 def _hook(event: str, arguments: tuple[Any, ...]) -> None:
-    if _seen is None:
+    if _seen is None or threading.get_ident() != _thread:
         return
     if event in FORBIDDEN:
         _seen.append(f"{event} {arguments!r:.200}")
@@ -227,11 +229,11 @@ def _code(event: str, arguments: tuple[Any, ...]) -> None:
 @contextlib.contextmanager
 def watched(writes: bool = False) -> Iterator[None]:
     """Fail if what is done inside runs code, starts processes, connects or, unless it `writes`, opens a file for writing."""
-    global _seen, _hooked
+    global _seen, _thread, _hooked
     if not _hooked:
         sys.addaudithook(_hook)
         _hooked = True
-    _seen = []
+    _seen, _thread = [], threading.get_ident()
     try:
         yield
         seen = [one for one in _seen if not (writes and one.split()[0] in ("open", *WRITING))]
