@@ -27,15 +27,15 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 
-from beeline.adams import CORRECTOR, PREDICTOR, adams
-from beeline.arrays import spread
 from beeline.checkpoint import SOLVER, WEIGHTS, load
 from beeline.denoiser import Denoiser
 from beeline.entry import run_main
 from beeline.errors import BeelineError, plain
+from beeline.files.arrays import spread
+from beeline.files.places import local_path
 from beeline.noise import stream, stream_seed, x0
-from beeline.places import local_path
-from beeline.samplers import batches, evaluations, solve
+from beeline.sampling.adams import CORRECTOR, PREDICTOR, adams
+from beeline.sampling.samplers import batches, evaluations, solve
 from beeline.schedule import SIGMA_MAX, SIGMA_MIN
 from beeline.settings import MAX_STEPS, Range, Seed, Size, Some, Steps, Whole, check
 

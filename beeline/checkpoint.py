@@ -17,15 +17,15 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from beeline.adams import check_levels
-from beeline.blueprint import Shapes, mismatch, shapes_of
 from beeline.config import NetworkConfig, ProbeNetworkConfig, from_dict, to_dict
 from beeline.denoiser import Denoiser
 from beeline.errors import BeelineError, plain, reading
-from beeline.features import Probe
-from beeline.few_step import FewStep
+from beeline.features.probe import Probe
+from beeline.networks.blueprint import Shapes, mismatch, shapes_of
 from beeline.networks.dhariwal import DhariwalUNet
 from beeline.networks.songunet import SongUNet
+from beeline.sampling.adams import check_levels
+from beeline.sampling.few_step import FewStep
 
 FORMAT = 1
 MAX_LEVELS = 10_000  # of a student's schedule

@@ -7,37 +7,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import is_fake
-from torch.nn import functional as F
 
+from beeline.labels import as_one_hot
 from beeline.schedule import SIGMA_MIN
 
 if TYPE_CHECKING:
     from beeline.config import NetworkConfig
-    from beeline.few_step import FewStep
-
-
-def as_one_hot(labels: torch.Tensor | None, num_classes: int, batch: int, device: torch.device) -> torch.Tensor | None:
-    """Labels as float32 one-hot (B, K): class indices (B,) are expanded, one-hot passes, None stays None.
-
-    Raises ValueError for a conditional model without labels, an unconditional one with labels, or a wrong class count.
-    """
-    if num_classes == 0:
-        if labels is not None:
-            raise ValueError("labels were given to an unconditional model; pass labels=None")
-        return None
-    if labels is None:
-        raise ValueError(f"the model is conditional on {num_classes} classes; pass labels of shape (B,) or (B, K)")
-    if labels.ndim == 1:
-        labels = F.one_hot(labels.to(device=device, dtype=torch.int64), num_classes)
-    if labels.shape != (batch, num_classes):
-        raise ValueError(f"labels have shape {tuple(labels.shape)}; expected ({batch},) or ({batch}, {num_classes})")
-    return labels.to(device=device, dtype=torch.float32)
+    from beeline.sampling.few_step import FewStep
 
 
 class Denoiser(nn.Module):
@@ -110,25 +91,3 @@ class Denoiser(nn.Module):
         inputs = (x / total, c_noise, one_hot, augment_labels)
         raw = self.model(*inputs, self._c_noise_of(to, sigma, len(x))) if self.takes_second_level else self.model(*inputs)
         return c_skip * x + c_out * raw.to(torch.float32)
-
-
-def edm_loss(
-    denoiser: Callable[..., torch.Tensor],
-    images: torch.Tensor,
-    labels: torch.Tensor | None,
-    generator: torch.Generator | None = None,
-    augment_labels: torch.Tensor | None = None,
-    p_mean: float = -1.2,
-    p_std: float = 1.2,
-) -> torch.Tensor:
-    """EDM's training loss, averaged over pixels and batch: ln sigma ~ N(p_mean, p_std^2), weight
-    (sigma^2 + sigma_data^2) / (sigma sigma_data)^2 (Karras et al. 2022, eq. 2 and Table 1).
-
-    `images` (B, C, H, W) in [-1, 1], augmented as `augment_labels` (B, A) say; the draws come from `generator` (torch's
-    global one if None).
-    """
-    normal = torch.randn(len(images), 1, 1, 1, device=images.device, generator=generator)
-    sigma = (normal * p_std + p_mean).exp()
-    noise = torch.randn(images.shape, device=images.device, generator=generator) * sigma
-    weight = (sigma**2 + Denoiser.sigma_data**2) / (sigma * Denoiser.sigma_data) ** 2
-    return (weight * (denoiser(images + noise, sigma.flatten(), labels, augment_labels) - images) ** 2).mean()

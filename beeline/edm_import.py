@@ -2,7 +2,7 @@
 
     python -m beeline.edm_import edm-cifar10-32x32-cond-vp.pkl --out runs/cifar10/teacher
 
-The file is read as records of plain data (beeline.edm_pickle). The architecture comes from the recorded constructor
+The file is read as records of plain data (beeline.files.edm_pickle). The architecture comes from the recorded constructor
 arguments, the weights from the recorded state; the names of both are those of beeline's own networks.
 
 A file may say anything. Before a network is built, the names and shapes of its tensors are compared with those in the file,
@@ -26,11 +26,11 @@ from typing import Any
 from beeline.checkpoint import CONFIG, WEIGHTS, build, dump, layers_of, misfit, write_model
 from beeline.config import NetworkConfig, from_dict
 from beeline.denoiser import Denoiser
-from beeline.edm_pickle import Record, named, read, shown, tensors_of
 from beeline.entry import run_main
 from beeline.errors import BeelineError, reading
-from beeline.filetypes import checked_file, torch_names
-from beeline.places import local_path
+from beeline.files.edm_pickle import Record, named, read, shown, tensors_of
+from beeline.files.filetypes import checked_file, torch_names
+from beeline.files.places import local_path
 
 MAX_LIST = 64  # entries of a constructor's argument, such as channel_mult
 EXPECTED = "a network as EDM releases it, such as edm-cifar10-32x32-cond-vp.pkl"

@@ -25,11 +25,6 @@ def x0(seed: int, indices: Iterable[int], shape: Sequence[int]) -> np.ndarray:
     return np.stack(rows) if rows else np.empty((0, *shape), np.float32)
 
 
-def pair_labels(indices: Sequence[int], num_classes: int) -> np.ndarray:
-    """Class of each pair, int32 (n,): index mod num_classes, so that classes are balanced; -1 for no classes."""
-    return np.asarray(indices, np.int64).astype(np.int32) % num_classes if num_classes else np.full(len(indices), -1, np.int32)
-
-
 def crc32(noise: np.ndarray) -> int:
     """CRC-32 of an array's bytes: what a shard records of its x0, so that a reader can tell that it remade the same."""
     return zlib.crc32(np.ascontiguousarray(noise).tobytes())

@@ -32,13 +32,13 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from beeline.backbones import BACKBONES, VGG16, TimmBackbone, build_backbone
-from beeline.blueprint import Shapes, mismatch, shapes_of
 from beeline.checkpoint import CONFIG, FORMAT, WEIGHTS, write_model
 from beeline.entry import run_main
 from beeline.errors import BeelineError, reading, reason
-from beeline.measuring import MEASURING, DinoV2, Inception, build_measuring
-from beeline.places import local_path
+from beeline.features.backbones import BACKBONES, VGG16, TimmBackbone, build_backbone
+from beeline.features.measuring import MEASURING, DinoV2, Inception, build_measuring
+from beeline.files.places import local_path
+from beeline.networks.blueprint import Shapes, mismatch, shapes_of
 
 Network = VGG16 | TimmBackbone | Inception | DinoV2
 
@@ -257,7 +257,7 @@ def load_backbone(files: Mapping[str, bytes], where: str) -> VGG16 | TimmBackbon
 
 
 def load_measuring(files: Mapping[str, bytes], where: str) -> Inception | DinoV2:
-    """As `load_backbone`, for the networks of beeline.measuring."""
+    """As `load_backbone`, for the networks of beeline.features.measuring."""
     made = _restored(files, where, MEASURING)
     assert isinstance(made, Inception | DinoV2)
     return made

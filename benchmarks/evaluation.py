@@ -23,10 +23,10 @@ import numpy as np
 import torch
 
 from beeline.config import EvaluateConfig
-from beeline.frechet import Statistics, frechet_distance
-from beeline.measures import Reference, counted, measures
-from beeline.measuring import Eye, Inception
-from beeline.torchvision_shim import import_torchvision
+from beeline.features.measuring import Eye, Inception
+from beeline.features.torchvision_shim import import_torchvision
+from beeline.metrics.frechet import Statistics, frechet_distance
+from beeline.metrics.measures import Reference, counted, measures
 from beeline.weights import dump_backbone
 from benchmarks.machine import describe, synchronize, write
 from evaluation.jobs import Bench, RealImages, Setup

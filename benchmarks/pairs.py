@@ -31,7 +31,8 @@ from torch import nn
 from beeline.checkpoint import build
 from beeline.config import PairsConfig, PoolConfig
 from beeline.denoiser import Denoiser
-from beeline.noise import pair_labels, x0
+from beeline.labels import pair_labels
+from beeline.noise import x0
 from beeline.recipes import digits
 from benchmarks.machine import describe, write
 from pipeline.gen_pairs import PairShards, make_pairs, plan_of

@@ -1,4 +1,4 @@
-"""Sampling speed of each policy (beeline/inference.py) against the plain path, and what it does to the images.
+"""Sampling speed of each policy (beeline/sampling/inference.py) against the plain path, and what it does to the images.
 
     python -m benchmarks.sampling                                  # EDM's CIFAR-10 network, random weights
     python -m benchmarks.sampling --model runs/digits/teacher      # a trained network: what precision really costs
@@ -24,9 +24,9 @@ import beeline
 from beeline.checkpoint import build
 from beeline.config import NetworkConfig
 from beeline.denoiser import Denoiser
-from beeline.inference import DTYPES, prepare
 from beeline.networks.layers import UNetBlock
-from beeline.samplers import solve
+from beeline.sampling.inference import DTYPES, prepare
+from beeline.sampling.samplers import solve
 from beeline.schedule import edm_sigmas
 from benchmarks.machine import ceilings, describe, describe_model, timed, write
 

@@ -20,17 +20,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from beeline import adversarial
-from beeline.backbones import BACKBONES, build_backbone
 from beeline.checkpoint import build
 from beeline.config import PhaseConfig, StudentConfig
-from beeline.denoiser import Denoiser, as_one_hot
+from beeline.denoiser import Denoiser
 from beeline.features import FeatureNetwork, Frozen
-from beeline.inference import DTYPES
-from beeline.learner import Learner, compile_trunk, ema_update
-from beeline.objectives import Batch, Context
+from beeline.features.backbones import BACKBONES, build_backbone
+from beeline.labels import as_one_hot
+from beeline.objectives import Batch, Context, adversarial
+from beeline.objectives.ema import ema_update
+from beeline.objectives.learner import Learner, compile_trunk
 from beeline.objectives.lmm import LinesMatching, LinesMatchingConfig, distance
 from beeline.recipes import cifar10
+from beeline.sampling.inference import DTYPES
 from benchmarks.machine import describe, describe_model, timed, write
 from benchmarks.sampling import CIFAR10, plain
 

@@ -4,8 +4,8 @@
     python cluster/estimate.py cifar10 --gpus 8 --gpu h200 --pairs.count 200000 --teacher import
     python cluster/estimate.py cifar10 --workspace s3://bucket/cifar10 --check
 
-Operations are counted by running the recipe's own code on tensors without data (cluster/counting.py). Speeds are measured
-where anybody has measured them, in the workspace first, and assumed where nobody has (cluster/speeds.py); each says which.
+Operations are counted by running the recipe's own code on tensors without data (planning/counting.py). Speeds are measured
+where anybody has measured them, in the workspace first, and assumed where nobody has (planning/speeds.py); each says which.
 What the workspace holds already is not counted again. Nothing is started, and nothing is written but the probe of --check.
 """
 
@@ -28,11 +28,11 @@ from beeline.config import Recipe
 from beeline.errors import BeelineError
 from beeline.settings import MAX_PROCESSES, MAX_THREADS, Amount, Range
 from beeline.settings import check as check_value
-from cluster import speeds
-from cluster.readiness import access, check_all, report
-from cluster.speeds import CPU, Measured, Speed
-from cluster.stages import Job, Stage, stages
-from cluster.workspace import Workspace
+from cluster.planning import speeds
+from cluster.planning.readiness import access, check_all, report
+from cluster.planning.speeds import CPU, Measured, Speed
+from cluster.planning.stages import Job, Stage, stages
+from cluster.planning.workspace import Workspace
 from pipeline.command import run_command
 from pipeline.storage import Folder
 from trainers.student import check_phases

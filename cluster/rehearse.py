@@ -33,14 +33,14 @@ from beeline.checkpoint import WEIGHTS
 from beeline.config import Recipe
 from beeline.errors import BeelineError
 from beeline.machine import describe
-from cluster import substitutes
-from cluster.memory import Memory
-from cluster.nodes import Surroundings, look_at_cluster, needs
-from cluster.outcome import Outcome, reason, text, with_figures
-from cluster.readiness import room
-from cluster.shrink import CPU_BATCH, shrunk, verification
+from cluster.planning.nodes import Surroundings, look_at_cluster, needs
+from cluster.planning.readiness import room
+from cluster.planning.workspace import RECORD, REHEARSAL, Workspace
+from cluster.rehearsal import substitutes
+from cluster.rehearsal.memory import Memory
+from cluster.rehearsal.outcome import Outcome, reason, text, with_figures
+from cluster.rehearsal.shrink import CPU_BATCH, shrunk, verification
 from cluster.steps import Step, check_recipe, evaluation, made_by, models, steps
-from cluster.workspace import RECORD, REHEARSAL, Workspace
 from pipeline.command import run_command
 from pipeline.runtime import ensure_ray
 from pipeline.stage import SUCCESS

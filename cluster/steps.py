@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 from beeline.config import PhaseConfig, Recipe, StudentConfig
 from beeline.errors import BeelineError
-from beeline.few_step import parse_steps
-from beeline.measuring import PROBES
+from beeline.features.measuring import PROBES
+from beeline.sampling.few_step import parse_steps
 from beeline.settings import Range, check
 from evaluation.evaluate import measure
 from evaluation.report import report

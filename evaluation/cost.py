@@ -12,10 +12,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from beeline.errors import reading
-from beeline.layout import check_layout
+from beeline.files.layout import check_layout
 from beeline.objectives.lmm import DISTANCES
-from evaluation.figures import Chart, Series, chart
 from evaluation.models import LINES, TEACHER, Model, phases_of
+from evaluation.page.charts import Chart, Series, chart
 from pipeline.manifest import read_manifest
 from pipeline.records import LOG, SUCCESS, plan_in, success_in
 from pipeline.storage import Folder

@@ -4,7 +4,7 @@
     python evaluation/evaluate.py digits --model students/lmm students/l2 --steps 0
     python evaluation/evaluate.py cifar10 --model students/lmm/reconstruction --steps 0 0,1 0,1,2 0,3,5 0,1,3,5
 
-What figures there are, and their names, is in beeline/measures.py. Averages of a student's weights are models of their own
+What figures there are, and their names, is in measures.py. Averages of a student's weights are models of their own
 (students/lmm/ema-200). Class labels match those of the real images. Rows add up from call to call. The same numbers come
 out, to the last bit, for any number of actors, after any number of kills.
 """
@@ -27,8 +27,8 @@ import tyro
 
 from beeline.config import EvaluateConfig, to_dict
 from beeline.errors import BeelineError
-from beeline.frechet import Moments
-from beeline.measuring import PROBES
+from beeline.features.measuring import PROBES
+from beeline.metrics.frechet import Moments
 from beeline.settings import ModelPath, Some, check
 from evaluation import results
 from evaluation.jobs import (
@@ -49,7 +49,7 @@ from evaluation.jobs import (
 )
 from evaluation.reference import KEPT, check_reference, groups, merge_reference, reference, reference_folder
 from evaluation.rows import Row, rows_for
-from pipeline import metrics
+from pipeline import prometheus
 from pipeline.command import run_command
 from pipeline.pool import run_pool
 from pipeline.progress import Progress
@@ -164,7 +164,7 @@ class Measurement:
         folder.clean()
         published = (results.metrics_in(folder) or {"rows": []})["rows"]
         for row in published:
-            metrics.gauge("evaluation_figure", row["mean"], model=self.name, sampler=row["sampler"], metric=row["metric"])
+            prometheus.gauge("evaluation_figure", row["mean"], model=self.name, sampler=row["sampler"], metric=row["metric"])
         measured = {row["sampler"]: row["nfe"] for row in published}
         samples = setup.config.draws * setup.count
         finish(self.stage, samples=samples * len(measured), evaluations=samples * sum(measured.values()), **seconds)

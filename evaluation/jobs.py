@@ -21,18 +21,19 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from beeline.arrays import pack, spread, unpack
 from beeline.config import EvaluateConfig, PairsConfig, from_dict
 from beeline.denoiser import Denoiser
 from beeline.errors import BeelineError, reason
-from beeline.frechet import Gaussian, Statistics
-from beeline.inference import prepare
-from beeline.measures import counted, measures
-from beeline.measuring import PROBES, Eye, Looks, MeasuringProbe
-from beeline.noise import pair_labels, x0
+from beeline.features.measuring import PROBES, Eye, Looks, MeasuringProbe
+from beeline.files.arrays import pack, spread, unpack
+from beeline.labels import pair_labels
+from beeline.metrics.frechet import Gaussian, Statistics
+from beeline.metrics.measures import counted, measures
+from beeline.metrics.straightness import straightness, trajectories
+from beeline.noise import x0
 from beeline.pixels import quantised
+from beeline.sampling.inference import prepare
 from beeline.schedule import edm_sigmas
-from beeline.straightness import straightness, trajectories
 from evaluation.reference import KEPT, arrays_in, groups, reference, reference_folder
 from evaluation.rows import Row, draw, noise_seed
 from pipeline.gen_pairs import calibrated_levels, load_sampler, make_pairs

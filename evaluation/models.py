@@ -10,7 +10,7 @@ from typing import Any
 
 from beeline.checkpoint import CONFIG
 from beeline.errors import BeelineError, reading
-from beeline.layout import check_layout
+from beeline.files.layout import check_layout
 from beeline.objectives.lmm import LinesMatchingConfig
 from evaluation.results import METRICS, again, metrics_in
 from pipeline.records import success_in

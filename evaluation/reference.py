@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from beeline.arrays import pack, unpack
 from beeline.errors import BeelineError, reading
-from beeline.frechet import Gaussian, Statistics
-from beeline.measures import Reference
+from beeline.files.arrays import pack, unpack
+from beeline.metrics.frechet import Gaussian, Statistics
+from beeline.metrics.measures import Reference
 from pipeline.shards import shard_count
 from pipeline.storage import Folder
 

@@ -28,12 +28,13 @@ from markupsafe import Markup, escape
 
 from beeline.checkpoint import CONFIG
 from beeline.errors import BeelineError, reading
-from beeline.layout import check_layout
-from beeline.measures import rises
-from evaluation import cost, models, paper, strips
-from evaluation.explain import explain
-from evaluation.figures import GLYPHS, Chart, Series, chart, colour
+from beeline.files.layout import check_layout
+from beeline.metrics.measures import rises
+from evaluation import cost, models
 from evaluation.models import DIVERSITY, TEACHER, Figure, Model
+from evaluation.page import paper, strips
+from evaluation.page.charts import GLYPHS, Chart, Series, chart, colour
+from evaluation.page.explain import explain
 from evaluation.results import NEAREST, SAMPLES
 from evaluation.sweeps import sweeps
 from pipeline.command import run_command
@@ -63,7 +64,7 @@ def report(workspace: str, recipe: tyro.conf.Suppress[str]) -> None:
     pairs, (trainings, losses) = cost.pairs_cost(place), cost.trainings(place, found)
     best, teacher = _best(found[1:], main), _best(found[:1], main)
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "page"),
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     environment.filters["breaking"] = _breaking

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from beeline.errors import BeelineError, reading
-from beeline.layout import check_layout
-from beeline.measures import nearest
-from beeline.measuring import RESIZES
+from beeline.features.measuring import RESIZES
+from beeline.files.layout import check_layout
+from beeline.metrics.measures import nearest
 from evaluation.jobs import Fidelity, Judge, Lines, Setup, Sheet
 from evaluation.reference import arrays_in, reference
 from evaluation.rows import Row, noise_seed, slug_of

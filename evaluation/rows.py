@@ -11,9 +11,9 @@ import torch
 from beeline.config import EvaluateConfig
 from beeline.denoiser import Denoiser
 from beeline.errors import BeelineError
-from beeline.few_step import RuleName, parse_steps
 from beeline.noise import stream_seed
-from beeline.samplers import Solver, batches, evaluations, sample
+from beeline.sampling.few_step import RuleName, parse_steps
+from beeline.sampling.samplers import Solver, batches, evaluations, sample
 
 
 @dataclasses.dataclass(frozen=True)

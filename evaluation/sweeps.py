@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from beeline.errors import reading
-from beeline.layout import check_layout
-from evaluation.figures import Chart, Series, chart
+from beeline.files.layout import check_layout
 from evaluation.models import number
+from evaluation.page.charts import Chart, Series, chart
 from pipeline.manifest import rows_of
 from pipeline.records import plan_in, success_in
 from pipeline.storage import Folder

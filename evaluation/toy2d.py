@@ -3,7 +3,7 @@
 python evaluation/toy2d.py
 
 Minutes on one core, no Ray. Writes <out>/flows.png, ot_batch.png and toy2d.json, and prints the table. What the figures mean
-is said in beeline/toy.py and beeline/toy_ot.py.
+is said in evaluation/toy/flows.py and evaluation/toy/transport.py.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from PIL import Image
 
-from beeline import toy_ot
 from beeline.entry import run_main
 from beeline.errors import BeelineError
 from beeline.noise import stream_seed
 from beeline.settings import Seed, Threads, check, naming_options
-from beeline.toy import Field, ToyConfig, integrate, measure, sliced_w2, train_all
-from beeline.toy_ot import OtConfig
+from evaluation.toy import transport
+from evaluation.toy.flows import Field, ToyConfig, integrate, measure, sliced_w2, train_all
+from evaluation.toy.transport import OtConfig
 
 COLUMNS = {"late": "of it at t > 0.9", "known": "known at t = 0", "w2": "W2", "w2_one_step": "W2, one step"}
 REFERENCE = "CFM"
@@ -81,7 +81,7 @@ def toy2d(
         results[name] = {key: summary(values, toy) for key, values in measure(field, x0, real, toy.steps).items()}
         straight = results[name]["straightness"]["all"]["mean"]
         print(f"{name}: straightness {straight:.4f}, {time.process_time() - start:.0f} s of CPU time so far", flush=True)
-    rows = toy_ot.measure_ot(ot, seed)
+    rows = transport.measure_ot(ot, seed)
     needed = needed_batches(rows, ot)
     save(draw_flows(fields, x0, real, toy), out / "flows.png", colours=32)
     save(draw_ot(rows, needed, ot), out / "ot_batch.png", colours=256)
@@ -138,8 +138,8 @@ def needed_batches(rows: list[dict[str, float]], ot: OtConfig) -> list[dict[str,
     for slope in SLOPES:
         for dim in ot.dims:
             slopes = [row["slope"] for row in rows if row["dim"] == dim]
-            predicted = toy_ot.predicted_batch(dim, slope) if dim > 1 else None
-            measured = toy_ot.batch_for(slope, ot.batches, slopes)
+            predicted = transport.predicted_batch(dim, slope) if dim > 1 else None
+            measured = transport.batch_for(slope, ot.batches, slopes)
             found.append({"slope": slope, "dim": dim, "measured": measured, "predicted": predicted})
     return found
 

@@ -18,7 +18,7 @@ import tyro
 from beeline import recipes
 from beeline.entry import run_main
 from beeline.errors import BeelineError
-from beeline.places import holds_credentials
+from beeline.files.places import holds_credentials
 from beeline.recipes import RECIPES
 from beeline.settings import naming_options
 from pipeline.runtime import RECIPE, find_user_error, shutdown

@@ -29,9 +29,10 @@ from beeline.checkpoint import SOLVER, WEIGHTS, digest_of, solver_levels
 from beeline.config import PairsConfig, to_dict
 from beeline.denoiser import Denoiser
 from beeline.errors import BeelineError
-from beeline.inference import prepare
+from beeline.labels import pair_labels
 from beeline.pixels import rounded
-from beeline.samplers import batches, evaluations, sample_from
+from beeline.sampling.inference import prepare
+from beeline.sampling.samplers import batches, evaluations, sample_from
 from beeline.schedule import edm_sigmas
 from pipeline import storage
 from pipeline.command import run_command
@@ -124,7 +125,7 @@ class PairShards:
 
     def _sample(self, rows: range) -> tuple[tuple[np.ndarray, np.ndarray, np.ndarray], dict[str, float]]:
         start = time.monotonic()
-        waited, labels = start - self._idle_since, noise.pair_labels(rows, self.teacher.label_dim)
+        waited, labels = start - self._idle_since, pair_labels(rows, self.teacher.label_dim)
         x0 = noise.x0(self.config.seed, rows, self.teacher.image_shape)
         x1 = make_pairs(self.teacher, x0, labels, self.config)
         check_images(x1, rows, self.config, self.plan["teacher_sha256"])

@@ -13,7 +13,7 @@ import ray.data
 
 from beeline.config import PoolConfig
 from beeline.errors import BeelineError
-from pipeline import metrics
+from pipeline import prometheus
 from pipeline.room import check_room
 from pipeline.runtime import ensure_ray, quiet_data
 
@@ -105,7 +105,7 @@ class _Shell:
     def _row(self, item: int) -> dict[str, Any]:
         row = self.worker.work(item)
         seconds = self._seconds()
-        metrics.count(self.name, row | {"actor_seconds": seconds, "cost": seconds / 3600 * self.price})
+        prometheus.count(self.name, row | {"actor_seconds": seconds, "cost": seconds / 3600 * self.price})
         return row | {"node": self.node}
 
     def _seconds(self) -> float:

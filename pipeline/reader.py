@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow.parquet as pq
 
-from beeline.arrays import spread
 from beeline.errors import BeelineError, StorageError
+from beeline.files.arrays import spread
 from beeline.noise import crc32, stream, x0
 from beeline.pixels import to_float
 from pipeline.shards import (

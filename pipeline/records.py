@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from beeline.errors import reading
-from beeline.layout import check_layout
+from beeline.files.layout import check_layout
 from pipeline.storage import Folder
 
 PLAN, SUCCESS, LOG = "plan.json", "_SUCCESS", "train.jsonl"
@@ -25,7 +25,7 @@ LAYOUTS: dict[str, Any] = {
 
 
 def plan_in(folder: Folder, layout: Any) -> dict[str, Any] | None:
-    """The plan in a stage's folder, None where there is none. Raises BeelineError for another layout (beeline/layout.py)."""
+    """The plan in a stage's folder, None where there is none. Raises BeelineError for another layout (files/layout.py)."""
     try:
         data = folder.read(PLAN)
     except FileNotFoundError:

@@ -23,7 +23,7 @@ from ray._private import log, ray_constants, services
 from ray._private.ray_logging import stderr_deduplicator, stdout_deduplicator
 
 from beeline.errors import BeelineError, StorageError, plain
-from beeline.places import holds_credentials
+from beeline.files.places import holds_credentials
 
 TIMEOUT = 10  # seconds that the head of a cluster has for an answer, twice
 LOOPBACK = "127.0.0.1"

@@ -13,13 +13,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from beeline import checkpoint
-from beeline.backbones import weights_of, with_pooling_of
 from beeline.checkpoint import CONFIG, WEIGHTS
 from beeline.config import NetworkConfig
 from beeline.denoiser import Denoiser
 from beeline.errors import BeelineError
-from beeline.features import FeatureNetwork, Probe
-from beeline.measuring import DinoV2, Inception
+from beeline.features import FeatureNetwork
+from beeline.features.backbones import weights_of, with_pooling_of
+from beeline.features.measuring import DinoV2, Inception
+from beeline.features.probe import Probe
 from beeline.weights import load_backbone, load_measuring
 from pipeline.records import LAYOUTS, PLAN, SUCCESS, plan_in, success_in
 from pipeline.storage import Folder

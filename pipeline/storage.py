@@ -18,7 +18,7 @@ import pyarrow.fs
 from botocore.exceptions import BotoCoreError, ClientError
 
 from beeline.errors import BeelineError, StorageError, plain, reading
-from beeline.places import resolve
+from beeline.files.places import resolve
 
 JOB_MARK = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for the entrypoint of a submitted job
 READ_ATTEMPTS = 10  # the waits double from 25 ms: half a minute in all
@@ -28,7 +28,7 @@ FAILURES = (OSError, BotoCoreError, ClientError)
 
 
 class Folder:
-    """A place for files: "runs/digits", "/data/x" or "s3://bucket/prefix" (beeline/places.py says what else is one). Picklable;
+    """A place for files: "runs/digits", "/data/x" or "s3://bucket/prefix" (places.py says what else is one). Picklable;
     `folder / "name"` is a sub-folder.
 
     Reads go through pyarrow.fs, writes through fsspec: on S3 s3fs reads at a third of pyarrow's speed, and pyarrow would

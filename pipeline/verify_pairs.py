@@ -26,7 +26,8 @@ import tyro
 from beeline import noise
 from beeline.config import PairsConfig, VerifyConfig, from_dict
 from beeline.errors import BeelineError, reading
-from beeline.noise import pair_labels, stream
+from beeline.labels import pair_labels
+from beeline.noise import stream
 from beeline.pixels import to_float
 from pipeline.command import run_command
 from pipeline.gen_pairs import CONTACT, load_sampler, make_pairs, stored

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from beeline.config import OptimizerConfig
-from beeline.few_step import FewStep
-from beeline.learner import Learner
-from beeline.lines import point
 from beeline.objectives import Batch, Context, Needs, Objective, ObjectiveConfig, Turns
-from beeline.perceptual import l2
+from beeline.objectives.learner import Learner
+from beeline.objectives.lines import point
+from beeline.objectives.perceptual import l2
+from beeline.sampling.few_step import FewStep
 from beeline.schedule import SIGMA_MAX
 from beeline.settings import ShareBelow1, Steps
 

@@ -11,12 +11,13 @@ from torch import nn
 
 from beeline.config import PhaseConfig, Recipe
 from beeline.denoiser import Denoiser
-from beeline.few_step import RULES, FewStep, Fresh, Predict
-from beeline.learner import Learner, ema_update
-from beeline.lines import point
 from beeline.objectives import Batch, Context, Needs, Objective, ObjectiveConfig
-from beeline.perceptual import l2
+from beeline.objectives.ema import ema_update
+from beeline.objectives.learner import Learner
+from beeline.objectives.lines import point
+from beeline.objectives.perceptual import l2
 from beeline.recipes import digits
+from beeline.sampling.few_step import RULES, FewStep, Fresh, Predict
 from beeline.schedule import edm_sigmas
 from beeline.settings import HalfLife, Steps
 

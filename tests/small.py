@@ -13,9 +13,9 @@ from measured import finished
 from beeline import noise
 from beeline.checkpoint import build, dump
 from beeline.config import NetworkConfig, PairsConfig, ProbeNetworkConfig
-from beeline.features import Probe
-from beeline.few_step import FewStep
-from beeline.noise import pair_labels
+from beeline.features.probe import Probe
+from beeline.labels import pair_labels
+from beeline.sampling.few_step import FewStep
 from pipeline.gen_pairs import make_pairs, plan_of
 from pipeline.shards import encode, shard_count, shard_name, shard_rows
 from pipeline.stage import PLAN, require_model

@@ -18,9 +18,7 @@ from methods import ConsistencyConfig, MatchingConfig
 
 import beeline
 from beeline import calibrate
-from beeline.arrays import unpack
-from beeline.augment import LABELS, augment
-from beeline.backbones import build_backbone
+from beeline.augmentation import LABELS, augment
 from beeline.checkpoint import build, dump
 from beeline.config import (
     EvaluateConfig,
@@ -29,21 +27,27 @@ from beeline.config import (
     StudentConfig,
     TeacherConfig,
 )
-from beeline.denoiser import Denoiser, edm_loss
-from beeline.discriminator import DiscriminatorConfig
-from beeline.features import Frozen, Probe, train_probe
-from beeline.few_step import FewStep
-from beeline.inference import prepare
-from beeline.learner import Learner, ema_update
-from beeline.measuring import Eye, MeasuringProbe, build_measuring
-from beeline.noise import pair_labels, x0
+from beeline.denoiser import Denoiser
+from beeline.features import Frozen
+from beeline.features.backbones import build_backbone
+from beeline.features.measuring import Eye, MeasuringProbe, build_measuring
+from beeline.features.probe import Probe, train_probe
+from beeline.files.arrays import unpack
+from beeline.labels import pair_labels
+from beeline.metrics.straightness import straightness, trajectories
+from beeline.noise import x0
 from beeline.objectives import Batch, Context, ObjectiveConfig
+from beeline.objectives.discriminator import DiscriminatorConfig
+from beeline.objectives.edm import edm_loss
+from beeline.objectives.ema import ema_update
 from beeline.objectives.kd import DistillationConfig
+from beeline.objectives.learner import Learner
 from beeline.objectives.lmm import LinesMatchingConfig
 from beeline.objectives.rectified_flow import RectifiedFlowConfig
-from beeline.samplers import generate, sample
+from beeline.sampling.few_step import FewStep
+from beeline.sampling.inference import prepare
+from beeline.sampling.samplers import generate, sample
 from beeline.schedule import edm_sigmas
-from beeline.straightness import straightness, trajectories
 from evaluation.jobs import HELD_OUT, Bench, Fidelity, HeldOut, Judge, Lines, RealImages, Samples, Setup, Sheet
 from evaluation.reference import merge_reference, reference_folder
 from evaluation.rows import Row, draw, teacher_row

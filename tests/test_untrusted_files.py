@@ -26,16 +26,16 @@ from mutations import CASES, mutated, mutated_json, mutated_parts, outcomes, pic
 from torch import nn
 
 from beeline import checkpoint
-from beeline.arrays import pack, unpack
-from beeline.backbones import build_backbone
 from beeline.checkpoint import CONFIG, WEIGHTS
 from beeline.config import NetworkConfig, ProbeNetworkConfig
 from beeline.edm_import import convert
 from beeline.errors import BeelineError
-from beeline.features import Probe
-from beeline.few_step import FewStep
-from beeline.frechet import Moments, Statistics
+from beeline.features.backbones import build_backbone
+from beeline.features.probe import Probe
+from beeline.files.arrays import pack, unpack
+from beeline.metrics.frechet import Moments, Statistics
 from beeline.recipes import RECIPES
+from beeline.sampling.few_step import FewStep
 from beeline.weights import dump_backbone, load_backbone, read
 from evaluation import cost, models, sweeps
 from evaluation.report import report

@@ -24,7 +24,7 @@ from ray.train.v2.api.callback import RayTrainCallback
 from beeline.config import WorkersConfig
 from beeline.errors import BeelineError, StorageError
 from beeline.numerics import set_numerics
-from pipeline import metrics
+from pipeline import prometheus
 from pipeline.room import check_room
 from pipeline.runtime import ensure_ray
 from pipeline.storage import Folder
@@ -124,7 +124,7 @@ def _rank(config: dict[str, Any]) -> bool:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     rank = context.get_world_rank()
-    trackers: list[Tracker] = [metrics.TrainingGauges(config["name"])] if rank == 0 else []
+    trackers: list[Tracker] = [prometheus.TrainingGauges(config["name"])] if rank == 0 else []
     if rank == 0 and config["tracking"]:
         trackers += open_trackers(**config["tracking"], resumed=bool(checkpoints.steps(config["folder"])))
     session = loop.Session(

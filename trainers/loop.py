@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from beeline.errors import BeelineError
-from beeline.layout import check_layout
+from beeline.files.layout import check_layout
 from beeline.noise import stream_seed
 from pipeline.reader import ShardReader
 from pipeline.storage import Folder

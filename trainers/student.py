@@ -13,14 +13,16 @@ from torch import nn
 
 from beeline.checkpoint import build, dump
 from beeline.config import OptimizerConfig, StudentConfig
-from beeline.denoiser import Denoiser, as_one_hot
+from beeline.denoiser import Denoiser
 from beeline.errors import BeelineError
 from beeline.features import Frozen
-from beeline.inference import DTYPES, prepare
-from beeline.learner import Learner, compile_trunk, ema_update
-from beeline.noise import pair_labels, stream_seed, x0
+from beeline.labels import as_one_hot, pair_labels
+from beeline.noise import stream_seed, x0
 from beeline.objectives import Batch, Context
+from beeline.objectives.ema import ema_update
+from beeline.objectives.learner import Learner, compile_trunk
 from beeline.pixels import to_float
+from beeline.sampling.inference import DTYPES, prepare
 from pipeline.stage import publish_model, require_features, require_model
 from pipeline.storage import Folder
 from trainers import loop

@@ -40,12 +40,12 @@ from ray.tune.trainable import wrap_function
 from beeline.checkpoint import CONFIG, WEIGHTS
 from beeline.config import EvaluateConfig, StudentConfig, SweepConfig, WorkersConfig, to_dict
 from beeline.errors import BeelineError, StorageError, reading
-from beeline.few_step import parse_steps
-from beeline.layout import check_layout
+from beeline.files.layout import check_layout
+from beeline.sampling.few_step import parse_steps
 from evaluation.evaluate import check_measurable, measure
 from evaluation.results import metrics_in
 from evaluation.sweeps import trials_in
-from pipeline import metrics
+from pipeline import prometheus
 from pipeline.command import run_command
 from pipeline.records import LOG, plan_in
 from pipeline.room import check_room
@@ -180,7 +180,7 @@ class _Rows(tune.Callback):
         stopped = sum(row["stopped"] for row in self.ended)
         states = {"left": len(self.tried) - len(self.ended), "stopped": stopped, "finished": len(self.ended) - stopped}
         for state, trials in states.items():
-            metrics.gauge("sweep_trials", trials, sweep=self.sweep.name, state=state)
+            prometheus.gauge("sweep_trials", trials, sweep=self.sweep.name, state=state)
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Tune tries a trial again after any error. One that only the user can mend is final; others are said."""

@@ -14,11 +14,11 @@ import ray
 import torch
 import tyro
 
-from beeline.buildable import check_probe
 from beeline.checkpoint import dump
 from beeline.config import ProbeConfig, ProbeNetworkConfig, to_dict
 from beeline.errors import BeelineError
-from beeline.features import Probe, train_probe
+from beeline.features.probe import Probe, train_probe
+from beeline.networks.buildable import check_probe
 from beeline.noise import stream_seed
 from beeline.numerics import set_numerics
 from beeline.pixels import to_float

@@ -17,15 +17,16 @@ import numpy as np
 import torch
 import tyro
 
-from beeline.augment import LABELS, augment, mirrored
-from beeline.buildable import check_network
+from beeline.augmentation import LABELS, augment, mirrored
 from beeline.checkpoint import CONFIG, build, dump
 from beeline.config import TeacherConfig, to_dict
-from beeline.denoiser import edm_loss
 from beeline.errors import BeelineError, reading
-from beeline.layout import check_layout
-from beeline.learner import Learner, ema_update
+from beeline.files.layout import check_layout
+from beeline.networks.buildable import check_network
 from beeline.noise import stream_seed
+from beeline.objectives.edm import edm_loss
+from beeline.objectives.ema import ema_update
+from beeline.objectives.learner import Learner
 from beeline.pixels import to_float
 from pipeline.command import run_command
 from pipeline.stage import Stage, check_fits, fingerprint, publish_model, require

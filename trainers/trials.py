@@ -19,12 +19,12 @@ from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 
 from beeline.config import StudentConfig, SweepConfig
 from beeline.errors import BeelineError, reading
-from beeline.few_step import parse_steps
-from beeline.layout import check_layout
+from beeline.files.layout import check_layout
 from beeline.noise import stream
 from beeline.numerics import set_numerics
 from beeline.objectives.lmm import LinesMatchingConfig
-from pipeline import metrics
+from beeline.sampling.few_step import parse_steps
+from pipeline import prometheus
 from pipeline.storage import Folder
 from trainers import checkpoints, loop
 from trainers.student import StudentTask
@@ -145,7 +145,7 @@ def run_trial(
     session = loop.Session(
         device=torch.device("cuda" if sweep.gpus else "cpu"),
         folder=place,
-        trackers=[metrics.TrainingGauges(f"sweeps/{sweep.name}/{folder_name(number)}")],
+        trackers=[prometheus.TrainingGauges(f"sweeps/{sweep.name}/{folder_name(number)}")],
     )
     every = student.checkpoint_every
     loop.train(

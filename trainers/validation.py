@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from beeline.denoiser import Denoiser
-from beeline.frechet import Statistics, frechet_distance
-from beeline.measuring import Eye, MeasuringProbe
+from beeline.features.measuring import Eye, MeasuringProbe
+from beeline.metrics.frechet import Statistics, frechet_distance
 from beeline.noise import stream_seed
 from beeline.pixels import quantised
 from evaluation.rows import Row, draw

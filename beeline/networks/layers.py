@@ -122,7 +122,7 @@ class GroupNorm(nn.GroupNorm):
     """Group normalisation with EDM's rule for the number of groups: 32, or as many as leave 4 channels in each."""
 
     contiguous = False
-    """Whether inputs are made contiguous first, as forward-mode differentiation wants it (beeline/derivative.py)."""
+    """Whether inputs are made contiguous first, as forward-mode differentiation wants it (beeline/objectives/derivative.py)."""
 
     def __init__(self, channels: int, eps: float) -> None:
         super().__init__(min(32, channels // 4), channels, eps=eps)

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from beeline.config import OptimizerConfig
     from beeline.denoiser import Denoiser
     from beeline.features import FeatureNetwork
-    from beeline.few_step import FewStep
-    from beeline.learner import Learner
+    from beeline.objectives.learner import Learner
+    from beeline.sampling.few_step import FewStep
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -11,10 +11,10 @@ import dataclasses
 
 import torch
 
-from beeline.few_step import FewStep
-from beeline.learner import Learner
 from beeline.objectives import Batch, Context, Needs, Objective, ObjectiveConfig
-from beeline.perceptual import l2
+from beeline.objectives.learner import Learner
+from beeline.objectives.perceptual import l2
+from beeline.sampling.few_step import FewStep
 from beeline.schedule import SIGMA_MAX
 from beeline.settings import Steps
 

@@ -17,15 +17,14 @@ from typing import Annotated, Literal
 import torch
 from torch import nn
 
-from beeline import adversarial, lines, perceptual
-from beeline.augment import mirrored
+from beeline.augmentation import mirrored
 from beeline.config import OptimizerConfig
 from beeline.denoiser import Denoiser
-from beeline.discriminator import SCRATCH, Discriminator, DiscriminatorConfig
 from beeline.errors import BeelineError
-from beeline.few_step import FewStep
-from beeline.learner import Learner
-from beeline.objectives import Batch, Context, Needs, Objective, ObjectiveConfig
+from beeline.objectives import Batch, Context, Needs, Objective, ObjectiveConfig, adversarial, lines, perceptual
+from beeline.objectives.discriminator import SCRATCH, Discriminator, DiscriminatorConfig
+from beeline.objectives.learner import Learner
+from beeline.sampling.few_step import FewStep
 from beeline.settings import MAX_SIDE, Amount, Index, Range, Some, Steps
 
 SMALLEST_VGG16 = 16  # pixels: VGG16 halves images four times

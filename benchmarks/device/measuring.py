@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from beeline.backbones import BACKBONES
-from beeline.features import Frozen, Probe, train_probe
-from beeline.frechet import Statistics, frechet_distance, merge
-from beeline.measures import Reference, inception_score, kernel_distance, measures, nearest, neighbourhoods
-from beeline.measuring import DINOV2, Eye, Looks, MeasuringProbe, build_measuring
-from beeline.perceptual import perceptual
+from beeline.features import Frozen
+from beeline.features.backbones import BACKBONES
+from beeline.features.measuring import DINOV2, Eye, Looks, MeasuringProbe, build_measuring
+from beeline.features.probe import Probe, train_probe
+from beeline.metrics.frechet import Statistics, frechet_distance, merge
+from beeline.metrics.measures import Reference, inception_score, kernel_distance, measures, nearest, neighbourhoods
+from beeline.objectives.perceptual import perceptual
 from beeline.pixels import quantised
 from beeline.recipes import RECIPES
 from benchmarks.device.checks import Check, Checks, Outcome, Setting, Skip, at_most, relative, worst

@@ -10,12 +10,12 @@ import torch
 
 import beeline
 from beeline.checkpoint import dump, restore
-from beeline.denoiser import edm_loss
 from beeline.edm_import import edm_import
-from beeline.few_step import FewStep
-from beeline.learner import Learner
+from beeline.objectives.edm import edm_loss
+from beeline.objectives.learner import Learner
 from beeline.recipes import RECIPES
-from beeline.samplers import generate
+from beeline.sampling.few_step import FewStep
+from beeline.sampling.samplers import generate
 from benchmarks.device.checks import Check, Checks, Outcome, SameDraws, Setting, at_most, relative, rms, worst
 from benchmarks.device.networks import classes, images, network_config, random_denoiser
 from benchmarks.device.released import write_released

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
-from beeline.backbones import BACKBONES, build_backbone
 from beeline.checkpoint import build
 from beeline.config import NetworkConfig, PhaseConfig, StudentConfig
-from beeline.denoiser import Denoiser, as_one_hot
+from beeline.denoiser import Denoiser
+from beeline.features.backbones import BACKBONES, build_backbone
+from beeline.labels import as_one_hot
 from beeline.noise import stream_seed, x0
 from beeline.objectives import Batch
 from beeline.objectives.lmm import LinesMatchingConfig

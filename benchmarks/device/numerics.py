@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from beeline.adversarial import diff_augment
+from beeline.augmentation import diff_augment
 from benchmarks.device.checks import Check, Checks, Outcome, Setting, Skip, identical, measured, relative, rms, set_flags
 from benchmarks.device.sampling import Sampler
 

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from beeline.denoiser import Denoiser
-from beeline.few_step import FewStep, RuleName
-from beeline.inference import Precision, prepare
 from beeline.networks.layers import Conv2d
-from beeline.samplers import sample, solve
+from beeline.sampling.few_step import FewStep, RuleName
+from beeline.sampling.inference import Precision, prepare
+from beeline.sampling.samplers import sample, solve
 from benchmarks.device.checks import (
     COMPILING,
     NONE,

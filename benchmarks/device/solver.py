@@ -6,7 +6,7 @@ import functools
 from dataclasses import replace
 
 from beeline.calibrate import calibrate, uniform_levels
-from beeline.samplers import generate, sample_from
+from beeline.sampling.samplers import generate, sample_from
 from benchmarks.device.checks import Check, Checks, Outcome, Setting, at_most, rms
 from benchmarks.device.networks import classes, network_config, noise, random_denoiser
 from benchmarks.device.sampling import LIMITS

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from beeline.backbones import BACKBONES
 from beeline.denoiser import Denoiser
-from beeline.inference import DTYPES, prepare
-from beeline.measuring import DINOV2, GPU_BATCH, Eye
-from beeline.samplers import solve
+from beeline.features.backbones import BACKBONES
+from beeline.features.measuring import DINOV2, GPU_BATCH, Eye
+from beeline.sampling.inference import DTYPES, prepare
+from beeline.sampling.samplers import solve
 from benchmarks.device.checks import COMPILING, Check, Checks, Outcome, Setting, Skip, measured, set_flags
 from benchmarks.device.measuring import measuring_network
 from benchmarks.device.networks import backbone, batch_of, classes, network_config, noise, random_denoiser, student_config

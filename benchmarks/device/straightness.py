@@ -6,8 +6,8 @@ import functools
 
 import torch
 
+from beeline.metrics.straightness import straightness, trajectories
 from beeline.schedule import edm_sigmas
-from beeline.straightness import straightness, trajectories
 from benchmarks.device.checks import Check, Checks, Outcome, Setting, at_most
 from benchmarks.device.networks import classes, images, network_config, noise, random_denoiser
 

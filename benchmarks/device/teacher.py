@@ -11,10 +11,11 @@ from typing import Any, Literal
 
 import torch
 
-from beeline.augment import augment
-from beeline.denoiser import edm_loss
-from beeline.learner import Learner, ema_update
+from beeline.augmentation import augment
 from beeline.noise import stream_seed
+from beeline.objectives.edm import edm_loss
+from beeline.objectives.ema import ema_update
+from beeline.objectives.learner import Learner
 from beeline.recipes import RECIPES
 from benchmarks.device.checks import Check, Checks, Outcome, SameDraws, Setting, at_most, identical, relative, worst
 from benchmarks.device.networks import classes, images, network_config, random_denoiser

@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 
-from beeline.backbones import BACKBONES
+from beeline.features.backbones import BACKBONES
 from beeline.noise import stream_seed
 from benchmarks.device.checks import (
     Check,

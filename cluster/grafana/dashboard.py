@@ -1,6 +1,6 @@
 """beeline.json, the dashboard, from the tables below: `python cluster/grafana/dashboard.py` writes it anew.
 
-Ray's series say the node as `ip`, those that Beeline adds (pipeline/metrics.py) as `NodeAddress`. A run that is restarted goes
+Ray's series say the node as `ip`, those that Beeline adds (prometheus.py) as `NodeAddress`. A run that is restarted goes
 on in another process: `max by` keeps its line in one piece. A gauge is gone soon after its process, and the counters of a node
 with the node: what is to stay on the screen is asked for over the whole time shown.
 """

@@ -1,6 +1,6 @@
 """CIFAR's own archives, cifar-10-python.tar.gz and cifar-100-python.tar.gz: their training images, in order.
 
-Their pickles are read as data, never run, and within bounds (beeline/unpickling.py).
+Their pickles are read as data, never run, and within bounds (beeline/files/unpickling.py).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from PIL import Image
 
 from beeline.config import ImagesConfig
 from beeline.errors import BeelineError, reading
-from beeline.unpickling import Bounded, unpickled
+from beeline.files.unpickling import Bounded, unpickled
 from pipeline.sources.labels import Classes, class_indices
 from pipeline.sources.pixels import Pixels
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from beeline.arrays import spread
+from beeline.files.arrays import spread
 from pipeline.sources.labels import Classes
 
 

@@ -10,7 +10,7 @@ import torch
 from beeline.checkpoint import build
 from beeline.config import NetworkConfig, ProbeNetworkConfig
 from beeline.denoiser import Denoiser
-from beeline.features import Probe
+from beeline.features.probe import Probe
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -16,9 +16,9 @@ import beeline
 from beeline.checkpoint import CONFIG, FORMAT, WEIGHTS, digest, dump, load, restore
 from beeline.denoiser import Denoiser
 from beeline.errors import BeelineError
-from beeline.features import Probe
-from beeline.few_step import FewStep, RuleName
-from beeline.learner import ema_update
+from beeline.features.probe import Probe
+from beeline.objectives.ema import ema_update
+from beeline.sampling.few_step import FewStep, RuleName
 
 
 @pytest.mark.parametrize("kind", ["ddpmpp", "ncsnpp", "adm"])

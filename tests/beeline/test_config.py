@@ -11,12 +11,12 @@ import pytest
 from configs import restored, with_objectives
 
 from beeline.config import NetworkConfig, PhaseConfig, Recipe, StudentConfig, WorkersConfig, from_dict, to_dict
-from beeline.few_step import FewStep
 from beeline.objectives import Needs
 from beeline.objectives.kd import DistillationConfig
 from beeline.objectives.lmm import LinesMatchingConfig
 from beeline.objectives.rectified_flow import RectifiedFlowConfig
 from beeline.recipes import RECIPES
+from beeline.sampling.few_step import FewStep
 from beeline.schedule import check_steps
 
 

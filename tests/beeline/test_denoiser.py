@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from beeline.denoiser import Denoiser, as_one_hot, edm_loss
+from beeline.denoiser import Denoiser
+from beeline.labels import as_one_hot
+from beeline.objectives.edm import edm_loss
 
 
 class Recorder(nn.Module):

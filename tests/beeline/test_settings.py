@@ -16,7 +16,6 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from beeline.buildable import check_network, check_probe
 from beeline.config import (
     ImagesConfig,
     NetworkConfig,
@@ -29,10 +28,11 @@ from beeline.config import (
     from_dict,
 )
 from beeline.errors import BeelineError, SettingError
-from beeline.few_step import FewStep
+from beeline.networks.buildable import check_network, check_probe
 from beeline.objectives.kd import DistillationConfig
 from beeline.objectives.lmm import LinesMatchingConfig
 from beeline.recipes import RECIPES
+from beeline.sampling.few_step import FewStep
 from beeline.settings import (
     MAX_SEED,
     Count,
@@ -56,8 +56,8 @@ from beeline.settings import (
     described,
     naming_options,
 )
-from beeline.toy import ToyConfig
-from beeline.toy_ot import OtConfig
+from evaluation.toy.flows import ToyConfig
+from evaluation.toy.transport import OtConfig
 
 
 def configs(value: Any) -> Iterator[Settings]:

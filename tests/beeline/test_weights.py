@@ -21,10 +21,10 @@ import pytest
 import safetensors.torch
 import torch
 
-from beeline.backbones import VGG16, TimmBackbone, build_backbone
 from beeline.checkpoint import CONFIG, WEIGHTS
 from beeline.errors import BeelineError
-from beeline.measuring import build_measuring
+from beeline.features.backbones import VGG16, TimmBackbone, build_backbone
+from beeline.features.measuring import build_measuring
 from beeline.weights import SOURCES, Source, dump_backbone, fetch, load_backbone, load_measuring, main, obtain, read
 
 LITE0, DEIT = "tf_efficientnet_lite0", "deit_base_distilled_patch16_224"

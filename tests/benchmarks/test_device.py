@@ -17,7 +17,7 @@ from harness import ROOT
 from benchmarks.device import checks, runner
 from benchmarks.device.__main__ import SECTIONS
 from benchmarks.device.checks import Check, Outcome, Setting, Skip
-from cluster import speeds
+from cluster.planning import speeds
 
 SETTING = Setting(device=torch.device("cpu"), small=True, folder="")
 

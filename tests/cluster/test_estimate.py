@@ -27,17 +27,17 @@ from torch.utils.flop_counter import FlopCounterMode
 from beeline.checkpoint import build, dump
 from beeline.config import PairsConfig, Recipe
 from beeline.errors import BeelineError
-from beeline.learner import Learner
 from beeline.objectives import Batch, Context
+from beeline.objectives.learner import Learner
 from beeline.objectives.lmm import LinesMatchingConfig
 from beeline.recipes import cifar10, digits
-from cluster import counting, nodes, readiness, speeds
-from cluster.contents import store_bytes
 from cluster.estimate import Machines, Plan, estimate, plan
-from cluster.nodes import Node, Surroundings
-from cluster.readiness import Line, access, check_all
-from cluster.stages import stages
-from cluster.workspace import Workspace
+from cluster.planning import counting, nodes, readiness, speeds
+from cluster.planning.contents import store_bytes
+from cluster.planning.nodes import Node, Surroundings
+from cluster.planning.readiness import Line, access, check_all
+from cluster.planning.stages import stages
+from cluster.planning.workspace import Workspace
 from pipeline.gen_pairs import plan_of
 from pipeline.manifest import SCHEMA
 from pipeline.shards import encode, shard_count, shard_rows

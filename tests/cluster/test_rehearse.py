@@ -18,12 +18,12 @@ from beeline.checkpoint import build, dump
 from beeline.config import Recipe, WorkersConfig
 from beeline.errors import BeelineError
 from beeline.recipes import RECIPES, cifar10
-from cluster import substitutes
-from cluster.outcome import LONGEST, Outcome, reason, text
+from cluster.planning.speeds import Task, speed
+from cluster.planning.workspace import RECORD, REHEARSAL, Workspace
+from cluster.rehearsal import substitutes
+from cluster.rehearsal.outcome import LONGEST, Outcome, reason, text
+from cluster.rehearsal.shrink import shrunk
 from cluster.rehearse import all_steps, clear
-from cluster.shrink import shrunk
-from cluster.speeds import Task, speed
-from cluster.workspace import RECORD, REHEARSAL, Workspace
 from pipeline.stage import publish_model
 from pipeline.storage import Folder
 

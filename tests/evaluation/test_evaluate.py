@@ -20,14 +20,14 @@ from harness import ADVERSARIAL, LINES, ROOT, Head, Run, wait_for
 from PIL import Image
 
 import beeline
-from beeline.arrays import pack, unpack
 from beeline.checkpoint import build, dump
 from beeline.config import EvaluateConfig, NetworkConfig
 from beeline.errors import BeelineError
-from beeline.few_step import FewStep, parse_steps
-from beeline.frechet import Moments, Statistics, frechet_distance
-from beeline.measuring import Inception
+from beeline.features.measuring import Inception
+from beeline.files.arrays import pack, unpack
+from beeline.metrics.frechet import Moments, Statistics, frechet_distance
 from beeline.pixels import quantised
+from beeline.sampling.few_step import FewStep, parse_steps
 from beeline.weights import dump_backbone
 from evaluation import results
 from evaluation.evaluate import Measurement

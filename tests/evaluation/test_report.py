@@ -21,10 +21,10 @@ from PIL import Image
 
 from beeline.errors import BeelineError
 from beeline.recipes import RECIPES
-from evaluation import paper
 from evaluation.models import number
+from evaluation.page import paper
+from evaluation.page.strips import Sheet
 from evaluation.report import report
-from evaluation.strips import Sheet
 from pipeline.sheet import sheet_png
 from pipeline.storage import Folder
 

@@ -24,11 +24,11 @@ from harness import ROOT, TINY_PAIRS, Head, Run, files, wait_for
 
 import beeline
 from beeline.errors import BeelineError
-from beeline.inference import prepare
 from beeline.noise import crc32, x0
 from beeline.recipes import digits
-from beeline.samplers import sample
-from pipeline import metrics
+from beeline.sampling.inference import prepare
+from beeline.sampling.samplers import sample
+from pipeline import prometheus
 from pipeline.gen_pairs import PairShards, plan_of
 from pipeline.reader import ShardReader
 from pipeline.shards import decode
@@ -183,7 +183,7 @@ def test_what_is_watched(head: Head, trained: Path, tmp_path: Path) -> None:
         [sys.executable, "pipeline/gen_pairs.py", "digits", "--workspace", str(workspace), *settings],
         cwd=ROOT, env=head.environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
-    series = {f"ray_beeline_{name}_total" for name in metrics.COUNTERS.keys() - {"images", "samples"}}
+    series = {f"ray_beeline_{name}_total" for name in prometheus.COUNTERS.keys() - {"images", "samples"}}
     wait_for(lambda: series <= head.metrics().keys(), 120, f"{series} on the endpoint")
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output

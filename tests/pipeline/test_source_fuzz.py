@@ -24,9 +24,9 @@ import pytest
 from mutations import CASES, mutated, mutated_json, mutated_value, outcomes
 from PIL import Image
 
-from beeline.arrays import pack
 from beeline.config import EvaluateConfig, ImagesConfig
 from beeline.errors import BeelineError
+from beeline.files.arrays import pack
 from evaluation.evaluate import _given_reference
 from pipeline.sources import CorruptImage, open_source
 

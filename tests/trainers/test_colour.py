@@ -12,7 +12,7 @@ from harness import ADVERSARIAL, LINES, Run
 from PIL import Image
 
 import beeline
-from beeline.backbones import BACKBONES, build_backbone
+from beeline.features.backbones import BACKBONES, build_backbone
 from beeline.weights import dump_backbone
 from pipeline.storage import Folder
 from trainers.log import read_log

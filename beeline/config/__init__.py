@@ -1,0 +1,36 @@
+"""The settings of every stage, as frozen keyword-only dataclasses. A recipe (beeline/recipes) is a function that returns all of
+them.
+
+Fields made with `resource(...)` say how work is spread over machines: they may change when a run is resumed. Every other
+field identifies the result: a run with another value refuses the existing artifact.
+"""
+
+from beeline.config.data import ImagesConfig, PairsConfig, PoolConfig, VerifyConfig
+from beeline.config.evaluation import EvaluateConfig
+from beeline.config.networks import NetworkConfig, ProbeNetworkConfig
+from beeline.config.recipe import Recipe
+from beeline.config.serialization import from_dict, resource, to_dict
+from beeline.config.student import PhaseConfig, StudentConfig
+from beeline.config.sweep import SweepConfig
+from beeline.config.training import OptimizerConfig, ProbeConfig, TeacherConfig, WorkersConfig
+
+__all__ = [
+    "EvaluateConfig",
+    "ImagesConfig",
+    "NetworkConfig",
+    "OptimizerConfig",
+    "PairsConfig",
+    "PhaseConfig",
+    "PoolConfig",
+    "ProbeConfig",
+    "ProbeNetworkConfig",
+    "Recipe",
+    "StudentConfig",
+    "SweepConfig",
+    "TeacherConfig",
+    "VerifyConfig",
+    "WorkersConfig",
+    "from_dict",
+    "resource",
+    "to_dict",
+]

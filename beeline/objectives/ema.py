@@ -1,0 +1,22 @@
+"""Exponential moving averages of weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+
+@torch.no_grad()
+def ema_update(average: nn.Module, model: nn.Module, half_life: float, step: int, ramp: float) -> None:
+    """Move the exponential moving average `average` one step towards `model`; buffers are copied.
+
+    `half_life` is in steps. With `ramp` above 0 it is at most `ramp` of the `step` steps seen so far, so that the average
+    forgets its start (Karras et al. 2022, appendix F.2); with 0 the decay is constant.
+    """
+    limited = min(half_life, step * ramp) if ramp else half_life
+    beta = 0.5 ** (1 / max(limited, 1e-8))
+    # All parameters in a few kernels: one by one, launching them takes a GPU longer than the arithmetic.
+    get_ema_multi_avg_fn(beta)(list(average.parameters()), list(model.parameters()), step)
+    for ours, theirs in zip(average.buffers(), model.buffers(), strict=True):
+        ours.copy_(theirs)

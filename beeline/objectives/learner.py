@@ -1,0 +1,112 @@
+"""A network that learns, with its optimiser: what objectives call and trainers step."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from beeline.config import OptimizerConfig
+from beeline.denoiser import Denoiser
+from beeline.objectives.derivative import Derivative, rate
+from beeline.objectives.optimizer import learning_rate, make_optimizer
+
+
+class Learner:
+    """`model` as objectives see it: called, it runs under the precision's autocast and through `parallel`'s wrapper, which
+    averages gradients over ranks; `model` itself is the bare network."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: OptimizerConfig,
+        *,
+        parallel: Callable[[nn.Module], nn.Module] = lambda model: model,
+        precision: Literal["fp32", "bf16"] = "fp32",
+    ) -> None:
+        self.model, self.config = model, config
+        self.precision: Literal["fp32", "bf16"] = precision
+        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.optimizer = make_optimizer(self.parameters, config)
+        self._parallel = parallel(model)
+
+    def __call__(self, *inputs: Any) -> Any:
+        """The network's output, with gradients for its parameters."""
+        with self.autocast():
+            return self._parallel(*inputs)
+
+    def frozen(self, *inputs: Any) -> Any:
+        """The network's output, with gradients for the inputs alone."""
+        for parameter in self.parameters:
+            parameter.requires_grad_(False)
+        try:
+            with self.autocast():
+                return self.model(*inputs)
+        finally:
+            for parameter in self.parameters:
+                parameter.requires_grad_(True)
+
+    def rate(
+        self,
+        x: torch.Tensor,
+        sigma: torch.Tensor,
+        labels: torch.Tensor | None,
+        velocity: torch.Tensor,
+        *,
+        to: torch.Tensor | None = None,
+        derivative: Derivative = "difference",
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The denoiser's output and its derivative along (dx, d ln sigma) = (velocity, 1): see derivative.py."""
+        assert isinstance(self.model, Denoiser)
+        with self.autocast():
+            return rate(self.model, x, sigma, labels, velocity, to=to, derivative=derivative)
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """The precision that this network computes in."""
+        return torch.autocast(self.parameters[0].device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+    def accumulating(self, *, last: bool) -> contextlib.AbstractContextManager[Any]:
+        """For gradients that are summed over several backward passes: ranks exchange them in the last one alone."""
+        if last or not isinstance(self._parallel, DistributedDataParallel):
+            return contextlib.nullcontext()
+        return self._parallel.no_sync()
+
+    def update(self, step: int, total: int) -> dict[str, float]:
+        """Apply the gradients at the schedule's rate for `step` of `total`, unless they are not finite: the figures
+        "grad_norm" (0 for such a step) and "skipped" (1). Gradients are the same on all ranks, so all skip together."""
+        config = self.config
+        norm = float(nn.utils.clip_grad_norm_(self.parameters, config.clip or math.inf))
+        if math.isfinite(norm):
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate(config, step, total)
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return {"grad_norm": norm if math.isfinite(norm) else 0.0, "skipped": float(not math.isfinite(norm))}
+
+    def continue_with(self, config: OptimizerConfig) -> None:
+        """Follow other settings of the same kind of optimiser, with the weights and moments as they are."""
+        assert config.kind == self.config.kind
+        self.config = config
+        for group in self.optimizer.param_groups:
+            group["betas"] = config.betas
+
+    def state_dict(self) -> dict[str, Any]:
+        """Weights and the optimiser's state, as tensors and plain Python."""
+        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse of `state_dict`."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+
+def compile_trunk(model: Denoiser) -> None:
+    """Compile the network in place, but for its output convolution: the adaptive weight differentiates that one by itself,
+    which would take a whole backward pass through a compiled network."""
+    network = model.model
+    network.trunk = torch.compile(network.trunk, dynamic=False)  # pyright: ignore[reportArgumentType, reportCallIssue]

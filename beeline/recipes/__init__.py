@@ -1,0 +1,52 @@
+"""Recipes: a function per data set that returns the settings of every stage, seeded as a whole.
+
+A variant is `dataclasses.replace`. A recipe of one's own is a function like these in any module that Python can import:
+commands take `package.module:function` in place of a recipe's name.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Callable
+from dataclasses import replace
+
+from beeline.config import Recipe
+from beeline.errors import BeelineError, plain
+from beeline.recipes.cifar10_small import cifar10_small
+from beeline.recipes.digits import digits
+from beeline.recipes.published import afhqv2, cifar10, cifar10_uncond, imagenet64
+from beeline.settings import OWN_RECIPE
+
+RECIPES: dict[str, Callable[[int], Recipe]] = {
+    "digits": digits,
+    "cifar10": cifar10,
+    "cifar10_small": cifar10_small,
+    "cifar10_uncond": cifar10_uncond,
+    "afhqv2": afhqv2,
+    "imagenet64": imagenet64,
+}
+
+
+def find(name: str, seed: int = 0) -> Recipe:
+    """The recipe called `name`: one of RECIPES, or `package.module:function`, which is imported and called with `seed`.
+
+    Raises BeelineError where there is no such recipe, or the function returns something else.
+    """
+    if name in RECIPES:
+        return RECIPES[name](seed)
+    module, colon, function = name.partition(":")
+    if not colon:
+        raise BeelineError(f"recipe {name!r} is unknown; expected {', '.join(RECIPES)}, or package.module:function")
+    if re.fullmatch(OWN_RECIPE, name) is None:
+        raise BeelineError(f"recipe {name!r} is no package.module:function; write for example recipes:mine, without .py or /")
+    try:
+        made = getattr(importlib.import_module(module), function)(seed)
+    except (ImportError, AttributeError) as error:
+        raise BeelineError(
+            f"recipe {name!r} cannot be imported ({plain(error)}); expected a function {function}(seed) in a module that is in "
+            "this folder, or installed"
+        ) from error
+    if not isinstance(made, Recipe):
+        raise BeelineError(f"recipe {name!r} returns a {type(made).__name__}; expected a beeline.config.Recipe")
+    return replace(made, name=name)  # as messages, and commands in them, call it

@@ -1,0 +1,148 @@
+"""How a student is sampled: a step list, and the rule that leads from one noise level to the next (LMM, appendix A.4).
+
+From x0 = sigma_max noise, each step predicts the image at the present level and moves to the next one; the last prediction is
+the image. A rule is a function of that name in `RULES`, to which a method of one's own may add.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, Protocol
+
+import torch
+from torch import nn
+
+from beeline.errors import BeelineError
+from beeline.objectives.lines import Line
+from beeline.schedule import SIGMA_MIN, check_steps, edm_sigmas
+from beeline.settings import Index, Settings, Some, Steps
+
+Fresh = Callable[[], torch.Tensor]
+
+
+class Predict(Protocol):
+    """The student: images, float64 (B, C, H, W), from points `x` float64 (B, C, H, W) at a level."""
+
+    def __call__(self, x: torch.Tensor, sigma: float, to: float | None = None) -> torch.Tensor: ...
+
+
+class Rule(Protocol):
+    """A step from `x` at level `sigma` to the level `following`; where that is 0, to the image. All float64 (B, C, H, W).
+
+    `noise` is the unit-variance noise that sampling started from, `fresh()` new noise for this transition.
+    """
+
+    def __call__(
+        self, predict: Predict, x: torch.Tensor, sigma: float, following: float, *, noise: torch.Tensor, fresh: Fresh
+    ) -> torch.Tensor: ...
+
+
+def same_noise(
+    predict: Predict, x: torch.Tensor, sigma: float, following: float, *, noise: torch.Tensor, fresh: Fresh
+) -> torch.Tensor:
+    """To the point of the line "ve" with the noise that sampling started from."""
+    image = predict(x, sigma)
+    return image + following * noise if following else image
+
+
+def line(
+    predict: Predict, x: torch.Tensor, sigma: float, following: float, *, noise: torch.Tensor, fresh: Fresh
+) -> torch.Tensor:
+    """Along the segment from x to the prediction: Euler's method."""
+    image = predict(x, sigma)
+    return following / sigma * x + (1 - following / sigma) * image if following else image
+
+
+def fresh_noise(
+    predict: Predict, x: torch.Tensor, sigma: float, following: float, *, noise: torch.Tensor, fresh: Fresh
+) -> torch.Tensor:
+    """To new noise around the prediction: the multistep sampling of consistency models (Song et al. 2023, algorithm 1)."""
+    image = predict(x, sigma)
+    return image + max(following**2 - SIGMA_MIN**2, 0.0) ** 0.5 * fresh() if following else image
+
+
+RULES: dict[str, Rule] = {"same_noise": same_noise, "line": line, "fresh_noise": fresh_noise}
+
+
+class Registered:
+    """Names in RULES."""
+
+    def allows(self, value: str) -> bool:
+        return value in RULES
+
+    def __str__(self) -> str:
+        return f"that is {' or '.join(RULES)} (or another, once the module that adds it to RULES is imported)"
+
+
+RuleName = Annotated[str, Registered()]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FewStep(Settings):
+    """What a student learned on, and so how it may be sampled. Kept in the student's config.json."""
+
+    num_steps: Steps
+    """Levels of the EDM schedule that step indices refer to."""
+    rule: RuleName = "line"
+    """How the next point is made."""
+    line: Line = "lerp"
+    """The line whose points the student learned on (beeline.objectives.lines)."""
+    trained_steps: Some[Index] | None = None
+    """The indices that the student was trained on where that is not all of them (SOT)."""
+
+    def check(self, steps: Sequence[int]) -> tuple[int, ...]:
+        """`steps` as a tuple; BeelineError where the schedule lacks them or the student was never trained on them."""
+        try:
+            steps = check_steps(steps, self.num_steps)
+        except ValueError as error:
+            raise BeelineError(str(error)) from error
+        unseen = [] if self.trained_steps is None else sorted(set(steps) - set(self.trained_steps))
+        if unseen:
+            raise BeelineError(
+                f"steps {steps} were asked for, but this student was trained with SOT on {self.trained_steps} alone and "
+                f"has never seen level {unseen[0]}; sample it at those steps, or use a student trained on all levels"
+            )
+        return steps
+
+
+def few_step(
+    denoiser: nn.Module,
+    latents: torch.Tensor,
+    labels: torch.Tensor | None,
+    *,
+    steps: Sequence[int],
+    how: FewStep,
+    fresh: Callable[[int], torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """Images, float32 (B, C, H, W), from unit-variance noise `latents` (B, C, H, W): one evaluation per entry of `steps`.
+
+    `fresh(n)` gives unit-variance noise (B, C, H, W) for the n-th transition, for rules that need it.
+    """
+    steps = how.check(steps)
+    levels = edm_sigmas(how.num_steps).tolist()
+    sigmas = [*(levels[i] for i in steps), 0.0]
+    noise = latents.to(torch.float64)
+
+    def predict(x: torch.Tensor, sigma: float, to: float | None = None) -> torch.Tensor:
+        level = torch.full((len(x),), sigma, device=x.device)
+        further: dict[str, Any] = {} if to is None else {"to": torch.full((len(x),), to, device=x.device)}
+        return denoiser(x.to(torch.float32), level, labels, **further).to(torch.float64)
+
+    def new(n: int) -> torch.Tensor:
+        if fresh is None:
+            raise ValueError(f"the rule {how.rule} needs the argument `fresh`")
+        return fresh(n).to(torch.float64)
+
+    x, rule = noise * sigmas[0], RULES[how.rule]
+    for n in range(len(steps)):
+        x = rule(predict, x, sigmas[n], sigmas[n + 1], noise=noise, fresh=lambda n=n: new(n))
+    return x.to(torch.float32)
+
+
+def parse_steps(text: str) -> tuple[int, ...]:
+    """ "0,8" as (0, 8). Raises BeelineError for anything else."""
+    if re.fullmatch("[0-9]{1,9}(,[0-9]{1,9})*", text) is None:
+        raise BeelineError(f"steps {text!r} are not indices separated by commas, for example 0 or 0,8")
+    return tuple(int(part) for part in text.split(","))

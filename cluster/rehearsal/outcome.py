@@ -1,0 +1,127 @@
+"""What a stage of a rehearsal took, read from its own records: the log of a training, a manifest, `_SUCCESS`."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import statistics
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from cluster.planning.workspace import Workspace
+from evaluation.evaluate import PER_EVALUATION, PER_LOOK
+from pipeline.manifest import read_manifest
+from pipeline.runtime import find_user_error
+from trainers.log import read_log
+from trainers.trials import folder_name
+
+# What `_SUCCESS` of a stage counts, the first that is there, and how one of it is called.
+COUNTED = {
+    "images_seen": "image",
+    "evaluations": "evaluation",
+    "pairs": "pair",
+    "images": "image",
+    "trials": "trial",
+    "iterations": "iteration",
+}
+WRAPPED = ("health_check_failure", "controller_failure", "cause", "__cause__")  # where Ray's errors keep what led to them
+LONGEST = 300  # characters of a reason
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """A stage's line. Memory is in MB, `data_wait` a share of the time, `speeds` what estimate.py uses (planning/speeds.py)."""
+
+    stage: str
+    ok: bool
+    reason: str = ""
+    note: str = ""
+    seconds: float = 0.0
+    """All of it, with starting processes and loading networks."""
+    unit: str = ""
+    units: int = 0
+    seconds_per_unit: float | None = None
+    """Without the first ones, where the records tell."""
+    peak_mb: float | None = None
+    gpu_mb: float | None = None
+    data_wait: float | None = None
+    speeds: tuple[dict[str, Any], ...] = ()
+
+
+def with_figures(row: Outcome, folders: Sequence[str], here: Workspace) -> Outcome:
+    """The row of a stage that works, with what the records in its folders of the rehearsal's workspace say."""
+    folder = here.place / folders[0]
+    records = [found for name in folders if (found := here.success(name))]
+    key = next((key for key in COUNTED if records and key in records[0]), None)
+    if key is None:
+        return row
+    done, units = records[0], sum(int(found[key]) for found in records)
+    row = replace(row, unit=COUNTED[key], units=units, seconds_per_unit=row.seconds / max(1, units))
+    log = read_log(folder if key != "trials" else folder / folder_name(0))
+    if log:
+        phases: dict[float, list[dict[str, Any]]] = {}
+        for found in log:
+            phases.setdefault(found.get("phase", 0), []).append(found)
+        warm = [rows[1:] or rows for rows in phases.values()]  # a phase's first step compiles and allocates
+        each = [statistics.median(1 / found["images_per_s"] for found in rows) for rows in warm]
+        waits = statistics.fmean(found["data_wait"] for rows in warm for found in rows)
+        note = f"phases {' and '.join(map(_seconds, each))}" if len(each) > 1 else row.note
+        row = replace(row, seconds_per_unit=statistics.fmean(each), data_wait=waits, note=note)
+        if key == "trials":
+            seen = row.units * here.recipe.sweep.iterations * here.recipe.main.batch_size
+            row = replace(row, unit="image", units=seen)
+    elif PER_EVALUATION in done:
+        each, looking = (statistics.median(found[name] for found in records) for name in (PER_EVALUATION, PER_LOOK))
+        row = replace(row, seconds_per_unit=each, note=f"{_seconds(looking)} to look at a sample")
+    elif "reading_seconds" in done:  # of all actors, from opening images to published shards
+        row = replace(row, seconds_per_unit=done["reading_seconds"] / done["images"])
+    elif row.stage == "pairs":
+        each = [shard["sampling_seconds"] / shard["pairs"] for shard in read_manifest(folder) if shard["sampling_seconds"]]
+        evaluations = done["evaluations"] / done["pairs"]
+        row = replace(row, unit="pair", units=done["pairs"], seconds_per_unit=statistics.median(each),
+                      note=f"{evaluations:g} evaluations each")  # fmt: skip
+    speeds = tuple(
+        dataclasses.asdict(found.task) | {"flops_per_s": found.rate(), "on_gpu": found.on_gpu}
+        for name in folders
+        for found in here.speeds(name)
+    )
+    return replace(row, speeds=speeds)
+
+
+def reason(error: BaseException) -> str:
+    """The cause of an error in one line, whatever Ray has wrapped it in."""
+    user = find_user_error(error)
+    if user is not None:
+        return " ".join(str(user).split())
+    root = error
+    while True:
+        failures = getattr(root, "worker_failures", None)
+        inner = next(iter(failures.values()), None) if isinstance(failures, dict) else None
+        inner = inner or next((found for name in WRAPPED if (found := getattr(root, name, None))), None)
+        if not isinstance(inner, BaseException):
+            break
+        root = inner
+    lines = [line.strip() for line in str(root).splitlines() if line.strip()] or [""]
+    raised = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Interrupt)\b", line)]  # below a traceback's text
+    line = raised[-1] if raised else f"{type(root).__name__}: {lines[0]}"
+    return line if len(line) <= LONGEST else f"{line[:LONGEST]} ..."
+
+
+def text(row: Outcome, width: int = 0) -> str:
+    """The stage's line."""
+    if not row.ok:
+        return f"FAILED  {row.stage:<{width}}  {row.reason}"
+    parts = []
+    if row.seconds_per_unit is not None:
+        parts.append(f"{_seconds(row.seconds_per_unit)} per {row.unit}, {row.units:,} in {row.seconds:,.0f} s")
+    else:
+        parts.append(f"{row.seconds:,.1f} s")
+    parts += [f"process {row.peak_mb:,.0f} MB"] if row.peak_mb else []
+    parts += [f"GPU {row.gpu_mb:,.0f} MB"] if row.gpu_mb else []
+    parts += [f"waited for data {100 * row.data_wait:.1f} %"] if row.data_wait is not None else []
+    return f"works   {row.stage:<{width}}  {'; '.join([*parts, *([row.note] if row.note else [])])}"
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.3g} s" if value >= 0.1 else f"{1000 * value:.3g} ms"
