@@ -32,10 +32,11 @@ from beeline.metrics.measures import counted, measures
 from beeline.metrics.straightness import straightness, trajectories
 from beeline.noise import x0
 from beeline.pixels import quantised
+from beeline.sampling import Sampling
 from beeline.sampling.inference import prepare
 from beeline.schedule import edm_sigmas
 from evaluation.reference import KEPT, arrays_in, groups, reference, reference_folder
-from evaluation.rows import Row, draw, noise_seed
+from evaluation.samplings import draw, noise_seed
 from pipeline.gen_pairs import calibrated_levels, load_sampler, make_pairs
 from pipeline.reader import decoded, real_labels
 from pipeline.stage import require_measuring, require_model, require_probe
@@ -195,18 +196,18 @@ class Samples:
     """Shard `shard` of draw `draw` of a row."""
 
     model: str
-    row: Row
+    sampling: Sampling
     draw: int
     shard: int
     indices: range
 
     @property
     def file(self) -> str:
-        return f"part-{self.row.slug}-{self.draw}-{self.shard:05d}.npz"
+        return f"part-{self.sampling.slug}-{self.draw}-{self.shard:05d}.npz"
 
     @property
     def evaluations(self) -> int:
-        return self.row.nfe * len(self.indices)
+        return self.sampling.nfe * len(self.indices)
 
     def run(self, bench: Bench) -> dict[str, float]:
         """Sample, look, and write what was seen. Returns the seconds of both, without those of loading networks."""
@@ -216,11 +217,11 @@ class Samples:
         for name in config.features:
             bench.eye(name)
         begun = time.monotonic()
-        drawn = draw(model, self.row, self.indices, labels, seed=seed, batch_size=config.batch_size)
+        drawn = draw(model, self.sampling, self.indices, labels, seed=seed, batch_size=config.batch_size)
         if not bool(drawn.isfinite().all()):  # 8 bits would make black pixels of NaN
             raise BeelineError(
-                f"{self.model} makes NaN or infinite samples by {self.row.label!r} in precision {config.precision}; measure it "
-                "in --precision fp32, or train it again"
+                f"{self.model} makes NaN or infinite samples by {self.sampling.label!r} in precision {config.precision}; "
+                "measure it in --precision fp32, or train it again"
             )
         images = quantised(drawn).cpu()  # a GPU has finished when its images are here
         sampled = time.monotonic()
@@ -239,23 +240,23 @@ class Sheet:
     """The samples of a row that are shown: the same noise and classes for every row and every model."""
 
     model: str
-    row: Row
+    sampling: Sampling
     count: int
 
     @property
     def file(self) -> str:
-        return f"sheet-{self.row.slug}.npz"
+        return f"sheet-{self.sampling.slug}.npz"
 
     @property
     def evaluations(self) -> int:
-        return self.row.nfe * self.count
+        return self.sampling.nfe * self.count
 
     def run(self, bench: Bench) -> None:
         """Sample, look through the first measuring network, and write images and features."""
         config, model = bench.setup.config, bench.model(self.model)
         classes = spread(self.count, max(model.label_dim, 1)).astype(np.int32)
         seed = noise_seed(config, 0)
-        images = quantised(draw(model, self.row, range(self.count), classes, seed=seed, batch_size=config.batch_size))
+        images = quantised(draw(model, self.sampling, range(self.count), classes, seed=seed, batch_size=config.batch_size))
         first = config.features[0]
         seen = bench.look(images, (first,))[first].features
         arrays = {"images": images.cpu().numpy(), "features": seen, "device": bench.kind}
@@ -267,14 +268,14 @@ class Judge:
     """All figures of one draw of a row."""
 
     model: str
-    row: Row
+    sampling: Sampling
     draw: int
     parts: tuple[str, ...]
     evaluations: int = 0
 
     @property
     def file(self) -> str:
-        return f"draw-{self.row.slug}-{self.draw}.json"
+        return f"draw-{self.sampling.slug}-{self.draw}.json"
 
     def run(self, bench: Bench) -> None:
         """Join what was seen of the draw's shards in their order, and measure. Parts that are gone belong to a row that another
@@ -296,16 +297,16 @@ class Fidelity:
     """How near samples are to the teacher's of the same noise: root mean square over pixels in [-1, 1], held-out pairs."""
 
     model: str
-    row: Row
+    sampling: Sampling
     count: int
 
     @property
     def file(self) -> str:
-        return f"pairs-{self.row.slug}.json"
+        return f"pairs-{self.sampling.slug}.json"
 
     @property
     def evaluations(self) -> int:
-        return self.row.nfe * self.count
+        return self.sampling.nfe * self.count
 
     def run(self, bench: Bench) -> None:
         """Sample the held-out noise and compare."""
@@ -313,7 +314,7 @@ class Fidelity:
         plan, config = bench.setup.pairs, bench.setup.config
         assert plan is not None
         images = draw(
-            bench.model(self.model), self.row, bench.held_out_file["index"].tolist(), labels.cpu().numpy(),
+            bench.model(self.model), self.sampling, bench.held_out_file["index"].tolist(), labels.cpu().numpy(),
             seed=plan["pairs"]["seed"], batch_size=config.batch_size,
         )  # fmt: skip
         rms = float((images - x1.clamp(-1, 1)).to(torch.float64).square().mean().sqrt())
