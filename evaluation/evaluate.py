@@ -52,9 +52,10 @@ from evaluation.reference import KEPT, check_reference, groups, merge_reference,
 from evaluation.samplings import samplings_for
 from pipeline import prometheus
 from pipeline.command import run_command
+from pipeline.model_folders import require_measuring, require_probe
 from pipeline.pool import run_pool
 from pipeline.progress import Progress
-from pipeline.stage import Stage, check_fits, fingerprint, require, require_measuring, require_probe
+from pipeline.stage import Stage, check_fits, fingerprint, require
 from pipeline.storage import Folder
 
 PER_EVALUATION, PER_LOOK = "seconds_per_evaluation", "seconds_per_look"  # of _SUCCESS

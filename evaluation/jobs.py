@@ -38,8 +38,8 @@ from beeline.schedule import edm_sigmas
 from evaluation.reference import KEPT, arrays_in, groups, reference, reference_folder
 from evaluation.samplings import draw, noise_seed
 from pipeline.gen_pairs import calibrated_levels, load_sampler, make_pairs
+from pipeline.model_folders import require_measuring, require_model, require_probe
 from pipeline.reader import decoded, real_labels
-from pipeline.stage import require_measuring, require_model, require_probe
 from pipeline.storage import Folder
 
 HELD_OUT = "evaluation/held-out"

@@ -38,10 +38,11 @@ from beeline.schedule import edm_sigmas
 from pipeline import storage
 from pipeline.command import run_command
 from pipeline.manifest import Manifest
+from pipeline.model_folders import require_model
 from pipeline.pool import run_pool
 from pipeline.progress import Progress
 from pipeline.shards import MAX_SHARD_BYTES, encode, shard_count, shard_name, shard_rows, survey
-from pipeline.stage import Stage, require_model
+from pipeline.stage import Stage
 from pipeline.storage import Folder
 
 CONTACT = "contact.png"  # what verify_pairs.py draws

@@ -51,8 +51,8 @@ from evaluation.jobs import HELD_OUT, Bench, Fidelity, HeldOut, Judge, Lines, Re
 from evaluation.reference import merge_reference, reference_folder
 from evaluation.samplings import draw, teacher_sampling
 from pipeline.gen_pairs import load_sampler, make_pairs
+from pipeline.model_folders import require_model, require_probe
 from pipeline.sheet import sheet_png
-from pipeline.stage import require_model, require_probe
 from pipeline.storage import Folder
 from trainers import checkpoints, loop
 from trainers.log import read_log

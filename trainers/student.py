@@ -13,7 +13,7 @@ from beeline.config import StudentConfig
 from beeline.denoiser import Denoiser
 from beeline.errors import BeelineError
 from beeline.noise import stream_seed
-from pipeline.stage import require_model
+from pipeline.model_folders import require_model
 from pipeline.storage import Folder
 from trainers import loop
 from trainers.training import Training

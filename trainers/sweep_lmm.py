@@ -48,10 +48,11 @@ from evaluation.results import metrics_in
 from evaluation.sweeps import trials_in
 from pipeline import prometheus
 from pipeline.command import run_command
+from pipeline.model_folders import publish_model, require_features, require_model, require_probe
 from pipeline.records import LOG, plan_in
 from pipeline.room import check_room
 from pipeline.runtime import ensure_ray, find_user_error
-from pipeline.stage import Stage, fingerprint, publish_model, require, require_features, require_model, require_probe
+from pipeline.stage import Stage, fingerprint, require
 from pipeline.storage import Folder
 from trainers import checkpoints
 from trainers.launch import check_batch

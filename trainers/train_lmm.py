@@ -17,7 +17,8 @@ import tyro
 
 from beeline.config import StudentConfig, to_dict
 from pipeline.command import run_command
-from pipeline.stage import Stage, check_fits, fingerprint, require, require_features, require_model
+from pipeline.model_folders import require_features, require_model
+from pipeline.stage import Stage, check_fits, fingerprint, require
 from pipeline.storage import Folder
 from trainers import loop
 from trainers.launch import check_batch, launch

@@ -22,7 +22,7 @@ from beeline.objectives.ema import ema_update
 from beeline.objectives.learner import Learner, compile_trunk
 from beeline.pixels import to_float
 from beeline.sampling.inference import DTYPES, prepare
-from pipeline.stage import publish_model, require_features, require_model
+from pipeline.model_folders import publish_model, require_features, require_model
 from pipeline.storage import Folder
 from trainers import loop
 from trainers.validation import METRIC, Validation

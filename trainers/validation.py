@@ -19,9 +19,9 @@ from beeline.noise import stream_seed
 from beeline.pixels import quantised
 from beeline.sampling import Sampling
 from evaluation.samplings import draw
+from pipeline.model_folders import require_probe
 from pipeline.reader import ShardReader
 from pipeline.sheet import sheet_png
-from pipeline.stage import require_probe
 from pipeline.storage import Folder
 
 METRIC = "fd_probe_losses"
