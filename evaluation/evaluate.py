@@ -32,22 +32,8 @@ from beeline.metrics.frechet import Moments
 from beeline.sampling import Sampling
 from beeline.settings import ModelPath, Some, check
 from evaluation import results
-from evaluation.jobs import (
-    HELD_OUT,
-    LOOKING,
-    SAMPLING,
-    Bench,
-    Fidelity,
-    HeldOut,
-    Judge,
-    Lines,
-    RealImages,
-    Samples,
-    Setup,
-    Sheet,
-    sampled_model,
-    sound,
-)
+from evaluation.bench import HELD_OUT, Bench, Setup, sampled_model
+from evaluation.jobs import LOOKING, SAMPLING, Fidelity, HeldOut, Judge, Lines, RealImages, Samples, Sheet, sound
 from evaluation.reference import KEPT, check_reference, groups, merge_reference, reference, reference_folder
 from evaluation.samplings import samplings_for
 from pipeline import prometheus

@@ -14,7 +14,8 @@ from beeline.features.measuring import RESIZES
 from beeline.files.layout import check_layout
 from beeline.metrics.measures import nearest
 from beeline.sampling import Sampling, slug_of
-from evaluation.jobs import Fidelity, Judge, Lines, Setup, Sheet
+from evaluation.bench import Setup
+from evaluation.jobs import Fidelity, Judge, Lines, Sheet
 from evaluation.reference import arrays_in, reference
 from evaluation.samplings import noise_seed
 from pipeline.reader import decoded

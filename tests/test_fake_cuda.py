@@ -47,7 +47,8 @@ from beeline.objectives.rectified_flow import RectifiedFlowConfig
 from beeline.sampling import Sampling, generate, sample
 from beeline.sampling.inference import prepare
 from beeline.schedule import edm_sigmas
-from evaluation.jobs import HELD_OUT, Bench, Fidelity, HeldOut, Judge, Lines, RealImages, Samples, Setup, Sheet
+from evaluation.bench import HELD_OUT, Bench, Setup
+from evaluation.jobs import Fidelity, HeldOut, Judge, Lines, RealImages, Samples, Sheet
 from evaluation.reference import merge_reference, reference_folder
 from evaluation.samplings import draw, teacher_sampling
 from pipeline.gen_pairs import load_sampler, make_pairs

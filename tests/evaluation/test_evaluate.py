@@ -30,8 +30,9 @@ from beeline.pixels import quantised
 from beeline.sampling.few_step import FewStep, parse_steps
 from beeline.weights import dump_backbone
 from evaluation import results
+from evaluation.bench import Bench, Setup
 from evaluation.evaluate import Measurement
-from evaluation.jobs import Bench, Judge, RealImages, Samples, Setup
+from evaluation.jobs import Judge, RealImages, Samples
 from evaluation.reference import FEATURES, STATISTICS, groups, merge_reference, reference_folder
 from evaluation.samplings import teacher_sampling
 from pipeline.shards import encode, shard_name
