@@ -29,7 +29,7 @@ from beeline.labels import pair_labels
 from beeline.metrics.frechet import Statistics
 from beeline.metrics.measures import counted, measures
 from beeline.metrics.straightness import straightness, trajectories
-from beeline.noise import x0
+from beeline.noise import unit_noise
 from beeline.pixels import quantised
 from beeline.sampling import Sampling
 from beeline.schedule import edm_sigmas
@@ -92,7 +92,7 @@ class HeldOut:
         config = from_dict(PairsConfig, plan["pairs"])
         teacher = load_sampler(bench.setup.workspace, bench.setup.recipe, plan, config)
         rows = held_out_rows(plan, self.count)
-        labels, noise = pair_labels(rows, teacher.label_dim), x0(config.seed, rows, teacher.image_shape)
+        labels, noise = pair_labels(rows, teacher.label_dim), unit_noise(config.seed, rows, teacher.image_shape)
         x1 = make_pairs(teacher, noise, labels, config)
         arrays = {"x1": x1, "noise": noise, "label": labels, "index": np.array(rows)}
         bench.place(HELD_OUT).write(HELD_OUT_PAIRS, pack(arrays))

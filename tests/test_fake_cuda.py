@@ -35,7 +35,7 @@ from beeline.features.probe import Probe, train_probe
 from beeline.files.arrays import unpack
 from beeline.labels import pair_labels
 from beeline.metrics.straightness import straightness, trajectories
-from beeline.noise import x0
+from beeline.noise import unit_noise
 from beeline.objectives import Batch, Context, ObjectiveConfig
 from beeline.objectives.discriminator import DiscriminatorConfig
 from beeline.objectives.edm import edm_loss
@@ -141,7 +141,7 @@ def test_pairs(made: Folder, device: torch.device, solver: Any) -> None:
     plan = small.plans(made)["pairs"] | {"sigmas": edm_sigmas(5).tolist()}
     config = replace(small.PAIRS, solver="calibrated" if solver == "calibrated" else "heun")
     rows = range(20)
-    noise, labels = x0(3, rows, (1, 8, 8)), pair_labels(rows, small.CLASSES)
+    noise, labels = unit_noise(3, rows, (1, 8, 8)), pair_labels(rows, small.CLASSES)
     on_cpu = require_model(made, "teacher", "digits")[0]
     on_cpu.levels = tuple(plan["sigmas"])
     on_gpu = load_sampler(made, "digits", plan, config)

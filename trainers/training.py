@@ -16,7 +16,7 @@ from beeline.config import OptimizerConfig, StudentConfig, TeacherConfig
 from beeline.denoiser import Denoiser
 from beeline.features import Frozen
 from beeline.labels import as_one_hot, pair_labels
-from beeline.noise import stream_seed, x0
+from beeline.noise import stream_seed, unit_noise
 from beeline.objectives import Batch, Context
 from beeline.objectives.ema import ema_update
 from beeline.objectives.learner import Learner, compile_trunk
@@ -182,7 +182,7 @@ class Training:
 
     def _fresh(self, indices: range) -> dict[str, np.ndarray]:
         """Noise that no pair has, a function of the seed and the position in the stream of rows; labels as pairs have them."""
-        noise = x0(stream_seed(self.config.seed, "training noise"), indices, self.model.image_shape)
+        noise = unit_noise(stream_seed(self.config.seed, "training noise"), indices, self.model.image_shape)
         return {"noise": noise, "labels": pair_labels(indices, self.model.label_dim)}
 
     def _tensor(self, name: str, column: np.ndarray) -> torch.Tensor | None:

@@ -14,7 +14,7 @@ import torch
 
 from beeline.denoiser import Denoiser
 from beeline.errors import BeelineError
-from beeline.noise import stream_seed, x0
+from beeline.noise import stream_seed, unit_noise
 from beeline.sampling.adams import adams
 from beeline.sampling.few_step import RuleName, few_step, parse_steps
 from beeline.sampling.solvers import Solver, evaluations, solve
@@ -91,7 +91,7 @@ def sample(
     device = next(model.parameters()).device
 
     def noise(which_seed: int) -> torch.Tensor:
-        return torch.from_numpy(x0(which_seed, indices, model.image_shape)).to(device)
+        return torch.from_numpy(unit_noise(which_seed, indices, model.image_shape)).to(device)
 
     return sample_from(model, noise(seed), labels, sampling, fresh=lambda n: noise(stream_seed(seed, "fresh", n)))
 

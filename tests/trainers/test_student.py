@@ -21,7 +21,7 @@ import beeline
 from beeline.checkpoint import build, dump
 from beeline.config import StudentConfig, to_dict
 from beeline.errors import BeelineError
-from beeline.noise import stream_seed, x0
+from beeline.noise import stream_seed, unit_noise
 from beeline.objectives import ObjectiveConfig
 from beeline.objectives.kd import DistillationConfig
 from beeline.objectives.lmm import LinesMatchingConfig
@@ -420,7 +420,7 @@ def test_fresh_noise_is_a_function_of_seed_and_position(make: Make, parts: int) 
     settings = alone(MatchingConfig(), accumulate=parts)
     noise, labels = rows(settings, 2)
     wanted = range(24, 36)
-    assert torch.equal(noise, torch.from_numpy(x0(stream_seed(settings.seed, "training noise"), wanted, (1, 8, 8))))
+    assert torch.equal(noise, torch.from_numpy(unit_noise(stream_seed(settings.seed, "training noise"), wanted, (1, 8, 8))))
     assert labels.argmax(dim=1).tolist() == [row % small.CLASSES for row in wanted]
     for ranks in (1, 2, 3):
         again = rows(settings, 2, ranks)
@@ -428,7 +428,7 @@ def test_fresh_noise_is_a_function_of_seed_and_position(make: Make, parts: int) 
         assert torch.equal(again[1], labels)
     assert not torch.equal(rows(settings, 3)[0], noise)
     assert not torch.equal(rows(replace(settings, seed=1), 2)[0], noise)
-    assert not torch.equal(torch.from_numpy(x0(settings.seed, wanted, (1, 8, 8))), noise)  # that of pairs
+    assert not torch.equal(torch.from_numpy(unit_noise(settings.seed, wanted, (1, 8, 8))), noise)  # that of pairs
 
 
 def test_damaged_checkpoints_are_named(tmp_path: Path) -> None:
