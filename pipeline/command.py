@@ -6,11 +6,12 @@ turns them into options. Other code calls the function directly.
 
 from __future__ import annotations
 
+import argparse
 import functools
 import inspect
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import tyro
@@ -48,6 +49,15 @@ def run_command(stage: Callable[..., Any]) -> NoReturn:
     run_main(call, cleanup=shutdown)
 
 
+def _recipe_options(prog: str, argv: Sequence[str], *, student: bool) -> tuple[argparse.Namespace, list[str]]:
+    """The options that choose the recipe's defaults, and all other words of the command line."""
+    parser = argparse.ArgumentParser(prog=prog, add_help=False, allow_abbrev=False)
+    parser.add_argument("--seed", default="0")
+    if student:
+        parser.add_argument("--student")
+    return parser.parse_known_args(argv)
+
+
 def _parse_and_run(stage: Callable[..., Any]) -> None:
     parameters = inspect.signature(stage).parameters
     argv = sys.argv[1:]
@@ -66,7 +76,8 @@ def _parse_and_run(stage: Callable[..., Any]) -> None:
         own = f"or package.module:function for your own recipe; {RECIPE} and {WORKSPACE} set the defaults"
         print(f"{problem}{usage}, {own}", file=sys.stdout if asked_help else sys.stderr)
         sys.exit(0 if asked_help else 2)
-    seed = _pop_option(argv, "--seed", "0")
+    chosen, argv = _recipe_options(f"{script} {name}", argv, student="student" in parameters)
+    seed = chosen.seed
     if not (seed.isascii() and seed.isdigit() and len(seed) < 20 and int(seed) <= MAX_RECIPE_SEED):
         raise BeelineError(f"--seed is {seed!r}; expected a whole number from 0 to {MAX_RECIPE_SEED:,}")
     if ":" in name and os.getcwd() not in sys.path:
@@ -79,22 +90,10 @@ def _parse_and_run(stage: Callable[..., Any]) -> None:
     }
     defaults |= {section: getattr(recipe, section) for section in parameters if hasattr(recipe, section)}
     if "student" in parameters:
-        student = _pop_option(argv, "--student", recipe.main.name)
+        student = recipe.main.name if chosen.student is None else chosen.student
         if student not in recipe.students:
             raise BeelineError(f"--student is {student!r}; this recipe has {', '.join(recipe.students)}")
         defaults["student"] = recipe.students[student]
     call = functools.partial(stage, **{key: value for key, value in defaults.items() if key in parameters})
     with naming_options(argv):
         tyro.cli(call, args=argv, prog=f"{script} {name} [--seed N]")
-
-
-def _pop_option(argv: list[str], option: str, default: str) -> str:
-    for i, word in enumerate(argv):
-        if word == option and i + 1 < len(argv):
-            value = argv[i + 1]
-            del argv[i : i + 2]
-            return value
-        if word.startswith(f"{option}="):
-            del argv[i]
-            return word.split("=", 1)[1]
-    return default
