@@ -34,8 +34,9 @@ from beeline.errors import BeelineError, plain
 from beeline.files.arrays import spread
 from beeline.files.places import local_path
 from beeline.noise import stream, stream_seed, x0
+from beeline.sampling import batches
 from beeline.sampling.adams import CORRECTOR, PREDICTOR, adams
-from beeline.sampling.samplers import batches, evaluations, solve
+from beeline.sampling.solvers import evaluations, solve
 from beeline.schedule import SIGMA_MAX, SIGMA_MIN
 from beeline.settings import MAX_STEPS, Range, Seed, Size, Some, Steps, Whole, check
 

@@ -31,16 +31,18 @@ from beeline.denoiser import Denoiser
 from beeline.errors import BeelineError
 from beeline.labels import pair_labels
 from beeline.pixels import rounded
+from beeline.sampling import Sampling, batches, sample_from
 from beeline.sampling.inference import prepare
-from beeline.sampling.samplers import batches, evaluations, sample_from
+from beeline.sampling.solvers import evaluations
 from beeline.schedule import edm_sigmas
 from pipeline import storage
 from pipeline.command import run_command
 from pipeline.manifest import Manifest
+from pipeline.model_folders import require_model
 from pipeline.pool import run_pool
 from pipeline.progress import Progress
 from pipeline.shards import MAX_SHARD_BYTES, encode, shard_count, shard_name, shard_rows, survey
-from pipeline.stage import Stage, require_model
+from pipeline.stage import Stage
 from pipeline.storage import Folder
 
 CONTACT = "contact.png"  # what verify_pairs.py draws
@@ -49,11 +51,12 @@ CONTACT = "contact.png"  # what verify_pairs.py draws
 def make_pairs(teacher: Denoiser, x0: np.ndarray, labels: np.ndarray, config: PairsConfig) -> np.ndarray:
     """x1 (n, C, H, W) float32 of unit noise `x0` (n, C, H, W) and classes `labels` (n,) (lmm.md, pairs: no churn)."""
     device, parts = next(teacher.parameters()).device, []
+    sampling = Sampling(solver=config.solver, num_steps=config.num_steps)
     for batch in batches(len(x0), config.batch_size):
         rows = slice(batch.start, batch.stop)
         classes = torch.from_numpy(labels[rows]).to(device) if teacher.label_dim else None
         latents = torch.from_numpy(x0[rows]).to(device)
-        parts.append(sample_from(teacher, latents, classes, solver=config.solver, num_steps=config.num_steps))
+        parts.append(sample_from(teacher, latents, classes, sampling))
     return torch.cat(parts).cpu().numpy()
 
 

@@ -17,8 +17,9 @@ from beeline.features.probe import Probe
 from beeline.labels import pair_labels
 from beeline.sampling.few_step import FewStep
 from pipeline.gen_pairs import make_pairs, plan_of
+from pipeline.model_folders import require_model
 from pipeline.shards import encode, shard_count, shard_name, shard_rows
-from pipeline.stage import PLAN, require_model
+from pipeline.stage import PLAN
 from pipeline.storage import Folder
 
 CLASSES, COUNT, SHARD = 4, 48, 16

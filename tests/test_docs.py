@@ -20,7 +20,8 @@ from beeline.recipes import find
 from pipeline.storage import Folder
 from trainers import checkpoints, loop
 from trainers.log import read_log
-from trainers.student import StudentTask
+from trainers.student import student_training
+from trainers.training import Training
 
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 ERRORS = ("BeelineError", "SettingError", "StorageError", "_fail", "reading")
@@ -117,9 +118,9 @@ def test_the_method_of_the_documentation_trains_and_resumes(tmp_path: Path) -> N
     phases = {name: replace(phase, iterations=6) for name, phase in student.phases.items()}
     student, cadence = replace(student, batch_size=8, phases=phases), loop.Cadence(log_every=1, checkpoint_every=2, keep=9)
 
-    def train(name: str, restored: loop.State | None = None) -> StudentTask:
+    def train(name: str, restored: loop.State | None = None) -> Training:
         session = loop.Session(folder=Folder(str(tmp_path / name)), restored=restored)
-        task = StudentTask(session=session, workspace=place, recipe="mine:recipe", config=student, **small.plans(place))
+        task = student_training(session=session, workspace=place, recipe="mine:recipe", config=student, **small.plans(place))
         assert loop.run(task, session, cadence)
         return task
 

@@ -26,8 +26,8 @@ import beeline
 from beeline.errors import BeelineError
 from beeline.noise import crc32, x0
 from beeline.recipes import digits
+from beeline.sampling import Sampling, sample
 from beeline.sampling.inference import prepare
-from beeline.sampling.samplers import sample
 from pipeline import prometheus
 from pipeline.gen_pairs import PairShards, plan_of
 from pipeline.reader import ShardReader
@@ -92,7 +92,7 @@ def test_pairs_are_the_teachers_and_x0_is_not_stored(trained: Path) -> None:
     assert labels.tolist() == [i % 10 for i in indices]
     assert metadata["x0_crc32"] == crc32(x0(0, indices, (1, 8, 8)))
     teacher = beeline.load(trained / "teacher")
-    again = sample(teacher, indices.tolist(), torch.from_numpy(labels.copy()), seed=0)
+    again = sample(teacher, indices.tolist(), torch.from_numpy(labels.copy()), Sampling(), seed=0)
     np.testing.assert_allclose(again.numpy(), x1, atol=1e-4)
 
 
@@ -108,7 +108,7 @@ def test_pairs_of_a_calibrated_solver(run: Run, trained: Path, tmp_path: Path) -
     teacher = beeline.load(workspace / "teacher")
     assert metadata["plan"]["pairs"]["solver"] == "calibrated"
     assert tuple(metadata["plan"]["sigmas"]) == teacher.levels
-    again = sample(teacher, indices.tolist(), torch.from_numpy(labels.copy()), seed=0, solver="calibrated")
+    again = sample(teacher, indices.tolist(), torch.from_numpy(labels.copy()), Sampling(solver="calibrated"), seed=0)
     np.testing.assert_allclose(again.numpy(), x1, atol=1e-4)
 
 
