@@ -133,23 +133,12 @@ def verify_pairs(workspace: str, recipe: tyro.conf.Suppress[str], verify: Verify
     with reading(f"{folder}/{PLAN} was changed or damaged", f"move {folder} away and make it again, or restore the file"):
         config = from_dict(PairsConfig, plan["pairs"])
     shards = range(shard_count(config.count, config.shard_size))
-    chance = stream(verify.seed, "verify")
-
-    def some(count: int) -> list[int]:
-        return sorted(chance.choice(len(shards), min(count, len(shards)), replace=False).tolist())
-
-    def batch_of(k: int) -> int:
-        return int(chance.integers(-(-len(shard_rows(k, config.shard_size, config.count)) // config.batch_size)))
-
-    shown = sorted(chance.choice(config.count, min(verify.shown, config.count), replace=False).tolist())
     arguments = {
         "workspace": place,
         "recipe": recipe,
         "plan": plan,
         "crcs": {row["shard"]: row["crc32"] for row in read_manifest(folder) if row["crc32"] is not None},
-        "remake": frozenset(some(verify.remake)),
-        "resample": {k: batch_of(k) for k in some(verify.resample)},
-        "shown": {k: [i % config.shard_size for i in shown if i // config.shard_size == k] for k in shards},
+        **_drawn(config, verify, shards),
     }
     rows: dict[int, dict[str, Any]] = {}
     with Progress("verify", len(shards), "shards") as progress:
@@ -173,21 +162,35 @@ def verify_pairs(workspace: str, recipe: tyro.conf.Suppress[str], verify: Verify
             if trouble != "missing":
                 folder.remove(name)
                 print(f"{folder}/{name}: removed ({trouble})", flush=True)
-    if troubles or strangers:
-        named = [f"{name}: {trouble}" for name, trouble in troubles.items()] + [
-            f"{name}: not of this plan" for name in strangers
-        ]
+    command = f"python pipeline/gen_pairs.py {recipe} --workspace {place} with the settings of {PLAN}"
+    named = [f"{name}: {trouble}" for name, trouble in troubles.items()]
+    named += [f"{name}: not of this plan" for name in strangers]
+    if named:
         shown_names = "; ".join([*named[:NAMED], *(["..."] if len(named) > NAMED else [])])
         raise BeelineError(
             f"{len(named)} shards of {folder} are damaged: {shown_names}. "
-            f"{'Now' if verify.remove else 'Remove them (--verify.remove), then'} run: "
-            f"python pipeline/gen_pairs.py {recipe} --workspace {place} with the settings of {PLAN}"
+            f"{'Now' if verify.remove else 'Remove them (--verify.remove), then'} run: {command}"
         )
     if success_in(folder) is None:
-        raise BeelineError(
-            f"every shard of {folder} is intact, but {SUCCESS} is missing; finish it with: "
-            f"python pipeline/gen_pairs.py {recipe} --workspace {place} with the settings of {PLAN}"
-        )
+        raise BeelineError(f"every shard of {folder} is intact, but {SUCCESS} is missing; finish it with: {command}")
+
+
+def _drawn(config: PairsConfig, verify: VerifyConfig, shards: range) -> dict[str, Any]:
+    """Draw the shards whose noise is made again, a batch to sample again of others, and the pairs to show of each shard."""
+    chance = stream(verify.seed, "verify")
+
+    def some(count: int) -> list[int]:
+        return sorted(chance.choice(len(shards), min(count, len(shards)), replace=False).tolist())
+
+    def batch_of(k: int) -> int:
+        return int(chance.integers(-(-len(shard_rows(k, config.shard_size, config.count)) // config.batch_size)))
+
+    shown = sorted(chance.choice(config.count, min(verify.shown, config.count), replace=False).tolist())
+    return {
+        "remake": frozenset(some(verify.remake)),
+        "resample": {k: batch_of(k) for k in some(verify.resample)},
+        "shown": {k: [i % config.shard_size for i in shown if i // config.shard_size == k] for k in shards},
+    }
 
 
 def _draw(folder: Folder, parts: list[bytes], plan: Mapping[str, Any]) -> None:
