@@ -8,18 +8,18 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from beeline.checkpoint import CONFIG
+from beeline.config.student import BEST, half_life_of
 from beeline.errors import BeelineError, reading
 from beeline.files.layout import check_layout
+from beeline.files.names import CONFIG, TEACHER
+from beeline.metrics.measures import is_diversity
 from beeline.objectives.lmm import LinesMatchingConfig
 from evaluation.results import METRICS, again, metrics_in
 from pipeline.records import success_in
 from pipeline.storage import Folder
 
-TEACHER = "teacher"
 STUDENT = r"students/[\w-][\w.-]*(/[\w-][\w.-]*)?"  # a model's folder in the workspace, and nothing outside of it
 PREFERRED = ("fid_", "fd_dinov2", "fd_probe", "fd_")  # what models are compared by, where there is a choice
-DIVERSITY = ("precision", "recall", "density", "coverage", "authenticity")
 LINES = f"{LinesMatchingConfig.__module__}:{LinesMatchingConfig.__qualname__}"
 
 
@@ -51,7 +51,7 @@ class Figure:
 
     @property
     def _size(self) -> float:
-        return 1.0 if self.metric.split("_")[0] in DIVERSITY else self.mean
+        return 1.0 if is_diversity(self.metric) else self.mean
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +115,7 @@ class Model:
     def is_average(self) -> bool:
         """Whether it is another average of a student, or the best of its validations."""
         part = self.name.split("/")[2] if self.name.count("/") == 2 else ""
-        return part == "best" or part.startswith("ema-")
+        return part == BEST or half_life_of(part) is not None
 
     @property
     def ingredients(self) -> Ingredients | None:
@@ -134,9 +134,8 @@ class Model:
         """What it is, in words; "" where nothing is known."""
         part = self.name.rpartition("/")[2]
         if self.is_average:
-            return (
-                "the best of its validations" if part == "best" else f"average of the weights, half-life {part[4:]} iterations"
-            )
+            half_life = half_life_of(part)
+            return f"average of the weights, half-life {half_life} iterations" if half_life else "the best of its validations"
         return str(self.training.get("method", ""))
 
     def figure(self, label: str, metric: str) -> Figure | None:

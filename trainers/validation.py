@@ -15,6 +15,7 @@ import torch
 from beeline.denoiser import Denoiser
 from beeline.features.measuring import Eye, MeasuringProbe
 from beeline.metrics.frechet import Statistics, frechet_distance
+from beeline.metrics.measures import VALIDATION
 from beeline.noise import stream_seed
 from beeline.pixels import quantised
 from evaluation.rows import Row, draw
@@ -23,7 +24,6 @@ from pipeline.sheet import sheet_png
 from pipeline.stage import require_probe
 from pipeline.storage import Folder
 
-METRIC = "fd_probe_losses"
 SHOWN, COLUMNS = 40, 10
 BATCH = 256
 
@@ -61,8 +61,8 @@ class Validation:
         if self._eye is None:
             return {}, sheet
         if not bool(images.isfinite().all()):
-            return {METRIC: math.nan}, sheet
-        return {METRIC: frechet_distance(self._statistics(quantised(images)), self._real)}, sheet
+            return {VALIDATION: math.nan}, sheet
+        return {VALIDATION: frechet_distance(self._statistics(quantised(images)), self._real)}, sheet
 
     def _statistics(self, images: torch.Tensor) -> Statistics:
         assert self._eye is not None

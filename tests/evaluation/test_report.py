@@ -126,9 +126,9 @@ def test_everything_is_shown(workspace: Path, page: str, parsed: Parsed) -> None
         "300 + 200",
         "2,500 pairs of 35 evaluations: 87,500 evaluations of the teacher, in 34.5 actor-seconds",
         "paid back after 2,574 images",
-        "The paper's figures are not beside these: it has none for digits",
+        "The paper has no figures for digits",
         "unevenness",
-        "fd_probe_losses_1797, which is not a measure reported above",
+        "fd_probe_losses_1797, which is not a metric of the sections above",
         "20, stopped",
         "ab" * 32,
     ):
