@@ -8,18 +8,23 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from beeline.config.student import BEST, half_life_of
+from beeline.config.student import BEST, half_life_of, student_folder
 from beeline.errors import BeelineError, reading
 from beeline.files.layout import check_layout
-from beeline.files.names import CONFIG, TEACHER
-from beeline.metrics.measures import is_diversity
+from beeline.files.names import CONFIG, EVALUATION, STUDENTS, TEACHER
+from beeline.metrics.measures import FID, FRECHET, is_diversity
 from beeline.objectives.lmm import LinesMatchingConfig
 from evaluation.results import METRICS, again, metrics_in
 from pipeline.records import success_in
 from pipeline.storage import Folder
 
-STUDENT = r"students/[\w-][\w.-]*(/[\w-][\w.-]*)?"  # a model's folder in the workspace, and nothing outside of it
-PREFERRED = ("fid_", "fd_dinov2", "fd_probe", "fd_")  # what models are compared by, where there is a choice
+STUDENT = rf"{STUDENTS}/[\w-][\w.-]*(/[\w-][\w.-]*)?"  # a model's folder in the workspace, and nothing outside of it
+PREFERRED = (
+    f"{FID}_",
+    f"{FRECHET}_dinov2",
+    f"{FRECHET}_probe",
+    f"{FRECHET}_",
+)  # what models are compared by, where there is a choice
 LINES = f"{LinesMatchingConfig.__module__}:{LinesMatchingConfig.__qualname__}"
 
 
@@ -109,7 +114,7 @@ class Model:
     @property
     def title(self) -> str:
         """As tables name it: "lmm · reconstruction"."""
-        return self.name.removeprefix("students/").replace("/", " · ")
+        return self.name.removeprefix(f"{STUDENTS}/").replace("/", " · ")
 
     @property
     def is_average(self) -> bool:
@@ -149,10 +154,10 @@ class Model:
 
 def measured_models(place: Folder) -> list[Model]:
     """The teacher, then the students, each ingredient after those without it. Raises BeelineError for damaged metrics."""
-    students = place / "evaluation" / "students"
-    names = [f"students/{name}" for name in students.folders()]
-    names += [f"{name}/{part}" for name in names for part in (place / "evaluation" / name).folders()]
-    found = [_model(place, name) for name in (TEACHER, *names) if success_in(place / "evaluation" / name)]
+    measured = place / EVALUATION
+    names = [student_folder(name) for name in (measured / STUDENTS).folders()]
+    names += [f"{name}/{part}" for name in names for part in (measured / name).folders()]
+    found = [_model(place, name) for name in (TEACHER, *names) if success_in(measured / name)]
     found.sort(key=lambda model: (model.name != TEACHER, _order(model)))
     return [dataclasses.replace(model, number=k) for k, model in enumerate(found)]
 
@@ -163,7 +168,7 @@ def _order(model: Model) -> tuple[Any, ...]:
 
 
 def _model(place: Folder, name: str) -> Model:
-    folder = place / "evaluation" / name
+    folder = place / EVALUATION / name
     found = metrics_in(folder)
     with reading(f"{folder}/{METRICS} is not as expected", again(folder)):
         if found is None:

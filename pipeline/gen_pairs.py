@@ -29,6 +29,7 @@ from beeline.checkpoint import SOLVER, WEIGHTS, digest_of, solver_levels
 from beeline.config import PairsConfig, to_dict
 from beeline.denoiser import Denoiser
 from beeline.errors import BeelineError
+from beeline.files.names import PAIRS, TEACHER
 from beeline.labels import pair_labels
 from beeline.pixels import rounded
 from beeline.sampling.inference import prepare
@@ -79,7 +80,7 @@ def check_images(x1: np.ndarray, rows: range, config: PairsConfig, teacher_sha25
 
 def load_sampler(workspace: Folder, recipe: str, plan: dict[str, Any], config: PairsConfig) -> Denoiser:
     """The workspace's teacher as `plan` samples it: on the GPU if there is one, in its precision, with its levels."""
-    teacher = require_model(workspace, "teacher", recipe)[0].to("cuda" if torch.cuda.is_available() else "cpu")
+    teacher = require_model(workspace, TEACHER, recipe)[0].to("cuda" if torch.cuda.is_available() else "cpu")
     teacher.levels = tuple(plan["sigmas"])
     return prepare(
         teacher,
@@ -166,9 +167,9 @@ def gen_pairs(workspace: str, recipe: tyro.conf.Suppress[str], pairs: PairsConfi
         workspace: Local folder or s3://bucket/prefix.
     """
     place = Folder(workspace)
-    teacher, digest = require_model(place, "teacher", recipe)
-    levels = calibrated_levels(place / "teacher") if pairs.solver == "calibrated" else None
-    stage = Stage(place, "pairs", plan_of(pairs, teacher, digest, levels))
+    teacher, digest = require_model(place, TEACHER, recipe)
+    levels = calibrated_levels(place / TEACHER) if pairs.solver == "calibrated" else None
+    stage = Stage(place, PAIRS, plan_of(pairs, teacher, digest, levels))
     if not stage.begin():
         return
     found = survey(stage.folder, stage.plan, pairs.count, pairs.shard_size)

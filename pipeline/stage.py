@@ -21,18 +21,19 @@ from beeline.features import FeatureNetwork
 from beeline.features.backbones import weights_of, with_pooling_of
 from beeline.features.measuring import DinoV2, Inception
 from beeline.features.probe import Probe
+from beeline.files.names import EVALUATION, IMAGES, PAIRS, PROBE, STUDENTS, SWEEPS, TEACHER
 from beeline.weights import load_backbone, load_measuring
 from pipeline.records import LAYOUTS, PLAN, SUCCESS, plan_in, success_in
 from pipeline.storage import Folder
 
 MADE_BY = {
-    "images": "pipeline/ingest_images.py",
-    "probe": "trainers/train_probe.py",
-    "teacher": "trainers/train_teacher.py",
-    "pairs": "pipeline/gen_pairs.py",
-    "students": "trainers/train_lmm.py",
-    "sweeps": "trainers/sweep_lmm.py",
-    "evaluation": "evaluation/evaluate.py",
+    IMAGES: "pipeline/ingest_images.py",
+    PROBE: "trainers/train_probe.py",
+    TEACHER: "trainers/train_teacher.py",
+    PAIRS: "pipeline/gen_pairs.py",
+    STUDENTS: "trainers/train_lmm.py",
+    SWEEPS: "trainers/sweep_lmm.py",
+    EVALUATION: "evaluation/evaluate.py",
 }
 
 
@@ -124,7 +125,7 @@ def require(workspace: Folder, name: str, recipe: str) -> dict[str, Any]:
 def check_fits(workspace: Folder, images: Mapping[str, Any], network: NetworkConfig | None, what: str) -> None:
     """Raise BeelineError unless `network` takes what images/ (of plan `images`) holds: resolution, channels, classes."""
     assert network is not None
-    found, where = images["images"], workspace / "images"
+    found, where = images["images"], workspace / IMAGES
     if (found["resolution"], found["channels"]) != (network.img_resolution, network.img_channels):
         raise BeelineError(
             f"{where} has {found['channels']} channels at {found['resolution']} pixels; {what} takes {network.img_channels} "
@@ -147,7 +148,7 @@ def require_model(workspace: Folder, name: str, recipe: str) -> tuple[Denoiser, 
 
 def require_probe(workspace: Folder, which: str, recipe: str) -> tuple[Probe, str]:
     """The probe "losses" or "measure", and its `checkpoint.digest`."""
-    model, digest = _load(workspace, f"probe/{which}", recipe)
+    model, digest = _load(workspace, f"{PROBE}/{which}", recipe)
     if not isinstance(model, Probe):
         raise BeelineError(f"{workspace / 'probe' / which} holds a denoiser, not a probe")
     return model, digest
@@ -185,7 +186,7 @@ def _load(workspace: Folder, name: str, recipe: str) -> tuple[Denoiser | Probe, 
         files = {file: folder.read(file) for file in (WEIGHTS, CONFIG)}
     except FileNotFoundError as error:
         command = f"python {MADE_BY.get(name.split('/')[0], '...')} {recipe} --workspace {workspace}"
-        if name.startswith("students/"):
+        if name.startswith(f"{STUDENTS}/"):
             command += f" --student {name.split('/')[1]}"
         raise BeelineError(f"{folder} holds no model; make it with: {command}") from error
     return checkpoint.restore(files, str(folder)), checkpoint.digest(files)

@@ -17,6 +17,7 @@ from beeline.config.student import BEST, SAMPLES, average_name
 from beeline.denoiser import Denoiser
 from beeline.errors import BeelineError
 from beeline.features import Frozen
+from beeline.files.names import IMAGES, PAIRS
 from beeline.labels import as_one_hot, pair_labels
 from beeline.metrics.measures import VALIDATION
 from beeline.noise import stream_seed, x0
@@ -64,10 +65,10 @@ class StudentTask:
         self.pairs = self.images = self.validation = None
         if needs.pairs:
             assert pairs is not None
-            self.pairs = session.read(workspace / "pairs", pairs["pairs"], config.seed)
+            self.pairs = session.read(workspace / PAIRS, pairs["pairs"], config.seed)
         if needs.images:
             assert images is not None
-            self.images = session.read(workspace / "images", images["images"], config.seed + 1)
+            self.images = session.read(workspace / IMAGES, images["images"], config.seed + 1)
         if config.validate_every and session.rank == 0:
             assert images is not None
             self.validation = Validation(

@@ -36,9 +36,10 @@ from ray import tune
 from ray.tune.trainable import wrap_function
 
 from beeline.config import EvaluateConfig, StudentConfig, SweepConfig, WorkersConfig, to_dict
+from beeline.config.student import student_folder
 from beeline.errors import BeelineError, StorageError, reading
 from beeline.files.layout import check_layout
-from beeline.files.names import CONFIG, LOG, WEIGHTS
+from beeline.files.names import CONFIG, EVALUATION, IMAGES, LOG, PAIRS, SWEEPS, WEIGHTS
 from beeline.metrics.measures import VALIDATION
 from beeline.sampling.few_step import parse_steps
 from evaluation.evaluate import check_measurable, measure
@@ -69,7 +70,7 @@ def sweep_lmm(
     """
     place = Folder(workspace)
     check_sweep(sweep, student)
-    pairs, images = require(place, "pairs", recipe), require(place, "images", recipe)
+    pairs, images = require(place, PAIRS, recipe), require(place, IMAGES, recipe)
     check_measurable(place, recipe, judging(sweep, evaluate), images)
     tried = {number: settings(number, sweep, student.seed) for number in range(sweep.trials)}
     configs = {number: config_of(found, sweep, student) for number, found in tried.items()}
@@ -86,7 +87,7 @@ def sweep_lmm(
         "probe_sha256": require_probe(place, "losses", recipe)[1],
         "features_sha256": {name: require_features(place, name, recipe)[1] for name in names},
     }
-    stage = Stage(place, f"sweeps/{sweep.name}", plan)
+    stage = Stage(place, f"{SWEEPS}/{sweep.name}", plan)
     folder, there = stage.folder, stage.folder.sizes()
     left = [number for number in tried if _row_name(number) not in there]
     if stage.begin(more=bool(left)):
@@ -216,14 +217,14 @@ def _judge(
 ) -> list[dict[str, Any]]:
     """The rows, and to those of finished trials what the evaluation pool finds: `distance` (mean over draws) and its `std`, of
     `metric`."""
-    names = {row["trial"]: f"sweeps/{sweep.name}/{folder_name(row['trial'])}" for row in rows if not row["stopped"]}
+    names = {row["trial"]: f"{SWEEPS}/{sweep.name}/{folder_name(row['trial'])}" for row in rows if not row["stopped"]}
     steps = {names[row["trial"]]: (row["steps"],) for row in rows if row["trial"] in names}
     measure(str(place), recipe, judging(sweep, evaluate), steps)
     made = []
     for row in rows:
         figures: dict[str, Any] = {"metric": None, "distance": None, "std": None}
         if row["trial"] in names:
-            found = metrics_in(place / "evaluation" / names[row["trial"]])
+            found = metrics_in(place / EVALUATION / names[row["trial"]])
             assert found is not None, "measure() leaves metrics of every trial"
             first = found["rows"][0]
             figures = {"metric": first["metric"], "distance": first["mean"], "std": first["std"]}
@@ -242,11 +243,11 @@ def _promote(place: Folder, sweep: SweepConfig, rows: list[dict[str, Any]]) -> N
     if not able:
         counts = ", ".join(map(str, sorted({row["nfe"] for row in finished(rows)})))
         raise BeelineError(f"no finished trial has {sweep.promote_nfe} evaluations; there are some of {counts}")
-    best, swept = min(able, key=lambda row: row["distance"]), place / "sweeps" / sweep.name
+    best, swept = min(able, key=lambda row: row["distance"]), place / SWEEPS / sweep.name
     source = swept / folder_name(best["trial"])
     files = {name: source.read(name) for name in (WEIGHTS, CONFIG)}
     origin = {"sweep": sweep.name, **{key: best[key] for key in ("trial", "metric", "distance")}}
-    stage = Stage(place, f"students/{sweep.promote}", {"promoted": origin, "sweep": plan_in(swept, {})})
+    stage = Stage(place, student_folder(sweep.promote), {"promoted": origin, "sweep": plan_in(swept, {})})
     if stage.begin():
         publish_model(stage.folder, files)
         stage.folder.write(LOG, source.read(LOG))

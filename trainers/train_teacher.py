@@ -22,6 +22,7 @@ from beeline.checkpoint import CONFIG, build, dump
 from beeline.config import TeacherConfig, to_dict
 from beeline.errors import BeelineError, reading
 from beeline.files.layout import check_layout
+from beeline.files.names import IMAGES, TEACHER
 from beeline.networks.buildable import check_network
 from beeline.noise import stream_seed
 from beeline.objectives.edm import edm_loss
@@ -47,7 +48,7 @@ class TeacherTask:
         self.model = build(config.network).to(session.device)
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.learner = Learner(self.model, config.optimizer, parallel=session.parallel, precision=config.precision)
-        self.reader = session.read(self.workspace / "images", images["images"], config.seed)
+        self.reader = session.read(self.workspace / IMAGES, images["images"], config.seed)
 
     def step(self, step: int) -> loop.Figures:
         generator = self.session.generator(self.config.seed, step)
@@ -87,7 +88,7 @@ class TeacherTask:
         self.learner.load_state_dict(state["learner"])
 
     def publish(self) -> None:
-        publish_model(self.workspace / "teacher", dump(self.ema, {"trained": to_dict(self.config, resources=False)}))
+        publish_model(self.workspace / TEACHER, dump(self.ema, {"trained": to_dict(self.config, resources=False)}))
 
 
 def train_teacher(workspace: str, recipe: tyro.conf.Suppress[str], teacher: TeacherConfig) -> None:
@@ -98,12 +99,12 @@ def train_teacher(workspace: str, recipe: tyro.conf.Suppress[str], teacher: Teac
     """
     check_teacher(teacher)
     place = Folder(workspace)
-    images = require(place, "images", recipe)
+    images = require(place, IMAGES, recipe)
     check_fits(place, images, teacher.network, "teacher.network")
-    if imported := imported_from(place / "teacher"):
+    if imported := imported_from(place / TEACHER):
         print(f"teacher: imported from {imported}; it is used as it is", flush=True)
         return
-    stage = Stage(place, "teacher", {"teacher": to_dict(teacher, resources=False), "images": fingerprint(images)})
+    stage = Stage(place, TEACHER, {"teacher": to_dict(teacher, resources=False), "images": fingerprint(images)})
     if not stage.begin():
         return
     launch(

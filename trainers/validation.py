@@ -14,6 +14,7 @@ import torch
 
 from beeline.denoiser import Denoiser
 from beeline.features.measuring import Eye, MeasuringProbe
+from beeline.files.names import IMAGES, PROBE
 from beeline.metrics.frechet import Statistics, frechet_distance
 from beeline.metrics.measures import VALIDATION
 from beeline.noise import stream_seed
@@ -38,11 +39,11 @@ class Validation:
         self, workspace: Folder, recipe: str, images: dict[str, Any], *, count: int, seed: int, device: torch.device
     ) -> None:
         count = min(count, images["images"]["count"])
-        rows = ShardReader(workspace / "images", images["images"], seed=0).batch(0, count)
+        rows = ShardReader(workspace / IMAGES, images["images"], seed=0).batch(0, count)
         self.labels: np.ndarray = rows["label"]
         self.seed = stream_seed(seed, "validation")
         self._eye: Eye | None = None
-        if not (workspace / "probe" / "losses").sizes():
+        if not (workspace / PROBE / "losses").sizes():
             return
         self._eye = Eye(MeasuringProbe(require_probe(workspace, "losses", recipe)[0]), device)
         self._real = self._statistics(torch.from_numpy(rows["image"]))

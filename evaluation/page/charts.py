@@ -93,7 +93,7 @@ def chart(
     least: float | None = None,
 ) -> Chart | None:
     """Curves over `x`. `log` names the logarithmic axes ("x", "y", "xy"), `ticks` are the ticks of x, `least` is the lower end
-    of y. Points that are not finite, too large, or not positive on a logarithmic axis are left out. None if no point is left."""
+    of y. Points that are not finite, too large, or not positive on a logarithmic axis are left out. None if none is left."""
     shown = [curve for curve in (_drawable(curve, log) for curve in series) if curve.x]
     if not shown:
         return None
