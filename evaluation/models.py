@@ -19,12 +19,8 @@ from pipeline.records import success_in
 from pipeline.storage import Folder
 
 STUDENT = rf"{STUDENTS}/[\w-][\w.-]*(/[\w-][\w.-]*)?"  # a model's folder in the workspace, and nothing outside of it
-PREFERRED = (
-    f"{FID}_",
-    f"{FRECHET}_dinov2",
-    f"{FRECHET}_probe",
-    f"{FRECHET}_",
-)  # what models are compared by, where there is a choice
+# What models are compared by, where there is a choice.
+PREFERRED = (f"{FID}_", f"{FRECHET}_dinov2", f"{FRECHET}_probe", f"{FRECHET}_")
 LINES = f"{LinesMatchingConfig.__module__}:{LinesMatchingConfig.__qualname__}"
 
 
