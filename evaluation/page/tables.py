@@ -94,7 +94,7 @@ def ingredients(models: Sequence[Model], metric: str, metrics: Sequence[str]) ->
     pair = pair_metric(metrics)
     rows = []
     for model, sampling, figure in measured:
-        share = figure.mean / largest if largest > 0 and figure.mean > 0 else None
+        share = figure.mean / largest if 0 < figure.mean <= largest else None
         cells = [Cell(text=figure.text), Cell(share=share)]
         if pair:
             near = model.figure(sampling.label, pair)
