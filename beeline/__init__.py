@@ -11,7 +11,7 @@ from beeline.errors import BeelineError
 
 if TYPE_CHECKING:
     from beeline.checkpoint import load
-    from beeline.sampling.samplers import generate
+    from beeline.sampling import generate
 
 __all__ = ["BeelineError", "generate", "load"]
 
@@ -24,7 +24,7 @@ def __getattr__(name: str) -> Any:
 
         return load
     if name == "generate":
-        from beeline.sampling.samplers import generate
+        from beeline.sampling import generate
 
         return generate
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -33,9 +33,10 @@ from beeline.entry import run_main
 from beeline.errors import BeelineError, plain
 from beeline.files.arrays import spread
 from beeline.files.places import local_path
-from beeline.noise import stream, stream_seed, x0
+from beeline.noise import stream, stream_seed, unit_noise
+from beeline.sampling import batches
 from beeline.sampling.adams import CORRECTOR, PREDICTOR, adams
-from beeline.sampling.samplers import batches, evaluations, solve
+from beeline.sampling.solvers import evaluations, solve
 from beeline.schedule import SIGMA_MAX, SIGMA_MIN
 from beeline.settings import MAX_STEPS, Range, Seed, Size, Some, Steps, Whole, check
 
@@ -80,7 +81,7 @@ class Bench:
     def __init__(self, teacher: Denoiser, count: int, seed: int, batch_size: int) -> None:
         self.teacher, self.batch_size = teacher, batch_size
         self.device = next(teacher.parameters()).device
-        self.noise = torch.from_numpy(x0(seed, range(count), teacher.image_shape)).to(self.device)
+        self.noise = torch.from_numpy(unit_noise(seed, range(count), teacher.image_shape)).to(self.device)
         classes = torch.from_numpy(spread(count, max(teacher.label_dim, 1))).to(self.device)
         self.labels = classes if teacher.label_dim else None
         self.reference = self.run(lambda noise, labels: self._heun(noise, labels, REFERENCE_STEPS))

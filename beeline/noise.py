@@ -16,7 +16,7 @@ import numpy as np
 X0_GENERATOR = "numpy.Philox(key=[seed,index]).standard_normal(float32)"
 
 
-def x0(seed: int, indices: Iterable[int], shape: Sequence[int]) -> np.ndarray:
+def unit_noise(seed: int, indices: Iterable[int], shape: Sequence[int]) -> np.ndarray:
     """Unit-variance noise x0/sigma_max of the given pair indices: float32 (n, *shape), row i a function of (seed, index_i)."""
     rows = [
         np.random.Generator(np.random.Philox(key=[seed, int(i)])).standard_normal(tuple(shape), dtype=np.float32)

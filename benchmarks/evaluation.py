@@ -29,7 +29,8 @@ from beeline.metrics.frechet import Statistics, frechet_distance
 from beeline.metrics.measures import Reference, counted, measures
 from beeline.weights import dump_backbone
 from benchmarks.machine import describe, synchronize, write
-from evaluation.jobs import Bench, RealImages, Setup
+from evaluation.bench import Bench, Setup
+from evaluation.jobs import RealImages
 from evaluation.reference import groups
 from pipeline.pool import run_pool
 from pipeline.runtime import ensure_ray

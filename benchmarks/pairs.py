@@ -32,7 +32,7 @@ from beeline.checkpoint import build
 from beeline.config import PairsConfig, PoolConfig
 from beeline.denoiser import Denoiser
 from beeline.labels import pair_labels
-from beeline.noise import x0
+from beeline.noise import unit_noise
 from beeline.recipes import digits
 from benchmarks.machine import describe, write
 from pipeline.gen_pairs import PairShards, make_pairs, plan_of
@@ -113,7 +113,7 @@ def _loop(config: PairsConfig, shards: int, seconds: float | None, publish: bool
                 worker.work(k)
             else:
                 rows = range(k * config.shard_size, (k + 1) * config.shard_size)
-                noise = x0(config.seed, rows, model.image_shape)
+                noise = unit_noise(config.seed, rows, model.image_shape)
                 make_pairs(worker.teacher, noise, pair_labels(rows, model.label_dim), config)
 
         one(0)

@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 
-from beeline.noise import crc32, x0
+from beeline.noise import crc32, unit_noise
 from benchmarks.machine import describe, write
 from pipeline.reader import ShardReader
 from pipeline.shards import encode, shard_count, shard_name, shard_rows
@@ -34,7 +34,7 @@ def fill(folder: Folder, plan: dict[str, Any], shape: tuple[int, ...], dtype: st
     for k in range(shard_count(config["count"], config["shard_size"])):
         rows = shard_rows(k, config["shard_size"], config["count"])
         if shard_name(k) not in there:
-            noise = x0(config["seed"], rows, shape)
+            noise = unit_noise(config["seed"], rows, shape)
             data = encode("x1", (noise / 4).astype(dtype), np.zeros(len(rows), np.int32), rows, plan, x0_crc32=crc32(noise))
             folder.write(shard_name(k), data)
 
@@ -57,7 +57,7 @@ def through_reader(folder: Folder, config: dict[str, Any], batch: int, epoch: in
 def noise_alone(config: dict[str, Any], shape: tuple[int, ...], batch: int) -> None:
     """x0 of every pair, in batches."""
     for start in range(0, config["count"], batch):
-        x0(config["seed"], range(start, start + batch), shape)
+        unit_noise(config["seed"], range(start, start + batch), shape)
 
 
 def main() -> None:

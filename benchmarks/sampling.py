@@ -26,7 +26,7 @@ from beeline.config import NetworkConfig
 from beeline.denoiser import Denoiser
 from beeline.networks.layers import UNetBlock
 from beeline.sampling.inference import DTYPES, prepare
-from beeline.sampling.samplers import solve
+from beeline.sampling.solvers import solve
 from beeline.schedule import edm_sigmas
 from benchmarks.machine import ceilings, describe, describe_model, timed, write
 

@@ -23,7 +23,7 @@ import beeline
 from beeline.calibrate import Bench, Errors, refined, search, uniform_levels
 from beeline.denoiser import Denoiser
 from beeline.noise import stream_seed
-from beeline.sampling.samplers import solve
+from beeline.sampling.solvers import solve
 from beeline.schedule import edm_sigmas
 from benchmarks.machine import describe, describe_model, write
 

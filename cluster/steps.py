@@ -90,7 +90,7 @@ def check_recipe(recipe: Recipe) -> None:
         for student in recipe.students.values():
             for phase in student.models().values():
                 sampling = phase.objective.sampling()
-                if name == ("evaluate.steps" if sampling.trained_steps else "few_steps"):
+                if sampling is not None and name == ("evaluate.steps" if sampling.trained_steps else "few_steps"):
                     below = Annotated[int, Range(0, sampling.num_steps - 1)]
                     for text in schedules:
                         check(f"the last step in {name}", parse_steps(text)[-1], below)
@@ -103,7 +103,8 @@ def models(recipe: Recipe) -> dict[str, tuple[str, ...]]:
 
 
 def _schedules(recipe: Recipe, phase: PhaseConfig) -> tuple[str, ...]:
-    return recipe.evaluate.steps if phase.objective.sampling().trained_steps else recipe.few_steps
+    sampling = phase.objective.sampling()
+    return recipe.few_steps if sampling is not None and sampling.trained_steps is None else recipe.evaluate.steps
 
 
 def _inputs(student: StudentConfig) -> tuple[str, ...]:

@@ -29,31 +29,19 @@ from beeline.config import EvaluateConfig, to_dict
 from beeline.errors import BeelineError
 from beeline.features.measuring import PROBES
 from beeline.metrics.frechet import Moments
+from beeline.sampling import Sampling
 from beeline.settings import ModelPath, Some, check
 from evaluation import results
-from evaluation.jobs import (
-    HELD_OUT,
-    LOOKING,
-    SAMPLING,
-    Bench,
-    Fidelity,
-    HeldOut,
-    Judge,
-    Lines,
-    RealImages,
-    Samples,
-    Setup,
-    Sheet,
-    sampled_model,
-    sound,
-)
+from evaluation.bench import HELD_OUT, Bench, Setup, sampled_model
+from evaluation.jobs import LOOKING, SAMPLING, Fidelity, HeldOut, Judge, Lines, RealImages, Samples, Sheet, sound
 from evaluation.reference import KEPT, check_reference, groups, merge_reference, reference, reference_folder
-from evaluation.rows import Row, rows_for
+from evaluation.samplings import samplings_for
 from pipeline import prometheus
 from pipeline.command import run_command
+from pipeline.model_folders import require_measuring, require_probe
 from pipeline.pool import run_pool
 from pipeline.progress import Progress
-from pipeline.stage import Stage, check_fits, fingerprint, require, require_measuring, require_probe
+from pipeline.stage import Stage, check_fits, fingerprint, require
 from pipeline.storage import Folder
 
 PER_EVALUATION, PER_LOOK = "seconds_per_evaluation", "seconds_per_look"  # of _SUCCESS
@@ -88,7 +76,7 @@ def measure(workspace: str, recipe: str, config: EvaluateConfig, models: Mapping
     )
     digests = {name: digest for name, (digest, _) in networks.items()}
     found = [_measurement(setup, name, replace(config, steps=steps), digests, given) for name, steps in models.items()]
-    work = [measurement for measurement in found if measurement.stage.begin(more=bool(measurement.rows))]
+    work = [measurement for measurement in found if measurement.stage.begin(more=bool(measurement.samplings))]
     if not work:
         return
     seconds = _prepare_and_sample(setup, work, digests)
@@ -118,33 +106,33 @@ def check_measurable(
 
 @dataclasses.dataclass
 class Measurement:
-    """What is left to measure of one model: `rows`, of which nothing is published yet."""
+    """What is left to measure of one model: `samplings` whose figures are not published yet."""
 
     name: str
     stage: Stage
-    rows: list[Row]
+    samplings: list[Sampling]
     straight: bool
 
     def samples(self, setup: Setup) -> list[Samples]:
-        """One item for every shard of every draw of every row, in that order."""
+        """One item for each shard of each draw of each sampling, in that order."""
         size = setup.config.shard_size
         return [
-            Samples(self.name, row, number, shard, range(start, min(start + size, setup.count)))
-            for row in self.rows
+            Samples(self.name, sampling, number, shard, range(start, min(start + size, setup.count)))
+            for sampling in self.samplings
             for number in range(setup.config.draws)
             for shard, start in enumerate(range(0, setup.count, size))
         ]
 
     def sheets(self, setup: Setup) -> list[Sheet]:
-        """An item for every row."""
-        return [Sheet(self.name, row, setup.config.samples) for row in self.rows]
+        """One item for each sampling."""
+        return [Sheet(self.name, sampling, setup.config.samples) for sampling in self.samplings]
 
     def judgements(self, setup: Setup) -> list[Judge]:
-        """An item for every draw of every row."""
-        parts: dict[tuple[Row, int], list[str]] = {}
+        """One item for each draw of each sampling."""
+        parts: dict[tuple[Sampling, int], list[str]] = {}
         for item in self.samples(setup):
-            parts.setdefault((item.row, item.draw), []).append(item.file)
-        return [Judge(self.name, row, number, tuple(files)) for (row, number), files in parts.items()]
+            parts.setdefault((item.sampling, item.draw), []).append(item.file)
+        return [Judge(self.name, sampling, number, tuple(files)) for (sampling, number), files in parts.items()]
 
     def comparisons(self, setup: Setup) -> list[Fidelity | Lines]:
         """What needs held-out pairs."""
@@ -152,13 +140,13 @@ class Measurement:
             return []
         count = setup.config.held_out
         lines = [Lines(self.name, setup.pairs["pairs"]["num_steps"], count)] if self.straight else []
-        return [*(Fidelity(self.name, row, count) for row in self.rows), *lines]
+        return [*(Fidelity(self.name, sampling, count) for sampling in self.samplings), *lines]
 
     def publish(self, setup: Setup, seconds: Mapping[str, float]) -> None:
-        """Metrics and sheets, and the `seconds` of its samples; then what was only needed for published rows goes. What another
-        command still measures stays."""
+        """Write metrics and sheets, and the `seconds` that samples took. Remove files that were only needed for published
+        figures; what another command still measures stays."""
         folder = self.stage.folder
-        results.publish(setup, self.name, self.rows, self.stage.plan, self.straight)
+        results.publish(setup, self.name, self.samplings, self.stage.plan, self.straight)
         for name in results.temporary(folder):
             folder.remove(name)
         folder.clean()
@@ -221,7 +209,7 @@ def _measurement(setup: Setup, name: str, config: EvaluateConfig, networks: Mapp
     """What is left to measure of this model; nothing is written yet."""
     model, digest = sampled_model(setup.workspace, name, setup.recipe, config)
     check_fits(setup.workspace, setup.images, model.network_config, name)
-    rows = rows_for(model, config)
+    samplings = samplings_for(model, config)
     plan = {
         "evaluate": to_dict(config, resources=False),
         "count": setup.count,
@@ -232,7 +220,7 @@ def _measurement(setup: Setup, name: str, config: EvaluateConfig, networks: Mapp
     }
     stage = Stage(setup.workspace, f"evaluation/{name}", plan)
     measured = results.measured(stage.folder)
-    left = [row for row in rows if row.label not in measured]
+    left = [sampling for sampling in samplings if sampling.label not in measured]
     # Students of single levels mean nothing at other levels.
     straight = model.few_step is None or model.few_step.trained_steps is None
     return Measurement(name, stage, left, straight)
@@ -292,9 +280,9 @@ def _judge(setup: Setup, work: Sequence[Measurement]) -> None:
 
 
 def _left(folder: Folder, jobs: Sequence[Any]) -> list[Any]:
-    """The items whose file is not there, or damaged. What belongs to rows that are published meanwhile is left out."""
+    """The items whose file is missing or damaged, without those of samplings that are published by now."""
     there, published = folder.sizes(), results.measured(folder)
-    left = [job for job in jobs if getattr(job, "row", None) is None or job.row.label not in published]
+    left = [job for job in jobs if getattr(job, "sampling", None) is None or job.sampling.label not in published]
     return [job for job in left if job.file not in there or not sound(folder, job.file)]
 
 

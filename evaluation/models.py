@@ -14,6 +14,7 @@ from beeline.files.layout import check_layout
 from beeline.files.names import CONFIG, EVALUATION, STUDENTS, TEACHER
 from beeline.metrics.measures import FID, FRECHET, is_diversity
 from beeline.objectives.lmm import LinesMatchingConfig
+from beeline.sampling import Sampling
 from evaluation.results import METRICS, again, metrics_in
 from pipeline.records import success_in
 from pipeline.storage import Folder
@@ -53,29 +54,6 @@ class Figure:
     @property
     def _size(self) -> float:
         return 1.0 if is_diversity(self.metric) else self.mean
-
-
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-    """A way in which a model was sampled; `plain` unless it is by another rule than the student's own."""
-
-    label: str
-    nfe: int
-    steps: tuple[int, ...] | None
-
-    @property
-    def plain(self) -> bool:
-        return self.steps is not None and self.label == ",".join(map(str, self.steps))
-
-    @property
-    def text(self) -> str:
-        """As "steps 0,8" or "heun 18"."""
-        return self.label if self.steps is None else f"steps {self.label}"
-
-    @property
-    def evaluations(self) -> str:
-        """As "1 evaluation"."""
-        return f"{self.nfe} evaluation{'s' * (self.nfe != 1)}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,7 +148,7 @@ def _model(place: Folder, name: str) -> Model:
         if found is None:
             raise ValueError("it is missing")
         figures = tuple(_figure(row) for row in found["rows"])
-        ways = {row.sampler: Sampling(row.sampler, row.nfe, row.steps) for row in figures}
+        ways = {row.sampler: Sampling.parse(row.sampler) for row in figures}
         samplings = tuple(ways[entry["label"]] for entry in found["order"])
         if len(samplings) != len(ways):
             raise ValueError(f"order names {len(samplings)} samplings, rows {len(ways)}")

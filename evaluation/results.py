@@ -13,9 +13,11 @@ from beeline.errors import BeelineError, reading
 from beeline.features.measuring import RESIZES
 from beeline.files.layout import check_layout
 from beeline.metrics.measures import nearest
-from evaluation.jobs import Fidelity, Judge, Lines, Setup, Sheet
+from beeline.sampling import Sampling, slug_of
+from evaluation.bench import Setup
+from evaluation.jobs import Fidelity, Judge, Lines, Sheet
 from evaluation.reference import arrays_in, reference
-from evaluation.rows import Row, noise_seed, slug_of
+from evaluation.samplings import noise_seed
 from pipeline.reader import decoded
 from pipeline.sheet import sheet_png
 from pipeline.storage import Folder
@@ -58,18 +60,19 @@ def measured(folder: Folder) -> list[str]:
     return [entry["label"] for entry in _published(folder, [])["order"]]
 
 
-def publish(setup: Setup, model: str, rows: Sequence[Row], plan: Mapping[str, Any], straight: bool) -> None:
-    """Write metrics.json and the sheets of all rows that are there and of `rows`, the new ones, and print those.
+def publish(setup: Setup, model: str, samplings: Sequence[Sampling], plan: Mapping[str, Any], straight: bool) -> None:
+    """Add the figures of `samplings` to metrics.json, draw the sheets again, and print the new figures.
 
-    Each row gets a file of its own first. Another command may measure the same model meanwhile: whoever writes metrics.json
-    last has seen the rows of both.
+    Each sampling gets a file of its own first. Another command may measure the same model at the same time: whichever writes
+    metrics.json last has seen the figures of both.
     """
     folder = setup.workspace / "evaluation" / model
-    for row in rows:
-        if (lines := _figures(setup, folder, model, row)) is not None:
-            folder.write_json(f"row-{row.slug}.json", {"label": row.label, "sheet": Sheet(model, row, 0).file, "rows": lines})
-            print(_said(model, row, lines), flush=True)
-    asked, written = [row.label for row in rows], None
+    for sampling in samplings:
+        if (rows := _figures(setup, folder, model, sampling)) is not None:
+            sheet = Sheet(model, sampling, 0).file
+            folder.write_json(f"row-{sampling.slug}.json", {"label": sampling.label, "sheet": sheet, "rows": rows})
+            print(_summary(model, sampling, rows), flush=True)
+    asked, written = [sampling.label for sampling in samplings], None
     while (found := _published(folder, asked)) != written:
         _write(setup, folder, found, plan, straight)
         written = found
@@ -125,31 +128,31 @@ def _write(setup: Setup, folder: Folder, found: Mapping[str, Any], plan: Mapping
     )
 
 
-def _said(model: str, row: Row, lines: Sequence[Mapping[str, Any]]) -> str:
-    """A row of the table in a line of text: the first figure with its spread."""
-    first, *others = lines
+def _summary(model: str, sampling: Sampling, rows: Sequence[Mapping[str, Any]]) -> str:
+    """The figures of a sampling in one line of text, the first with its spread."""
+    first, *others = rows
     spread = f" +- {first['std']:.3f}" if len(first["draws"]) > 1 else ""
-    rest = "".join(f", {line['metric']} {line['mean']:.3f}" for line in others)
-    return f"{model}, {row.label}: NFE {row.nfe}, {first['metric']} {first['mean']:.3f}{spread}{rest}"
+    rest = "".join(f", {row['metric']} {row['mean']:.3f}" for row in others)
+    return f"{model}, {sampling.label}: NFE {sampling.nfe}, {first['metric']} {first['mean']:.3f}{spread}{rest}"
 
 
-def _figures(setup: Setup, folder: Folder, model: str, row: Row) -> list[dict[str, Any]] | None:
-    """A row of metrics.json for each figure of a row of the table; None where another command has published the row and has
-    removed what it was made of."""
-    judged = [folder.read_json(Judge(model, row, number, ()).file) for number in range(setup.config.draws)]
-    near = folder.read_json(Fidelity(model, row, 0).file) if setup.pairs is not None else {}
+def _figures(setup: Setup, folder: Folder, model: str, sampling: Sampling) -> list[dict[str, Any]] | None:
+    """The rows of metrics.json of a sampling, one for each metric. None if another command has published them and removed the
+    files they were made of."""
+    judged = [folder.read_json(Judge(model, sampling, number, ()).file) for number in range(setup.config.draws)]
+    near = folder.read_json(Fidelity(model, sampling, 0).file) if setup.pairs is not None else {}
     if None in [*judged, near]:
-        if row.label in measured(folder):
+        if sampling.label in measured(folder):
             return None
-        raise BeelineError(f"{folder}: files of the row {row.label!r} were removed meanwhile; run the command again")
+        raise BeelineError(f"{folder}: files of {sampling.label!r} were removed meanwhile; run the command again")
     figures = {metric: [draw[metric] for draw in judged] for metric in judged[0]}
     figures |= {metric: [value] for metric, value in near.items()}
     return [
         {
             "model": model,
-            "nfe": row.nfe,
-            "steps": row.steps,
-            "sampler": row.label,
+            "nfe": sampling.nfe,
+            "steps": sampling.steps,
+            "sampler": sampling.label,
             "metric": metric,
             "n": _count(metric),
             "mean": float(np.mean(draws)),

@@ -1,9 +1,9 @@
-"""Noise-image pairs into pairs/: an actor pool samples the teacher, one task and one Parquet file per shard.
+"""Sample the teacher into pairs/: an actor pool makes noise-image pairs, one task and one Parquet file per shard.
 
     python pipeline/gen_pairs.py digits --pairs.count 20000
 
 Kill it at any moment and run it again: no pair is lost or made twice, and the files are the same, byte for byte.
-docs/pair-store.md says what is in them; `python pipeline/verify_pairs.py digits` checks them all.
+docs/pair-store.md describes the format; `python pipeline/verify_pairs.py digits` checks every file.
 """
 
 from __future__ import annotations
@@ -24,49 +24,55 @@ import numpy as np
 import torch
 import tyro
 
-from beeline import noise
 from beeline.checkpoint import SOLVER, WEIGHTS, digest_of, solver_levels
 from beeline.config import PairsConfig, to_dict
 from beeline.denoiser import Denoiser
 from beeline.errors import BeelineError
 from beeline.files.names import PAIRS, TEACHER
 from beeline.labels import pair_labels
+from beeline.noise import X0_GENERATOR, crc32, unit_noise
 from beeline.pixels import rounded
+from beeline.sampling import Sampling, batches, sample_from
 from beeline.sampling.inference import prepare
-from beeline.sampling.samplers import batches, evaluations, sample_from
+from beeline.sampling.solvers import evaluations
 from beeline.schedule import edm_sigmas
 from pipeline import storage
 from pipeline.command import run_command
 from pipeline.manifest import Manifest
+from pipeline.model_folders import require_model
 from pipeline.pool import run_pool
 from pipeline.progress import Progress
 from pipeline.shards import MAX_SHARD_BYTES, encode, shard_count, shard_name, shard_rows, survey
-from pipeline.stage import Stage, require_model
+from pipeline.stage import Stage
 from pipeline.storage import Folder
 
-CONTACT = "contact.png"  # what verify_pairs.py draws
+CONTACT = "contact.png"  # drawn by verify_pairs.py
 
 
-def make_pairs(teacher: Denoiser, x0: np.ndarray, labels: np.ndarray, config: PairsConfig) -> np.ndarray:
-    """x1 (n, C, H, W) float32 of unit noise `x0` (n, C, H, W) and classes `labels` (n,) (lmm.md, pairs: no churn)."""
+def make_pairs(teacher: Denoiser, noise: np.ndarray, labels: np.ndarray, config: PairsConfig) -> np.ndarray:
+    """Sample x1 (n, C, H, W) float32 from unit-variance `noise` (n, C, H, W) and classes `labels` (n,).
+
+    The ODE solver adds no noise of its own (no churn; lmm.md, section Pairs).
+    """
     device, parts = next(teacher.parameters()).device, []
-    for batch in batches(len(x0), config.batch_size):
+    sampling = Sampling(solver=config.solver, num_steps=config.num_steps)
+    for batch in batches(len(noise), config.batch_size):
         rows = slice(batch.start, batch.stop)
         classes = torch.from_numpy(labels[rows]).to(device) if teacher.label_dim else None
-        latents = torch.from_numpy(x0[rows]).to(device)
-        parts.append(sample_from(teacher, latents, classes, solver=config.solver, num_steps=config.num_steps))
+        latents = torch.from_numpy(noise[rows]).to(device)
+        parts.append(sample_from(teacher, latents, classes, sampling))
     return torch.cat(parts).cpu().numpy()
 
 
 def stored(x1: np.ndarray, dtype: str) -> np.ndarray:
-    """x1 as the store keeps it; uint8 is the image's usual 8 bits, clipped to [-1, 1]."""
+    """Convert x1 to the dtype of the store; uint8 is the usual 8 bits per channel, clipped to [-1, 1]."""
     if dtype == "uint8":
         return rounded(x1)
     return x1.astype(dtype, copy=False)
 
 
 def check_images(x1: np.ndarray, rows: range, config: PairsConfig, teacher_sha256: str) -> None:
-    """Raise BeelineError, naming the teacher, unless x1 (n, C, H, W) of the pairs `rows` is finite, also as it is stored."""
+    """Raise BeelineError, naming the teacher, unless x1 (n, C, H, W) of the pairs `rows` is finite in its stored dtype."""
     largest = np.finfo(np.float16).max if config.dtype == "float16" else np.inf
     bad = ~(np.abs(x1) < largest).reshape(len(x1), -1).all(axis=1)
     if bad.any():
@@ -79,7 +85,7 @@ def check_images(x1: np.ndarray, rows: range, config: PairsConfig, teacher_sha25
 
 
 def load_sampler(workspace: Folder, recipe: str, plan: dict[str, Any], config: PairsConfig) -> Denoiser:
-    """The workspace's teacher as `plan` samples it: on the GPU if there is one, in its precision, with its levels."""
+    """Load the workspace's teacher for sampling by `plan`: its device (GPU if there is one), precision and noise levels."""
     teacher = require_model(workspace, TEACHER, recipe)[0].to("cuda" if torch.cuda.is_available() else "cpu")
     teacher.levels = tuple(plan["sigmas"])
     return prepare(
@@ -91,7 +97,7 @@ def load_sampler(workspace: Folder, recipe: str, plan: dict[str, Any], config: P
 
 
 class PairShards:
-    """Samples the teacher that `load` brings, and publishes shards of pairs/.
+    """Samples the teacher that `load` returns and publishes shards of pairs/.
 
     Called from several threads: while one shard is published, the next is sampled.
     """
@@ -103,13 +109,13 @@ class PairShards:
         self._idle_since = time.monotonic()
 
     def work(self, k: int) -> dict[str, Any]:
-        """Make and publish shard k; the row is the manifest's."""
+        """Make and publish shard k; return its manifest row."""
         rows = shard_rows(k, self.config.shard_size, self.config.count)
-        (x0, x1, labels), row = self._sampler.submit(self._sample, rows).result()
+        (noise, x1, labels), row = self._sampler.submit(self._sample, rows).result()
         start, repeated = time.monotonic(), storage.retries()
         data = encode(
             "x1", stored(x1, self.config.dtype), labels, rows, self.plan,
-            x0_generator=noise.X0_GENERATOR, x0_crc32=noise.crc32(x0),
+            x0_generator=X0_GENERATOR, x0_crc32=crc32(noise),
         )  # fmt: skip
         self.folder.write(shard_name(k), data)
         return row | {
@@ -127,15 +133,15 @@ class PairShards:
     def _sample(self, rows: range) -> tuple[tuple[np.ndarray, np.ndarray, np.ndarray], dict[str, float]]:
         start = time.monotonic()
         waited, labels = start - self._idle_since, pair_labels(rows, self.teacher.label_dim)
-        x0 = noise.x0(self.config.seed, rows, self.teacher.image_shape)
-        x1 = make_pairs(self.teacher, x0, labels, self.config)
+        noise = unit_noise(self.config.seed, rows, self.teacher.image_shape)
+        x1 = make_pairs(self.teacher, noise, labels, self.config)
         check_images(x1, rows, self.config, self.plan["teacher_sha256"])
         self._idle_since = time.monotonic()
-        return (x0, x1, labels), {"sampling_seconds": self._idle_since - start, "waiting_seconds": waited}
+        return (noise, x1, labels), {"sampling_seconds": self._idle_since - start, "waiting_seconds": waited}
 
 
 def calibrated_levels(teacher: Folder) -> tuple[float, ...]:
-    """The levels in the teacher's solver.json. Raises BeelineError where there is none for its weights."""
+    """Read the noise levels from the teacher's solver.json. Raises BeelineError if none are stored for its weights."""
     try:
         return solver_levels(teacher.read(SOLVER), digest_of(teacher.read(WEIGHTS)), str(teacher))
     except FileNotFoundError as error:
@@ -143,7 +149,7 @@ def calibrated_levels(teacher: Folder) -> tuple[float, ...]:
 
 
 def plan_of(config: PairsConfig, teacher: Denoiser, digest: str, levels: Sequence[float] | None) -> dict[str, Any]:
-    """The plan of a store: what its bytes depend on. Raises BeelineError for sizes that cannot be."""
+    """Build the plan of a store: everything its bytes depend on. Raises BeelineError if a shard would be too large."""
     pair_bytes = int(np.prod(teacher.image_shape)) * np.dtype(config.dtype).itemsize
     if config.shard_size * pair_bytes > MAX_SHARD_BYTES:
         raise BeelineError(
@@ -176,7 +182,7 @@ def gen_pairs(workspace: str, recipe: tyro.conf.Suppress[str], pairs: PairsConfi
     manifest = Manifest(stage.folder, found.sizes)
     left = sum(len(shard_rows(k, pairs.shard_size, pairs.count)) for k in found.todo)
     print(
-        f"pairs: {len(found.sizes):,} of {shard_count(pairs.count, pairs.shard_size):,} shards are there "
+        f"pairs: {len(found.sizes):,} of {shard_count(pairs.count, pairs.shard_size):,} shards exist "
         f"({sum(found.sizes.values()) / 1e9:.2f} GB); {left:,} of {pairs.count:,} pairs are left, "
         f"{stage.plan['evaluations']} evaluations each{_spent(manifest, pairs)}",
         flush=True,
@@ -199,7 +205,7 @@ def gen_pairs(workspace: str, recipe: tyro.conf.Suppress[str], pairs: PairsConfi
         flush=True,
     )
     stage.folder.clean()
-    if CONTACT in stage.folder.sizes():  # of the store as it was; _SUCCESS must not vouch for what is drawn again
+    if CONTACT in stage.folder.sizes():  # drawn from an earlier state; _SUCCESS must not cover it
         stage.folder.remove(CONTACT)
     stage.finish(
         pairs=pairs.count,
@@ -211,7 +217,7 @@ def gen_pairs(workspace: str, recipe: tyro.conf.Suppress[str], pairs: PairsConfi
 
 
 def _spent(manifest: Manifest, config: PairsConfig) -> str:
-    """What the store has cost so far, all runs together, as far as the manifest knows."""
+    """Say what the store has cost so far: all runs together, as far as the manifest knows."""
     hours = (manifest.total("sampling_seconds") + manifest.total("waiting_seconds")) / 3600
     price = f" costing {hours * config.price:,.2f}" if config.price else ""
     return f"; {hours:.2f} actor-hours{price} so far" if hours else ""

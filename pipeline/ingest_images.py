@@ -1,10 +1,10 @@
-"""Real images into images/: uint8 Parquet shards with labels, from any source that pipeline/sources knows.
+"""Write real images into images/: uint8 Parquet shards with labels, from any source that pipeline/sources supports.
 
     python pipeline/ingest_images.py digits
     python pipeline/ingest_images.py digits --images.source photos/ --images.resolution 32 --images.channels 3
 
-Sources are often sorted by class, and the reader only mixes what lies within a window. So images/ holds the images in a
-shuffled order: shard k holds images order[k * size : (k + 1) * size] of the source, and `index` is the position in images/.
+Sources are often sorted by class, and the reader shuffles only within a window. So images/ stores the images in shuffled
+order: shard k holds images order[k * size : (k + 1) * size] of the source, and `index` is the position in images/.
 """
 
 from __future__ import annotations
@@ -42,27 +42,27 @@ from pipeline.sources.labels import summary
 from pipeline.stage import PLAN, Stage
 from pipeline.storage import Folder
 
-NAMED = 20  # corrupt images that an error names
-NOTE = 400  # characters of a line about the source
-PASS_BYTES = 512 * 2**20  # images that an actor holds at once, where a source is best read from its start to its end
+NAMED = 20  # corrupt images named in an error
+NOTE = 400  # maximum characters of a printed line about the source
+PASS_BYTES = 512 * 2**20  # images held by an actor at once, if the source must be read sequentially
 
 
 def shuffled(count: int) -> np.ndarray:
-    """The image of the source at each position of images/: a permutation of range(count) that depends on `count` alone, int64.
+    """Map each position of images/ to an image of the source: a permutation of range(count), int64, fixed by `count`.
 
-    It ranks Philox's raw bits, which NumPy keeps the same in all versions.
+    It ranks Philox's raw bits, which are the same in all versions of NumPy.
     """
     return np.argsort(stream(0, "images", count).bit_generator.random_raw(count), kind="stable")
 
 
 def listing_digest(source: Source, order: np.ndarray) -> str:
-    """SHA-256 of the images' names and classes in the order of images/."""
+    """Compute the SHA-256 of the images' names and classes in the order of images/."""
     names = "\n".join(source.names[int(i)] for i in order)
     return hashlib.sha256(names.encode("utf-8", "surrogateescape") + source.classes.labels[order].tobytes()).hexdigest()
 
 
 class ImageShards:
-    """Writes the shards of images/; `passes` are the shards that are made together."""
+    """Writes the shards of images/; each entry of `passes` lists the shards that are made together."""
 
     def __init__(self, workspace: Folder, plan: dict[str, Any], config: ImagesConfig, passes: Sequence[list[int]]) -> None:
         self.folder = workspace / IMAGES
@@ -71,21 +71,23 @@ class ImageShards:
         self.order = shuffled(len(self.source.names))
         if listing_digest(self.source, self.order) != plan["images"]["listing_sha256"]:
             raise BeelineError(
-                f"{config.source} holds other images here than where the command was started; expected the same on all "
-                "machines, unchanged while images/ is made"
+                f"{config.source} holds other images here than on the machine that started the command; expected the same on "
+                "all machines, unchanged until images/ is finished"
             )
 
     def work(self, number: int) -> dict[str, Any]:
-        """Make and publish the shards of a pass; the row counts their images and what was changed in them, and names the
-        corrupt ones, whose shards are left out."""
-        begun = time.monotonic()
+        """Make and publish the shards of one pass, except shards with corrupt images.
+
+        The returned row counts the images and the changes made to them, and names the corrupt ones.
+        """
+        start_reading = time.monotonic()
         shards = [shard_rows(k, self.config.shard_size, len(self.order)) for k in self.passes[number]]
         positions = np.concatenate([np.asarray(rows) for rows in shards])
         wanted = self.order[positions]
         side = self.config.resolution
         images = np.empty((len(wanted), self.config.channels, side, side), np.uint8)
         sound, corrupt = np.ones(len(wanted), bool), []
-        for i in np.argsort(wanted):  # in the source's order: files that lie side by side, one row group after the other
+        for i in np.argsort(wanted):  # in the source's order: neighbouring files, one row group after another
             try:
                 images[i] = self.source.image(int(wanted[i]))
             except CorruptImage as error:
@@ -105,7 +107,7 @@ class ImageShards:
         self.source.pixels.changes.clear()
         return {
             "images": len(wanted),
-            "reading_seconds": time.monotonic() - begun,
+            "reading_seconds": time.monotonic() - start_reading,
             "written": json.dumps(written),
             "corrupt": json.dumps(corrupt),
             "changes": json.dumps(changes),
@@ -113,8 +115,11 @@ class ImageShards:
 
 
 def passes_for(shards: Sequence[int], source: Source, config: ImagesConfig) -> list[list[int]]:
-    """The shards that are made together. A shard alone where any image can be read by itself; else as many as fit into memory,
-    because each pass reads the whole source."""
+    """Group the shards that are made together.
+
+    With random access to the source, each pass is one shard. A sequential source is read whole in each pass, so a pass takes as
+    many shards as fit into PASS_BYTES.
+    """
     if not source.sequential or not shards:
         return [[k] for k in shards]
     size = len(shards) * config.shard_size * config.channels * config.resolution**2
@@ -153,28 +158,28 @@ def ingest_images(workspace: str, recipe: tyro.conf.Suppress[str], images: Image
     corrupt, seconds = _make(stage, place, source, images)
     stage.folder.clean()
     if corrupt:
-        stage.folder.remove(PLAN)  # another source may take this place; shards that are kept name their plan themselves
+        stage.folder.remove(PLAN)  # another source may be ingested here; kept shards carry their plan themselves
         shown = "; ".join(sorted(corrupt)[:NAMED]) + ("; ..." if len(corrupt) > NAMED else "")
         raise BeelineError(
-            f"{len(corrupt):,} of {count:,} images in {images.source} cannot be read: {shown}. Repair them, or take them out "
-            "of the source, and run the command again; shards without them are kept"
+            f"{len(corrupt):,} of {count:,} images in {images.source} cannot be read: {shown}. Repair them or remove them "
+            "from the source, then run the command again; shards without them are kept"
         )
     stage.finish(images=count, shards=shard_count(count, images.shard_size), reading_seconds=round(seconds, 3))
 
 
 def _make(stage: Stage, place: Folder, source: Source, images: ImagesConfig) -> tuple[list[str], float]:
-    """Make the shards that are missing. Returns the corrupt images, and the actors' seconds."""
+    """Make the missing shards. Returns descriptions of the corrupt images, and the actors' total reading time in seconds."""
     count = len(source.names)
     expected = {shard_name(k) for k in range(shard_count(count, images.shard_size))}
     for name in stage.folder.sizes():
-        if name.startswith("part-") and name not in expected:  # of a source with more images, some of them corrupt
+        if name.startswith("part-") and name not in expected:  # left by a larger source with corrupt images
             stage.folder.remove(name)
-    found = survey(stage.folder, stage.plan, count, images.shard_size)
-    manifest, left = Manifest(stage.folder, found.sizes), found.todo
+    state = survey(stage.folder, stage.plan, count, images.shard_size)
+    manifest, left = Manifest(stage.folder, state.sizes), state.todo
     total = sum(len(shard_rows(k, images.shard_size, count)) for k in left)
     passes = passes_for(left, source, images)
-    here = images if images.source == BUILT_IN else replace(images, source=os.path.abspath(images.source))
-    arguments = {"workspace": place, "plan": stage.plan, "config": here, "passes": passes}
+    resolved = images if images.source == BUILT_IN else replace(images, source=os.path.abspath(images.source))
+    arguments = {"workspace": place, "plan": stage.plan, "config": resolved, "passes": passes}
     corrupt: list[str] = []
     seconds = 0.0
     changes: collections.Counter[str] = collections.Counter()
@@ -188,7 +193,7 @@ def _make(stage: Stage, place: Folder, source: Source, images: ImagesConfig) -> 
                 manifest.add(entry)
     manifest.publish()
     for change, number in sorted(changes.items()):
-        print(f"images: {number:,} of them {change}", flush=True)
+        print(f"images: {number:,} {change}", flush=True)
     return corrupt, seconds
 
 

@@ -1,7 +1,7 @@
-"""The manifest of a shard store: a row per shard with its CRC-32, and for pairs/ how it was made and what that took.
+"""Manifest of a shard store: one row per shard with its CRC-32 and, for pairs/, production time and device.
 
-The driver keeps it and publishes it every half minute: of shards that were published just before a driver was killed the
-sizes are known, and nothing else. Nothing depends on it but sums: whether a shard is there and sound, its file says.
+The driver holds the manifest in memory and publishes it every 30 seconds. For shards published just before a driver is killed,
+only their sizes are known. The manifest is used for totals only: each shard file itself shows whether it is complete.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from beeline.errors import reason
 from pipeline.storage import Folder
 
 MANIFEST = "manifest.parquet"
-EVERY = 30.0  # seconds
+EVERY = 30.0  # seconds between two publications
 MAX_ROWS = 1_000_000  # shards
-MAX_BYTES = 1 << 28  # of a manifest that is unpacked
+MAX_BYTES = 1 << 28  # of an unpacked manifest
 SCHEMA = pa.schema(
     [
         pa.field("shard", pa.int64()),
@@ -37,7 +37,7 @@ SCHEMA = pa.schema(
         pa.field("device", pa.string(), metadata={"of": "the sampler: a GPU's name, or CPU"}),
     ]
 )
-# What sums and comparisons are made of, and what it may be.
+# Columns used in totals and comparisons, and their types.
 SUMMED: dict[str, Any] = {
     "shard": int, "bytes": int, "device": str | None,
     **dict.fromkeys(("pairs", "evaluations", "retries"), int | None),
@@ -46,7 +46,7 @@ SUMMED: dict[str, Any] = {
 
 
 class Manifest:
-    """The manifest in `folder`, read if it is there; `sizes` (bytes by shard) are the shards that are sound."""
+    """The manifest in `folder`, read if it exists; `sizes` maps each intact shard to its size in bytes."""
 
     def __init__(self, folder: Folder, sizes: Mapping[int, int]) -> None:
         self.folder = folder
@@ -57,7 +57,7 @@ class Manifest:
         self._published = time.monotonic()
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """Take the row of a shard that has just been published."""
+        """Add the row of a shard that was just published."""
         self.rows[row["shard"]] = {name: row.get(name) for name in SCHEMA.names}
         if time.monotonic() - self._published > EVERY:
             self.publish()
@@ -71,18 +71,18 @@ class Manifest:
         self._published = time.monotonic()
 
     def seconds_by_device(self) -> dict[str, float]:
-        """Seconds of sampling on each kind of device, of the shards whose device is known."""
+        """Sum the sampling time in seconds by device, over the shards whose device is known."""
         devices = sorted({row["device"] for row in self.rows.values() if row.get("device")})
-        of = {device: [row for row in self.rows.values() if row.get("device") == device] for device in devices}
-        return {device: round(sum(row["sampling_seconds"] or 0 for row in rows), 1) for device, rows in of.items()}
+        rows_by_device = {device: [row for row in self.rows.values() if row.get("device") == device] for device in devices}
+        return {device: round(sum(row["sampling_seconds"] or 0 for row in rows), 1) for device, rows in rows_by_device.items()}
 
     def total(self, name: str) -> float:
-        """The sum of a column over the shards whose making is known."""
+        """Sum a column over the shards whose value is known."""
         return sum(row.get(name) or 0 for row in self.rows.values())
 
 
 def read_manifest(folder: Folder) -> list[dict[str, Any]]:
-    """The rows of a folder's manifest; [] where there is none, or none that can be read: nothing but sums depends on it."""
+    """Read the rows of a folder's manifest; [] if it is missing or unreadable, because only totals depend on it."""
     try:
         data = folder.read(MANIFEST)
     except FileNotFoundError:
@@ -92,23 +92,26 @@ def read_manifest(folder: Folder) -> list[dict[str, Any]]:
         if any(not isinstance(row.get(name), SUMMED[name]) for row in rows for name in SUMMED):
             raise ValueError("its columns are not those of a manifest")
         return rows
-    except Exception as error:  # whatever the damage leads to
-        print(f"{folder}/{MANIFEST}: unreadable ({reason(error)}); what its shards took is not known", flush=True)
+    except Exception as error:  # a damaged file can raise anything
+        print(f"{folder}/{MANIFEST}: unreadable ({reason(error)}); sampling times of its shards are unknown", flush=True)
         return []
 
 
 def rows_of(data: bytes) -> list[dict[str, Any]]:
-    """The rows of a small Parquet file, as a manifest. Raises whatever damage leads to, and ValueError where there are more
-    than MAX_ROWS or MAX_BYTES: a file of a few bytes can announce any number, and repeat a long text."""
+    """Read the rows of a small Parquet file such as a manifest.
+
+    Raises ValueError above MAX_ROWS or MAX_BYTES: a file of a few bytes can announce any number of rows and repeat a long text.
+    Other damage can raise any exception.
+    """
     file = pq.ParquetFile(io.BytesIO(data))
     if file.metadata.num_rows > MAX_ROWS:
-        raise ValueError(f"it has {file.metadata.num_rows:,} rows; at most {MAX_ROWS:,} are read")
+        raise ValueError(f"it has {file.metadata.num_rows:,} rows; expected at most {MAX_ROWS:,}")
     rows: list[dict[str, Any]] = []
     size = 0
     for batch in file.iter_batches(batch_size=64):
         size += batch.nbytes
         if size > MAX_BYTES:
-            raise ValueError(f"it unpacks to more than {MAX_BYTES:,} bytes")
+            raise ValueError(f"it unpacks to more than the allowed {MAX_BYTES:,} bytes")
         rows += batch.to_pylist()
     return rows
 

@@ -1,4 +1,4 @@
-"""A pool of actors that works through a list of items: the shell that pairs, images and evaluation share."""
+"""Actor pool that processes a list of items; used by pairs, images, verification and evaluation."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pipeline import prometheus
 from pipeline.room import check_room
 from pipeline.runtime import ensure_ray, quiet_data
 
-GROW_ABOVE = 0.5  # tasks in flight, of those that all actors could run at once; full pools are at 1 or 2
+GROW_ABOVE = 0.5  # pool utilization: tasks in flight over tasks that can run at once; a busy pool is at 1 or 2
 
 
 def run_pool(
@@ -31,11 +31,11 @@ def run_pool(
 ) -> Iterator[dict[str, Any]]:
     """Call `worker(**arguments).work(item)` for each item on an actor pool; yield the rows (dicts) as they come.
 
-    One item is one task: a dead actor's items are retried on another. Workers write their own results, under names and
-    with bytes that depend on the item alone, so a retry can do no harm. A BeelineError of a worker, its constructor's too, is
-    raised here, and ends the work: what may pass, storage has tried again by itself. With `overlap` a worker is called from two
-    threads at once and sees to it itself what may run side by side. Rows say which node they come from. Ray's dashboard and
-    the metrics show the pool under `name`.
+    One item is one task; the items of a dead actor are retried on another. Workers write their own results under names and with
+    bytes that depend only on the item, so a retry is harmless. A BeelineError from a worker or its constructor is raised here
+    and ends the work; storage has already retried transient failures. With `overlap`, two threads call a worker at once, and
+    the worker does its own locking. Each row names the node that made it. Ray's dashboard and the metrics show the pool as
+    `name`.
     """
     if not items:
         return
@@ -46,7 +46,7 @@ def run_pool(
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.issue_detectors_config.high_memory_detector_config.detection_time_interval_s = -1  # actors hold a model
-    # The pool grows while there is work for more actors, by doubling; it shrinks when all work is handed out.
+    # The pool doubles while there is work for more actors; it shrinks once all work is assigned.
     context.autoscaling_config.actor_pool_util_upscaling_threshold = GROW_ABOVE
     context.autoscaling_config.actor_pool_util_downscaling_threshold = 0.0
     shell = type(name, (_Shell,), {})  # Ray Data names its actors and tasks after the class
@@ -73,9 +73,10 @@ def run_pool(
 
 
 class _Shell:
-    """The actor: one worker, told how many threads it may use, its rows and its time counted in the cluster's metrics.
+    """Ray actor around one worker: sets its thread count and reports its rows and its time to the cluster's metrics.
 
-    A BeelineError goes to the driver in place of a row: raised here, it would arrive as text, after Ray's tracebacks.
+    A BeelineError is returned to the driver in place of a row. If it were raised here, it would arrive as text after Ray's
+    tracebacks.
     """
 
     def __init__(self, name: str, worker: type, arguments: dict[str, Any], pool: PoolConfig) -> None:
@@ -109,7 +110,7 @@ class _Shell:
         return row | {"node": self.node}
 
     def _seconds(self) -> float:
-        """Since the last call, or the start."""
+        """Return the seconds since the last call or the start."""
         with self._lock:  # items may overlap
             since, self._counted = self._counted, time.monotonic()
             return self._counted - since

@@ -1,4 +1,4 @@
-"""How far long work has come: a bar in a terminal, lines in a log."""
+"""Progress of long work: a bar in a terminal, lines in a log."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from types import TracebackType
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 
-ESTIMATE_FROM = 0.05  # of the work; before that, items that differ in size would make nonsense of an estimate
-ESTIMATE_AFTER = 8  # reports, where that is sooner
+ESTIMATE_FROM = 0.05  # fraction of the work; earlier, items of different size would make an estimate useless
+ESTIMATE_AFTER = 8  # reports, if that comes first
 
 
 class Progress:
-    """Counts what is done, as a context: `with Progress("pairs", 5000, "pairs") as progress: progress.add(100)`.
+    """Counts finished work, as a context: `with Progress("pairs", 5000, "pairs") as progress: progress.add(100)`.
 
-    In a terminal it is a bar; otherwise a line is printed at most every `interval` seconds, and one at the end. The time left
-    is shown once there is ground for an estimate.
+    In a terminal it shows a bar. Otherwise it prints a line at most every `interval` seconds, and one at the end. It shows the
+    time left once an estimate is possible.
     """
 
     def __init__(self, what: str, total: int, unit: str, interval: float = 5.0) -> None:
@@ -38,7 +38,7 @@ class Progress:
             self._bar.stop()
 
     def add(self, count: int, note: str = "") -> None:
-        """Count `count` more done; `note` is appended to the line."""
+        """Add `count` finished units; `note` is appended to the line."""
         self.done += count
         self._reports += 1
         now = time.monotonic()
@@ -61,7 +61,7 @@ class Progress:
 
 
 def duration(seconds: float) -> str:
-    """A length of time in two units at most: "45 s", "12 min", "3 h 20 min", "2 d 4 h"."""
+    """Format a duration in at most two units: "45 s", "12 min", "3 h 20 min", "2 d 4 h"."""
     if seconds < 120:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)

@@ -1,10 +1,10 @@
-"""What a cluster's Prometheus sees of the work, beside Ray's own series: counters as ray_beeline_<name>_total, gauges as
-ray_beeline_<name>. cluster/grafana draws them.
+"""Beeline's metrics in the cluster's Prometheus, in addition to Ray's own: counters as ray_beeline_<name>_total, gauges as
+ray_beeline_<name>. cluster/grafana plots them.
 
-Ray's processes report every ten seconds and when they end. Afterwards a node's endpoint keeps their counters for as long as the
-node lives, but their gauges for two reports more: a scrape every ten seconds sees the last value, and later it is in Prometheus
-alone. Processes that are killed, and the trials of a sweep, do not report at their end: the last seconds are lost. Numbers that
-must last are in the workspace: pairs/manifest.parquet, train.jsonl, metrics.json.
+Ray's processes report every ten seconds and when they end. After that, a node's endpoint keeps their counters as long as the
+node lives, but their gauges only for two more reports. A scrape every ten seconds sees the last value of a gauge; later only
+Prometheus has it. Killed processes and the trials of a sweep do not report when they end, so their last seconds are lost.
+Permanent numbers are in the workspace: pairs/manifest.parquet, train.jsonl, metrics.json.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ COUNTERS = {
     "samples": "Samples drawn from models and measured",
     "evaluations": "Network evaluations",
     "bytes": "Bytes published",
-    "retries": "Requests to object storage that had to be repeated",
+    "retries": "Repeated requests to object storage",
     "sampling_seconds": "Seconds in which the sampler of an actor was busy",
-    "writing_seconds": "Seconds spent encoding and publishing shards, beside the sampling of the next",
-    "waiting_seconds": "Seconds in which the sampler of an actor had nothing to do",
+    "writing_seconds": "Seconds spent encoding and publishing shards, in parallel with sampling",
+    "waiting_seconds": "Seconds in which the sampler of an actor was idle",
     "actor_seconds": "Seconds from an actor's start to the end of its last work item",
-    "cost": "What those seconds cost, at the price of the stage's settings",
+    "cost": "Cost of actor_seconds at the price in the stage's settings",
 }
 GAUGES = {
     "training_step": "Steps done",
-    "training_images_per_second": "Images that a training run takes in, over all ranks",
+    "training_images_per_second": "Images per second of a training run, over all ranks",
     "training_waiting_ratio": "Share of the time in which steps wait for data",
-    "training_peak_bytes": "The most memory that the first rank has held: the GPU's, or its own",
-    "training_skipped": "Steps left out because their gradients were not finite",
-    "training_figure": "What a training run says of its steps, by figure: losses, lambda, gradient norms, distances",
-    "evaluation_figure": "Figures of models, means over draws, by sampler and metric",
+    "training_peak_bytes": "Peak memory of the first rank in bytes: of the GPU, or of the process",
+    "training_skipped": "Steps skipped because their gradients were not finite",
+    "training_figure": "Training figures by name: losses, lambda, gradient norms, distances",
+    "evaluation_figure": "Evaluation metrics of models by sampler and metric, means over draws",
     "sweep_trials": "Trials of a sweep, by state: left, stopped, finished",
 }
 TAGS = {"training": ("model",), "evaluation": ("model", "sampler", "metric"), "sweep": ("sweep", "state")}
-# Figures that the loop itself adds to a row of train.jsonl: their gauge, and its unit in theirs.
+# Figures that the training loop adds to a row of train.jsonl: their gauge, and the factor to the gauge's unit.
 OF_THE_LOOP = {
     STEP: ("training_step", 1),
     IMAGES_PER_S: ("training_images_per_second", 1),
@@ -51,7 +51,7 @@ OF_THE_LOOP = {
     PEAK_MB: ("training_peak_bytes", 2**20),
     SKIPPED: ("training_skipped", 1),
 }
-ZERO = sys.float_info.min  # Ray refuses to add nothing, and a series that is not there looks like one that nobody watches
+ZERO = sys.float_info.min  # Ray refuses to add 0, and a missing series looks like an unmonitored one
 
 
 @functools.cache
@@ -66,19 +66,19 @@ def _gauge(name: str) -> Gauge:
 
 
 def count(worker: str, row: Mapping[str, Any]) -> None:
-    """Add what one finished work item reports of itself. Only inside Ray's processes."""
+    """Add the counts of one finished work item. Only inside Ray's processes."""
     for name in COUNTERS.keys() & row.keys():
         _counter(name).inc(max(row[name], ZERO), {"worker": worker})
 
 
 def gauge(name: str, value: float, **tags: str) -> None:
-    """Set one of GAUGES, with all of its tags. Only inside Ray's processes."""
+    """Set one of GAUGES, with all its tags. Only inside Ray's processes."""
     _gauge(name).set(value, tags)
 
 
 class TrainingGauges:
-    """A tracker (trainers/tracking.py) whose rows become gauges, for a run in one of Ray's processes; `model` is the folder of
-    what is trained, within the workspace."""
+    """A tracker (trainers/tracking.py) that turns rows into gauges, for a run inside a Ray process; `model` is the folder of
+    the trained model within the workspace."""
 
     def __init__(self, model: str) -> None:
         self.model = model

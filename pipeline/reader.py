@@ -1,8 +1,8 @@
-"""Shards read back for training, in an order that is a function of (seed, position) alone.
+"""Read shards for training, in an order that is a function of (seed, position) alone.
 
-Each epoch shuffles the row groups of the whole store, then the rows within a window of WINDOW of them. The state of a
-reader is the position that the caller asks for: nothing of it needs saving, and any rank can ask for any rows. The next
-window and the next batch are made in the background, x0 included, which is never stored.
+Each epoch shuffles the row groups of the whole store, then the rows within windows of WINDOW row groups. The state of a reader
+is the position that the caller asks for: nothing needs to be saved, and any rank can ask for any rows. Background threads
+prepare the next window and the next batch, including the noise, which is not stored but drawn from the index.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from beeline.errors import BeelineError, StorageError
 from beeline.files.arrays import spread
-from beeline.noise import crc32, stream, x0
+from beeline.noise import crc32, stream, unit_noise
 from beeline.pixels import to_float
 from pipeline.shards import (
     READERS,
@@ -38,10 +38,10 @@ from pipeline.shards import (
 )
 from pipeline.storage import Folder
 
-WINDOW = 64  # row groups of some 6 MB; this window and the next are in memory
+WINDOW = 64  # row groups of about 6 MB each; two windows are in memory
 LOADERS = 8  # row groups read at once
-DRAWERS = 4  # threads that draw noise; NumPy does most of it without the interpreter's lock
-ATTEMPTS = 3  # readings of a row group whose checksum fails: bits flip on the way, too
+DRAWERS = 4  # threads that draw noise; NumPy releases the GIL for most of the work
+ATTEMPTS = 3  # attempts to read a row group whose checksum fails: bits can also flip in transit
 
 
 class _Window(NamedTuple):
@@ -51,9 +51,9 @@ class _Window(NamedTuple):
 
 
 class ShardReader:
-    """Random access to batches of a finished images/ or pairs/ folder (`config` of its plan: count, shard_size).
+    """Random access to batches of a finished images/ or pairs/ folder (`config` from its plan: count, shard_size).
 
-    Raises BeelineError if a shard is damaged, or if this NumPy draws other noise than the pairs were made from.
+    Raises BeelineError if a shard is damaged, or if this NumPy draws other noise than was used for the pairs.
     """
 
     def __init__(self, folder: Folder, config: dict[str, Any], seed: int) -> None:
@@ -68,7 +68,7 @@ class ShardReader:
         self._next: tuple[tuple[int, int], Future[dict[str, np.ndarray]]] | None = None
         self._last: int | None = None
         self.waited = 0.0
-        """Seconds that callers of `batch` have waited so far."""
+        """Seconds that callers of `batch` have waited in total."""
         self._batches, self._ahead = ThreadPoolExecutor(1, "batches"), ThreadPoolExecutor(1, "windows")
         self._loaders, self._draw = ThreadPoolExecutor(LOADERS, "row-groups"), ThreadPoolExecutor(DRAWERS, "noise")
         self.metadata: dict[str, Any] = self._footer(0)[1]
@@ -79,19 +79,19 @@ class ShardReader:
         self._check_noise()
 
     def batch(self, start: int, size: int) -> dict[str, np.ndarray]:
-        """Rows at positions start ... start + size - 1 of the endless shuffled stream, as arrays by column.
+        """Return rows start ... start + size - 1 of the endless shuffled stream, as arrays by column.
 
         Pairs: x1 and noise float32 (n, C, H, W), label and index (n,). Images: image uint8 (n, C, H, W), label, index.
-        The next call is expected as far ahead of this one as this one is of the last, and prepared for.
+        Prefetches the next batch at the same stride.
         """
         if self._next is None or self._next[0] != (start, size):
             self._next = self._submit(start, size)
-        made = self._next[1]
+        pending = self._next[1]
         following = start + (start - self._last if self._last is not None and start > self._last else size)
         self._last = start
         self._next = self._submit(following, size)
         start_waiting = time.monotonic()
-        rows = made.result()
+        rows = pending.result()
         self.waited += time.monotonic() - start_waiting
         return rows
 
@@ -107,7 +107,9 @@ class ShardReader:
             window = self._window(epoch, number)
             take = window.order[offset - begins[number] : offset - begins[number] + size]
             if not len(take):
-                raise BeelineError(f"{self.folder}: row {offset} of {self.count} is in no row group; make the folder again")
+                raise BeelineError(
+                    f"{self.folder}: row {offset} of {self.count} is in no row group; remove the folder and make it again"
+                )
             parts.append(_gather(window, take))
             start, size = start + len(take), size - len(take)
         rows = Columns(*(np.concatenate(column) for column in zip(*parts, strict=True)))
@@ -119,7 +121,7 @@ class ShardReader:
     def _noise(self, indices: np.ndarray) -> np.ndarray:
         seed, shape = self.metadata["plan"]["pairs"]["seed"], self.metadata["shape"]
         parts = np.array_split(indices, DRAWERS) if len(indices) >= DRAWERS else [indices]
-        return np.concatenate(list(self._draw.map(lambda part: x0(seed, part, shape), parts)))
+        return np.concatenate(list(self._draw.map(lambda part: unit_noise(seed, part, shape), parts)))
 
     def _check_noise(self) -> None:
         if "x0_crc32" not in self.metadata:
@@ -127,12 +129,12 @@ class ShardReader:
         rows = np.asarray(shard_rows(0, self.shard_size, self.count))
         if crc32(self._noise(rows)) != self.metadata["x0_crc32"]:
             raise BeelineError(
-                f"{self.folder}/{shard_name(0)} was made from other noise than NumPy {np.__version__} draws here: its CRC-32 "
-                "differs. Install the pinned NumPy, or make the pairs anew"
+                f"{self.folder}/{shard_name(0)} was made from other noise than NumPy {np.__version__} draws here: the CRC-32 "
+                "sums differ. Install the pinned NumPy, or make the pairs again"
             )
 
     def _shuffled(self, epoch: int) -> tuple[np.ndarray, list[int]]:
-        """The row groups of an epoch in order, and the position at which each window of them begins."""
+        """Return an epoch's order of row groups, and the stream position at which each window of them begins."""
         order = stream(self.seed, "shards", epoch).permutation(self.groups)
         rows = np.fromiter((self._group_size(g) for g in order), np.int64, self.groups)
         begins = np.concatenate([[0], np.cumsum(rows)])[:-1:WINDOW]
@@ -143,7 +145,7 @@ class ShardReader:
         return min(self.group_rows, len(shard_rows(shard, self.shard_size, self.count)) - inner * self.group_rows)
 
     def _window(self, epoch: int, number: int) -> _Window:
-        """A window of row groups; the one after it is loaded in the background."""
+        """Return a window of row groups; the next one is loaded in the background."""
         last = number + 1 == len(self._epoch(epoch)[1])
         wanted = [(epoch, number), (epoch + 1, 0) if last else (epoch, number + 1)]
         for key in wanted:
@@ -169,9 +171,9 @@ class ShardReader:
                     footer, metadata = self._footer(shard)
                     with self.folder.open(shard_name(shard)) as source:
                         file = pq.ParquetFile(source, metadata=footer, page_checksum_verification=True, pre_buffer=True)
-                        found = columns(file.read_row_group(inner), metadata)
-                    check_group(found, metadata, rows, inner)
-                    return found
+                        rows_read = columns(file.read_row_group(inner), metadata)
+                    check_group(rows_read, metadata, rows, inner)
+                    return rows_read
             except StorageError:
                 raise
             except BeelineError:
@@ -190,7 +192,7 @@ class ShardReader:
 
 
 def check_plan(metadata: Mapping[str, Any], config: Mapping[str, Any], first: Mapping[str, Any]) -> None:
-    """Raise ValueError unless a shard is of the plan whose config was asked for, and like the `first` one of the folder."""
+    """Raise ValueError unless a shard belongs to the plan with `config` and matches the `first` shard of the folder."""
     planned = metadata["plan"].get("pairs", metadata["plan"].get("images", config))
     other = [key for key, value in config.items() if planned.get(key) != value]
     other += [
@@ -202,7 +204,7 @@ def check_plan(metadata: Mapping[str, Any], config: Mapping[str, Any], first: Ma
 
 @contextlib.contextmanager
 def reading(folder: Folder, shard: int) -> Iterator[None]:
-    """Whatever is wrong with a shard is said in one BeelineError: what a damaged file raises depends on the damage."""
+    """Turn every exception about a shard into one BeelineError: damaged files can raise anything."""
     try:
         yield
     except BeelineError:
@@ -215,22 +217,22 @@ def reading(folder: Folder, shard: int) -> Iterator[None]:
 
 
 def _gather(window: _Window, take: np.ndarray) -> Columns:
-    """Rows `take` of the window's row groups laid end to end."""
+    """Return rows `take` of the window, counted over its concatenated row groups."""
     which = np.searchsorted(window.starts, take, side="right") - 1
     first = window.groups[0]
-    made = Columns(*(np.empty((len(take), *column.shape[1:]), column.dtype) for column in first))
+    gathered = Columns(*(np.empty((len(take), *column.shape[1:]), column.dtype) for column in first))
     for g in np.unique(which):
         rows = which == g
-        for target, column in zip(made, window.groups[g], strict=True):
+        for target, column in zip(gathered, window.groups[g], strict=True):
             target[rows] = column[take[rows] - window.starts[g]]
-    return made
+    return gathered
 
 
 def real_labels(folder: Folder, config: dict[str, Any]) -> np.ndarray:
-    """The labels of images/ in order, int32 (n,); of the shards no image is read."""
+    """Read the labels of images/ in order, int32 (n,), without reading the images."""
     count, shard_size = int(config["count"]), int(config["shard_size"])
 
-    def of(k: int) -> np.ndarray:
+    def labels_of(k: int) -> np.ndarray:
         rows = shard_rows(k, shard_size, count)
         with reading(folder, k), folder.open(shard_name(k)) as source:
             file = pq.ParquetFile(source, page_checksum_verification=True)
@@ -245,25 +247,26 @@ def real_labels(folder: Folder, config: dict[str, Any]) -> np.ndarray:
             return labels.astype(np.int32, copy=False)
 
     with ThreadPoolExecutor(READERS) as readers:
-        return np.concatenate(list(readers.map(of, range(shard_count(count, shard_size)))))
+        return np.concatenate(list(readers.map(labels_of, range(shard_count(count, shard_size)))))
 
 
 def decoded(folder: Folder, k: int) -> Columns:
-    """Shard k whole, every checksum verified. Raises BeelineError if it is damaged, or another shard under this name."""
+    """Read all of shard k and verify every checksum. Raises BeelineError if it is damaged or holds other rows."""
     with reading(folder, k):
-        found, metadata = decode(folder.read(shard_name(k)))
+        rows_read, metadata = decode(folder.read(shard_name(k)))
         plan = metadata["plan"].get("pairs", metadata["plan"].get("images", {}))
         if {"count", "shard_size"} <= plan.keys():
             rows = shard_rows(k, plan["shard_size"], plan["count"])
-            if (found.indices[0], len(found.indices)) != (rows[0], len(rows)):
+            if (rows_read.indices[0], len(rows_read.indices)) != (rows[0], len(rows)):
                 raise ValueError(
-                    f"{len(found.indices)} rows from index {found.indices[0]} on; expected {len(rows)} from {rows[0]}"
+                    f"{len(rows_read.indices)} rows from index {rows_read.indices[0]} on; expected {len(rows)} from {rows[0]}"
                 )
-        return found
+        return rows_read
 
 
 def some_images(folder: Folder, config: dict[str, Any], most: int) -> tuple[np.ndarray, np.ndarray]:
-    """uint8 images (n, C, H, W) and labels (n,) of images/ in order: all of them, or those of `most` evenly spread shards."""
+    """Read uint8 images (n, C, H, W) and labels (n,) of images/ in order: all of them, or those of about `most` images' worth
+    of evenly spread shards."""
     shards, size = shard_count(int(config["count"]), int(config["shard_size"])), int(config["shard_size"])
     wanted = spread(min(shards, max(1, most // size)), shards)
     parts = [decoded(folder, int(k)) for k in wanted]

@@ -1,4 +1,4 @@
-"""Starting Ray, or joining a cluster: with its ports on loopback, its noise left out, and one line where it fails."""
+"""Start Ray or join a cluster: ports on loopback, no noise in the output, one clear message on failure."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ from ray._private.ray_logging import stderr_deduplicator, stdout_deduplicator
 from beeline.errors import BeelineError, StorageError, plain
 from beeline.files.places import holds_credentials
 
-TIMEOUT = 10  # seconds that the head of a cluster has for an answer, twice
+TIMEOUT = 10  # seconds the head of a cluster has to answer; applies to two checks
 LOOPBACK = "127.0.0.1"
 RECIPE, FOLDER = "BEELINE_RECIPE", "BEELINE_FOLDER"
-WORKER_ENVIRONMENT = {"RAY_TRAIN_ENABLE_PRINT_PATCH": "0"}  # patched, every printed line comes twice
-# Where the bucket and the trackers are goes with the job. Keys do not: Ray shows a job's environment to everyone. Nodes have
-# their own.
+WORKER_ENVIRONMENT = {"RAY_TRAIN_ENABLE_PRINT_PATCH": "0"}  # with Ray's patch, every printed line appears twice
+# Locations of the bucket and the trackers go to the workers with the job. Secret keys do not, because Ray shows a job's
+# environment to everyone; the nodes have keys of their own.
 FOLLOWING = (
     RECIPE,
     *("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_DEFAULT_REGION", "AWS_REGION", "AWS_EC2_METADATA_DISABLED"),
     *("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_ALLOW_FILE_STORE"),
     *("WANDB_BASE_URL", "WANDB_ENTITY", "WANDB_PROJECT", "WANDB_MODE", "WANDB_DIR"),
 )
-# Ray warns of what it does itself (Ray Data and Ray Train hand arguments to their actors through the object store, and kill
-# actors that are no longer needed) and of pools that are meant to be larger than the machine has cores.
+# Ray warns about its own normal work (Ray Data and Ray Train pass arguments to actors through the object store, and kill actors
+# that are no longer needed) and about pools that are intentionally larger than the number of cores.
 NOISE = (
     "has constructor arguments in the object store and max_restarts > 0",
     "PYTHON worker processes have been started on node",
@@ -49,9 +49,9 @@ _until_shutdown = contextlib.ExitStack()
 
 
 def ensure_ray() -> None:
-    """Join the cluster of RAY_ADDRESS, or start a Ray of our own on this machine, unless one is already up.
+    """Join the cluster at RAY_ADDRESS, or start a local Ray on this machine, unless Ray is already up.
 
-    Raises BeelineError where the cluster does not answer within seconds, Ray cannot start, or a variable that goes with the
+    Raises BeelineError if the cluster does not answer within seconds, if Ray cannot start, or if a variable that goes with the
     job holds a password.
     """
     if ray.is_initialized():
@@ -60,8 +60,8 @@ def ensure_ray() -> None:
     for name, value in variables.items():
         if holds_credentials(value):
             raise BeelineError(
-                f"{name} holds a password, and Ray shows a job's variables to everyone. Take it out of the URL and give it to "
-                "every machine in a variable of its own (MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, AWS_*)"
+                f"{name} holds a password, and Ray shows a job's variables to everyone. Remove it from the URL and set it on "
+                "every machine in a separate variable (MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, AWS_*)"
             )
     address = os.environ.get("RAY_ADDRESS")
     address = find_head(address) if address and address != "local" else None
@@ -71,26 +71,27 @@ def ensure_ray() -> None:
         try:
             _join(address, variables) if address else _start(variables)
         except Exception as error:
-            told = " ".join(str(error).split()).removesuffix(".")
+            cause = " ".join(str(error).split()).removesuffix(".")
             if address:
                 raise BeelineError(
-                    f"the Ray cluster at {address} cannot be joined ({told}). The command must run on one of its machines with "
-                    "the same Ray, Python and token; or submit it as a job"
+                    f"the Ray cluster at {address} cannot be joined ({cause}). The command must run on one of its machines "
+                    "with the same Ray, Python and token; or submit it as a job"
                 ) from error
             raise BeelineError(
-                f"Ray cannot start on this machine ({told}). It writes to {os.environ.get('RAY_TMPDIR') or '/tmp'} (or "
-                "RAY_TMPDIR, a short path) and, for its token, to the home folder; on a busy machine run the command again"
+                f"Ray cannot start on this machine ({cause}). It must be able to write to "
+                f"{os.environ.get('RAY_TMPDIR') or '/tmp'} (or RAY_TMPDIR, a short path) and, for its token, to the home "
+                "folder; on a busy machine run the command again"
             ) from error
 
 
 def _join(address: str, variables: dict[str, str]) -> None:
-    # Ray's State API asks for RAY_ADDRESS in worker processes, too: without, it trips over other Rays on the machine.
+    # Worker processes read RAY_ADDRESS in Ray's State API; without it they may find another Ray on the same machine.
     runtime_env = _runtime_env(variables | {"RAY_ADDRESS": address})
     ray.init(address=address, logging_level=logging.WARNING, runtime_env=runtime_env)
 
 
 def _runtime_env(variables: dict[str, str]) -> dict[str, Any]:
-    """What worker processes have; with a recipe of one's own they import its module, which may bring sampling rules."""
+    """Build the environment of worker processes; with a user's recipe they import its module, which may add sampling rules."""
     if ":" not in variables.get(RECIPE, ""):
         return {"env_vars": variables}
     hook = f"{__name__}.{import_own_recipe.__name__}"
@@ -98,8 +99,11 @@ def _runtime_env(variables: dict[str, str]) -> dict[str, Any]:
 
 
 def import_own_recipe() -> None:
-    """Import the module of BEELINE_RECIPE. Each worker process calls it first, in a folder that Ray has copied there; else it
-    needs the driver's folder, on the same machine or a shared disk."""
+    """Import the module of BEELINE_RECIPE; each worker process calls this first.
+
+    The module comes from the folder that Ray copied to the node, or else from the driver's folder, on the same machine or a
+    shared disk.
+    """
     sys.path.extend([os.getcwd(), os.environ[FOLDER]])
     importlib.import_module(os.environ[RECIPE].partition(":")[0])
 
@@ -121,20 +125,22 @@ def _start(variables: dict[str, str]) -> None:
 
 
 def shutdown() -> None:
-    """Leave the cluster, or end our own Ray."""
-    gc.collect()  # a reference to one of Ray's objects that is dropped after Ray's shutdown ends the process with status 1
+    """Leave the cluster, or stop the local Ray."""
+    gc.collect()  # dropping a reference to a Ray object after Ray's shutdown ends the process with status 1
     ray.shutdown()
     _until_shutdown.close()
 
 
 def find_head(address: str) -> str:
-    """HOST:PORT of the head that `address`, HOST:PORT or "auto", leads to. Raises BeelineError where nobody answers as Ray's
-    head does within seconds: Ray's own client would try for a quarter of an hour."""
+    """Return HOST:PORT of the head at `address`, which is HOST:PORT or "auto".
+
+    Raises BeelineError unless a Ray head answers within seconds; Ray's own client would try for 15 minutes.
+    """
     if address == "auto":
         try:
             place = services.get_ray_address_from_environment(address, None)
         except ConnectionError:
-            raise BeelineError("RAY_ADDRESS is 'auto', and no Ray runs on this machine; start one, or unset it") from None
+            raise BeelineError("RAY_ADDRESS is 'auto', but no Ray runs on this machine; start one, or unset it") from None
     else:
         place = address
     match = re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[^\s:/@\[\]]+):(\d{1,5})", str(place))
@@ -142,10 +148,10 @@ def find_head(address: str) -> str:
         shown = "a URL with a password" if holds_credentials(address) else repr(address)
         raise BeelineError(
             f"RAY_ADDRESS is {shown}; expected HOST:PORT of the head (by default port 6379), or auto. Ray's client (ray://) "
-            "and its dashboard (http://) are no way to join a cluster; unset it for a Ray of your own"
+            "and its dashboard (http://) cannot be used to join a cluster; unset it to start a local Ray"
         )
     host, port = match[1].strip("[]"), int(match[2])
-    fix = "Start it, mend RAY_ADDRESS, or unset it for a Ray of your own"
+    fix = "Start it, correct RAY_ADDRESS, or unset it to start a local Ray"
     try:
         socket.create_connection((host, port), timeout=TIMEOUT).close()
     except OSError as error:
@@ -155,11 +161,11 @@ def find_head(address: str) -> str:
         try:
             grpc.channel_ready_future(channel).result(timeout=TIMEOUT)
         except grpc.FutureTimeoutError:
-            raise BeelineError(f"what answers at {address} is not a head of Ray (by default port 6379). {fix}") from None
+            raise BeelineError(f"the server at {address} is not a Ray head (by default port 6379). {fix}") from None
         finally:
             channel.close()
     public = services.canonicalize_bootstrap_address(str(place)) or str(place)
-    if public != place and not _answers(public):  # a head that keeps to loopback, as that of cluster/local.sh does
+    if public != place and not _answers(public):  # a head that listens only on loopback, like the one of cluster/local.sh
         _keep_to_loopback()
         return str(place)
     return public
@@ -173,14 +179,17 @@ def _answers(address: str) -> bool:
 
 
 def _keep_to_loopback() -> None:
-    """Ray listens on loopback alone, and looks for a head there, where it believes that it cannot be a cluster. It has read the
-    variable already; its processes have not."""
+    """Make Ray listen only on loopback and look for a head there.
+
+    Ray does this when it believes that it cannot be a cluster. This process has read the variable already; its child processes
+    have not.
+    """
     os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
     ray_constants.ENABLE_RAY_CLUSTER = False
 
 
 def find_user_error(error: BaseException | None) -> BeelineError | None:
-    """The BeelineError in a chain of causes, Ray's wrappers included, or None."""
+    """Find the BeelineError in a chain of causes, including Ray's wrappers, or return None."""
     seen: set[int] = set()
     waiting = [error]
     while waiting:
@@ -206,7 +215,7 @@ def _free_port() -> int:
 
 @contextlib.contextmanager
 def _our_signals() -> Iterator[None]:
-    """Keep the handler of SIGTERM: Ray sets others, in Python while it starts, and then one that dumps a stack."""
+    """Keep our SIGTERM handler: Ray installs one in Python while it starts, and then one that dumps a stack."""
     handler = signal.getsignal(signal.SIGTERM)
     if not callable(handler) or threading.current_thread() is not threading.main_thread():
         yield
@@ -221,11 +230,11 @@ def _our_signals() -> Iterator[None]:
 
 
 def _leave_out_noise() -> None:
-    """Leave what Ray says of its normal work out of our output; warnings and errors stay."""
+    """Remove Ray's messages about its normal work from our output; warnings and errors stay."""
     pattern = re.compile("|".join(map(re.escape, NOISE)))
-    for deduplicator in (stdout_deduplicator, stderr_deduplicator):  # lines of Ray's processes pass through them
+    for deduplicator in (stdout_deduplicator, stderr_deduplicator):  # output of Ray's processes passes through them
         deduplicator.skip_re = pattern
-    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # of tasks beside the one whose error ends the command
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # errors of other tasks than the one that ends the command
     if not sys.stdout.isatty():
         os.environ.setdefault("RAY_COLOR_PREFIX", "0")
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
@@ -233,8 +242,10 @@ def _leave_out_noise() -> None:
 
 @contextlib.contextmanager
 def _filtered_stderr() -> Iterator[None]:
-    """The same for what Ray's C++ code writes to stderr in this process: lines of NOISE stay out. By a process of its own, so
-    that nothing is lost where this one crashes."""
+    """Remove lines of NOISE from what Ray's C++ code writes to stderr in this process.
+
+    A separate grep process does it, so that nothing is lost if this process crashes.
+    """
     grep, texts = shutil.which("grep"), [f"-e{text}" for text in NOISE]
     try:
         original = os.dup(2) if grep else -1
@@ -255,12 +266,12 @@ def _filtered_stderr() -> Iterator[None]:
         sys.stderr.flush()
         os.dup2(original, 2)
         os.close(original)
-        with contextlib.suppress(subprocess.TimeoutExpired):  # where a process that we have started still has the other end
+        with contextlib.suppress(subprocess.TimeoutExpired):  # a process started here may still hold the other end
             process.wait(5)
 
 
 def quiet_data() -> None:
-    """The same for Ray Data, once it is imported."""
+    """Silence Ray Data's messages about its normal work; call it once Ray Data is imported."""
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # we have our own progress
     for handler in logging.getLogger("ray.data").handlers:
         if isinstance(handler, log.PlainRayHandler):

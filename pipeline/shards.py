@@ -1,11 +1,11 @@
-"""The scheme of sharded work: work item k makes file k, whose name and bytes depend on the plan and k alone.
+"""Sharded work: work item k makes file k, whose name and bytes depend only on the plan and k.
 
 A shard is a Parquet file with columns index (int64), label (int32, -1 for none) and one image column, in row groups of
 about 6 MB, each page with a checksum. Images are uint8 in fixed-size binary, or float16 or float32 in Arrow's
-fixed_shape_tensor (docs/pair-store.md). Resume is list-and-subtract, after looking into each footer that is there.
+fixed_shape_tensor (docs/pair-store.md). To resume, list the files, check each footer, and make what is missing.
 
-Pages have checksums in Parquet, its footer has none: one flipped bit there may send a reader to other rows. So the metadata
-holds CRC-32 sums of each row group's rows and images, and of itself; and what is read is compared with the plan.
+Parquet stores checksums of pages, but not of its footer: one flipped bit there may send a reader to other rows. So the metadata
+holds CRC-32 sums of each row group's rows and images, and of itself, and readers compare the data with the plan.
 """
 
 from __future__ import annotations
@@ -33,29 +33,29 @@ OWN_CRC = "metadata_crc32"
 
 
 def shard_name(k: int) -> str:
-    """File name of work item k."""
+    """Return the file name of work item k."""
     return f"part-{k:05d}.parquet"
 
 
 def shard_rows(k: int, shard_size: int, count: int) -> range:
-    """The indices that shard k holds."""
+    """Return the indices that shard k holds."""
     return range(k * shard_size, min((k + 1) * shard_size, count))
 
 
 def shard_count(count: int, shard_size: int) -> int:
-    """How many shards hold `count` rows."""
+    """Return the number of shards that hold `count` rows."""
     return -(-count // shard_size)
 
 
 def group_rows(row_bytes: int) -> int:
-    """Rows of a row group of images of `row_bytes` bytes each."""
+    """Return the number of rows in a row group of images of `row_bytes` bytes each."""
     return max(1, ROW_GROUP_BYTES // row_bytes)
 
 
 def encode(
     column: str, images: np.ndarray, labels: np.ndarray, indices: Iterable[int], plan: Mapping[str, Any], **facts: Any
 ) -> bytes:
-    """A shard's bytes. `images` (n, C, H, W), uint8, float16 or float32; `facts` go into the metadata beside the plan."""
+    """Encode a shard as bytes. `images` (n, C, H, W) are uint8, float16 or float32; `facts` are added to the metadata."""
     shape = images.shape[1:]
     images, labels, indices = np.ascontiguousarray(images), np.asarray(labels, np.int32), np.array(list(indices), np.int64)
     row_bytes = images[0].nbytes
@@ -105,23 +105,25 @@ class Columns(NamedTuple):
 
 
 def decode(data: bytes) -> tuple[Columns, dict[str, Any]]:
-    """A shard's rows and metadata from its bytes; every checksum is verified, of pages, rows, images and metadata.
+    """Decode a shard into rows and metadata, verifying every checksum: of pages, rows, images and metadata.
 
-    Raises an exception, of whatever kind, for anything that is not a whole shard of this format.
+    Raises an exception of any type unless `data` is a whole shard of this format.
     """
     file = pq.ParquetFile(io.BytesIO(data), page_checksum_verification=True)
     metadata = shard_metadata(file.metadata)
-    found = columns(file.read(), metadata)
-    rows = range(int(found.indices[0]), int(found.indices[0]) + len(found.indices))
+    content = columns(file.read(), metadata)
+    rows = range(int(content.indices[0]), int(content.indices[0]) + len(content.indices))
     check_footer(file.metadata, metadata, rows)
     size = metadata["group_rows"]
     for number, start in enumerate(range(0, len(rows), size)):
-        check_group(Columns(*(column[start : start + size] for column in found)), metadata, rows[start : start + size], number)
-    return found, metadata
+        check_group(
+            Columns(*(column[start : start + size] for column in content)), metadata, rows[start : start + size], number
+        )
+    return content, metadata
 
 
 def columns(table: pa.Table, metadata: Mapping[str, Any]) -> Columns:
-    """The columns of (part of) a shard as arrays. Raises an exception, of whatever kind, where they are not of its types."""
+    """Return the columns of (part of) a shard as arrays. Raises an exception of any type if their types are wrong."""
     shape = (len(table), *metadata["shape"])
     column = table[metadata["column"]].combine_chunks()
     types = table.schema.field("index").type, table.schema.field("label").type
@@ -138,43 +140,41 @@ def columns(table: pa.Table, metadata: Mapping[str, Any]) -> Columns:
 
 
 def shard_metadata(footer: pq.FileMetaData) -> dict[str, Any]:
-    """Beeline's metadata in a shard's footer. Raises ValueError if it is not of this format, or has another checksum."""
+    """Read Beeline's metadata from a shard's footer. Raises ValueError if the format or the metadata's checksum is wrong."""
     metadata = json.loads((footer.metadata or {}).get(b"beeline", b"{}"))
     if metadata.get("format") != FORMAT:
-        raise ValueError(f"format {metadata.get('format')!r}, which another version of Beeline made; {FORMAT} is expected")
+        raise ValueError(f"format {metadata.get('format')!r}, written by another version of Beeline; expected {FORMAT}")
     crc = metadata.pop(OWN_CRC, None)  # earlier shards of the format have none
     if crc is not None and crc != _own_crc(metadata):
-        raise ValueError("its metadata has another CRC-32 than it says")
+        raise ValueError("the CRC-32 of its metadata does not match")
     return metadata
 
 
 def check_footer(footer: pq.FileMetaData, metadata: Mapping[str, Any], rows: range) -> None:
-    """Raise ValueError unless a shard's row groups are those of the indices `rows`."""
+    """Raise ValueError unless a shard's row groups hold exactly the indices `rows`."""
     size, groups = int(metadata["group_rows"]), [footer.row_group(i) for i in range(footer.num_row_groups)]
     expected = [rows[start : start + size] for start in range(0, len(rows), size)]
     lengths = [group.num_rows for group in groups]
     if lengths != [len(part) for part in expected] or footer.num_rows != len(rows):
-        raise ValueError(
-            f"{footer.num_rows} rows in {len(groups)} row groups where {len(rows)} in {len(expected)} were expected"
-        )
+        raise ValueError(f"{footer.num_rows} rows in {len(groups)} row groups; expected {len(rows)} in {len(expected)}")
     for group, part in zip(groups, expected, strict=True):
         statistics = group.column(0).statistics
         if statistics is not None and statistics.has_min_max and (statistics.min, statistics.max) != (part[0], part[-1]):
-            raise ValueError(f"indices {statistics.min} to {statistics.max} where {part[0]} to {part[-1]} were expected")
+            raise ValueError(f"indices {statistics.min} to {statistics.max}; expected {part[0]} to {part[-1]}")
 
 
-def check_group(found: Columns, metadata: Mapping[str, Any], rows: range, number: int) -> None:
-    """Raise ValueError unless row group `number` of a shard holds the indices `rows`, and what was written."""
-    check_rows(found.indices, found.labels, metadata, rows, number)
-    if found.images.shape != (len(rows), *metadata["shape"]) or str(found.images.dtype) != metadata["dtype"]:
+def check_group(group: Columns, metadata: Mapping[str, Any], rows: range, number: int) -> None:
+    """Raise ValueError unless row group `number` of a shard holds the indices `rows` and its checksums match."""
+    check_rows(group.indices, group.labels, metadata, rows, number)
+    if group.images.shape != (len(rows), *metadata["shape"]) or str(group.images.dtype) != metadata["dtype"]:
         raise ValueError(
-            f"images are {found.images.dtype} {found.images.shape}; expected {metadata['dtype']} {metadata['shape']}"
+            f"images are {group.images.dtype} {group.images.shape}; expected {metadata['dtype']} {metadata['shape']}"
         )
-    _compare(metadata, "images_crc32", number, found.images)
+    _compare(metadata, "images_crc32", number, group.images)
 
 
 def check_rows(indices: np.ndarray, labels: np.ndarray, metadata: Mapping[str, Any], rows: range, number: int) -> None:
-    """As `check_group`, without the images."""
+    """Check like `check_group`, without the images."""
     if not np.array_equal(indices, np.asarray(rows)):
         raise ValueError(f"{len(indices)} rows from index {indices[:1].tolist()} on; expected {len(rows)} from {rows[:1]}")
     classes = _classes(metadata["plan"])
@@ -184,14 +184,14 @@ def check_rows(indices: np.ndarray, labels: np.ndarray, metadata: Mapping[str, A
 
 
 def _classes(plan: Mapping[str, Any]) -> float:
-    """The classes that a plan of images/ or pairs/ counts; any number where it counts none."""
-    found = plan.get("num_classes", plan.get("images", {}).get("num_classes"))
-    return float("inf") if found is None else found
+    """Return the number of classes in a plan of images/ or pairs/, or infinity if it states none."""
+    classes = plan.get("num_classes", plan.get("images", {}).get("num_classes"))
+    return float("inf") if classes is None else classes
 
 
 def _compare(metadata: Mapping[str, Any], key: str, number: int, *arrays: np.ndarray) -> None:
     if key in metadata and _crc(*arrays) != metadata[key][number]:  # earlier shards of the format have none
-        raise ValueError(f"row group {number} has another CRC-32 than {key} says")
+        raise ValueError(f"the CRC-32 of row group {number} does not match {key}")
 
 
 def _crc(*arrays: np.ndarray) -> int:
@@ -206,9 +206,9 @@ def _own_crc(metadata: Mapping[str, Any]) -> int:
 
 
 def damage(folder: Folder, name: str, rows: range, plan_fingerprint: str) -> str | None:
-    """What is wrong with a shard that is there, or None: its footer must parse, name this plan and hold `rows`.
+    """Describe the damage of an existing shard, or return None: its footer must parse, name this plan and hold `rows`.
 
-    Only the end of the file is read: flipped bits further up are found by whoever reads them, and by verify_pairs.py.
+    Reads only the end of the file. Readers and verify_pairs.py find flipped bits in the rest.
     """
     try:
         with folder.open(name) as file:
@@ -219,26 +219,26 @@ def damage(folder: Folder, name: str, rows: range, plan_fingerprint: str) -> str
         check_footer(footer, metadata, rows)
     except BeelineError:
         raise
-    except Exception as error:  # what a damaged footer raises depends on the damage
-        return f"unreadable ({_said(error)})"
+    except Exception as error:  # a damaged footer can raise anything
+        return f"unreadable ({_message(error)})"
     return None
 
 
-def _said(error: Exception) -> str:
+def _message(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
 class Found(NamedTuple):
-    """What is in a folder of shards: bytes of each that is sound, and the work items that are left, in order."""
+    """Content of a folder of shards: the size in bytes of each intact shard, and the remaining work items, in order."""
 
     sizes: dict[int, int]
     todo: list[int]
 
 
 def survey(folder: Folder, plan: Mapping[str, Any], count: int, shard_size: int) -> Found:
-    """Look at the shards of a folder. Those that are damaged are named in a printed line, and left to be made again."""
-    there, shards = folder.sizes(), range(shard_count(count, shard_size))
-    present = [k for k in shards if shard_name(k) in there]
+    """Check the shards of a folder. Damaged ones are named in a printed line and made again."""
+    files, shards = folder.sizes(), range(shard_count(count, shard_size))
+    present = [k for k in shards if shard_name(k) in files]
     expected = fingerprint(plan)
 
     def trouble(k: int) -> str | None:
@@ -246,9 +246,9 @@ def survey(folder: Folder, plan: Mapping[str, Any], count: int, shard_size: int)
 
     sizes = {}
     with ThreadPoolExecutor(READERS) as readers:
-        for k, found in zip(present, readers.map(trouble, present), strict=True):
-            if found is None:
-                sizes[k] = there[shard_name(k)]
+        for k, problem in zip(present, readers.map(trouble, present), strict=True):
+            if problem is None:
+                sizes[k] = files[shard_name(k)]
             else:
-                print(f"{folder}/{shard_name(k)}: {found}; it will be made again", flush=True)
+                print(f"{folder}/{shard_name(k)}: {problem}; it will be made again", flush=True)
     return Found(sizes, [k for k in shards if k not in sizes])

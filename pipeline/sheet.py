@@ -1,4 +1,4 @@
-"""Sheets of sample images, enlarged so that the eye reads them."""
+"""Sheets of sample images, enlarged for viewing."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ GAP = 4  # pixels between images
 
 
 def sheet_png(images: torch.Tensor | np.ndarray, columns: int, min_side: int = 40) -> bytes:
-    """A PNG of the images (n, C, H, W), uint8 or in [-1, 1], 1 or 3 channels, in rows of `columns`; small ones are enlarged
-    bicubically."""
+    """Return a PNG of the images (n, C, H, W), uint8 or in [-1, 1], 1 or 3 channels, in rows of `columns`.
+
+    Images smaller than `min_side` pixels are enlarged bicubically.
+    """
     pixels = images if isinstance(images, np.ndarray) else quantised(images).cpu().numpy()
     _, channels, height, width = pixels.shape
     scale = max(1, -(-min_side // height))

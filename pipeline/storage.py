@@ -1,5 +1,5 @@
-"""Folders that are local paths or object-store prefixes, with the one guarantee that everything above rests on: a file
-appears whole, under its final name, or not at all."""
+"""Folders on local disks or object stores, with the one guarantee that everything else depends on: a file appears whole,
+under its final name, or not at all."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from beeline.errors import BeelineError, StorageError, plain, reading
 from beeline.files.places import resolve
 
 JOB_MARK = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for the entrypoint of a submitted job
-READ_ATTEMPTS = 10  # the waits double from 25 ms: half a minute in all
-WRITE_ATTEMPTS = 12  # the waits double up to 20 s: some three minutes in all
-LEFT_OVER_SECONDS = 24 * 3600  # no write takes as long
+READ_ATTEMPTS = 10  # waits double from 25 ms: half a minute in total
+WRITE_ATTEMPTS = 12  # waits double up to 20 s: about three minutes in total
+LEFT_OVER_SECONDS = 24 * 3600  # longer than any write
 FAILURES = (OSError, BotoCoreError, ClientError)
 
 
 class Folder:
-    """A place for files: "runs/digits", "/data/x" or "s3://bucket/prefix" (places.py says what else is one). Picklable;
-    `folder / "name"` is a sub-folder.
+    """A folder for files: "runs/digits", "/data/x" or "s3://bucket/prefix" (places.py lists all forms). Picklable; `folder /
+    "name"` is a sub-folder.
 
-    Reads go through pyarrow.fs, writes through fsspec: on S3 s3fs reads at a third of pyarrow's speed, and pyarrow would
-    write large files in parts. Both take the standard AWS_* variables (AWS_ENDPOINT_URL too) or instance profiles.
+    Reads use pyarrow.fs, writes use fsspec: s3fs reads from S3 at a third of pyarrow's speed, and pyarrow would write large
+    files in parts. Both accept the standard AWS_* variables, including AWS_ENDPOINT_URL, and instance profiles.
     """
 
     def __init__(self, uri: str) -> None:
@@ -40,8 +40,9 @@ class Folder:
         self.is_local = "://" not in self.uri
         if self.is_local and JOB_MARK in os.environ and not uri.startswith(("/", "~", "file:")):
             raise BeelineError(
-                f"the workspace {uri!r} is relative, and a submitted job runs in a temporary copy of the working directory: "
-                "what is made there would be lost. Give --workspace an absolute path that all machines share, or s3://bucket/prefix"
+                f"the workspace {uri!r} is relative, but a submitted job runs in a temporary copy of the working directory, "
+                "so its results would be lost. Set --workspace to an absolute path that all machines share, or to "
+                "s3://bucket/prefix"
             )
 
     def __truediv__(self, name: str) -> Folder:
@@ -51,7 +52,7 @@ class Folder:
         return self.uri
 
     def arrow(self) -> tuple[pyarrow.fs.FileSystem, str]:
-        """Arrow's file system of this folder and the folder's path there."""
+        """Return Arrow's file system of this folder and the folder's path in it."""
         if self.is_local:
             return pyarrow.fs.LocalFileSystem(), self.uri
         if self.uri.startswith("s3://"):
@@ -60,7 +61,7 @@ class Folder:
         return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(_writer(self.uri)[0])), _writer(self.uri)[1]
 
     def write(self, name: str, data: bytes) -> None:
-        """Publish `data` as file `name`: one PUT, or a temporary file and a rename. Raises StorageError if it cannot."""
+        """Publish `data` as file `name`: one PUT, or a temporary file and a rename. Raises StorageError on failure."""
         try:
             if self.is_local:
                 path = os.path.join(self.uri, name)
@@ -81,7 +82,7 @@ class Folder:
         except FAILURES as error:
             raise StorageError(
                 f"{self}/{name} cannot be written: {plain(error)}. Check the workspace's path, permissions, credentials and "
-                "free space, then run the command again: what is there is kept"
+                "free space, then run the command again: existing files are kept"
             ) from error
 
     def write_json(self, name: str, value: Any) -> None:
@@ -89,7 +90,7 @@ class Folder:
         self.write(name, json.dumps(value, indent=2).encode())
 
     def open(self, name: str) -> pa.NativeFile:
-        """The file for reading at any place. Raises as `read` does."""
+        """Open the file for random access. Raises like `read`."""
         fs, path = self.arrow()
         try:
             return fs.open_input_file(f"{path}/{name}")
@@ -101,7 +102,7 @@ class Folder:
             ) from error
 
     def read(self, name: str) -> bytes:
-        """The file's bytes. Raises FileNotFoundError, or StorageError if it is there and cannot be read."""
+        """Read the file's bytes. Raises FileNotFoundError, or StorageError if it exists and cannot be read."""
         with self.open(name) as file:
             try:
                 return file.read()
@@ -109,7 +110,7 @@ class Folder:
                 raise StorageError(f"{self}/{name} cannot be read: {plain(error)}") from error
 
     def read_json(self, name: str) -> Any:
-        """The file's JSON, or None where it does not exist. Raises BeelineError where it is damaged."""
+        """Read the file as JSON, or return None if it does not exist. Raises BeelineError if it is damaged."""
         try:
             data = self.read(name)
         except FileNotFoundError:
@@ -118,13 +119,13 @@ class Folder:
             return json.loads(data)
 
     def sizes(self) -> dict[str, int]:
-        """Names and sizes in bytes of the files directly in this folder, sorted by name; leftovers of writes excluded."""
-        found = self._list(pyarrow.fs.FileType.File)
-        files = {entry.base_name: int(entry.size) for entry in found if not entry.base_name.endswith(".tmp")}
+        """Return names and sizes in bytes of the files directly in this folder, sorted by name, without temporary files."""
+        entries = self._list(pyarrow.fs.FileType.File)
+        files = {entry.base_name: int(entry.size) for entry in entries if not entry.base_name.endswith(".tmp")}
         return dict(sorted(files.items()))
 
     def folders(self) -> list[str]:
-        """Names of the folders directly in this one, sorted."""
+        """Return the names of the folders directly in this one, sorted."""
         return sorted(entry.base_name for entry in self._list(pyarrow.fs.FileType.Directory))
 
     def _list(self, kind: pyarrow.fs.FileType) -> list[pyarrow.fs.FileInfo]:
@@ -140,7 +141,7 @@ class Folder:
         return [entry for entry in entries if entry.type == kind and entry.base_name]
 
     def remove(self, name: str) -> None:
-        """Remove one file, unless it is gone already: others may work on the folder. Raises StorageError if it cannot."""
+        """Remove one file. No error if it is already gone: others may work on the folder. Raises StorageError on failure."""
         try:
             fs, path = _writer(self.uri)
             fs.rm_file(f"{path}/{name}")
@@ -155,16 +156,16 @@ class Folder:
             self.remove(name)
         if self.is_local:
             self.clean()
-            with contextlib.suppress(OSError):  # removed by another, or with a file in it that another is writing
+            with contextlib.suppress(OSError):  # another process removed it, or is writing a file in it
                 os.rmdir(self.uri)
 
     def clean(self) -> None:
-        """Remove the temporary files that killed writers left, and no other writer's."""
+        """Remove temporary files of killed writers; those of live writers stay."""
         if not self.is_local or not os.path.isdir(self.uri):
             return
         for name in os.listdir(self.uri):
             path = os.path.join(self.uri, name)
-            with contextlib.suppress(OSError):  # its writer, or another cleaner, was faster
+            with contextlib.suppress(OSError):  # its writer or another cleaner removed it first
                 if name.endswith(".tmp") and _is_left_over(path):
                     os.unlink(path)
 
@@ -174,14 +175,14 @@ def _temporary_name() -> str:
 
 
 def _machine() -> str:
-    """Where process ids mean the same: the host's name and, as containers may share it, the namespace of process ids."""
+    """Identify where process ids are comparable: the host's name and, because containers may share it, the PID namespace."""
     with contextlib.suppress(OSError):
         return f"{socket.gethostname()}-{os.stat('/proc/self/ns/pid').st_ino}"
     return socket.gethostname()
 
 
 def _is_left_over(path: str) -> bool:
-    """Whether the writer of a temporary file is gone: its process, if it was one of this machine, else by the file's age."""
+    """Return whether the writer of a temporary file is gone: by its process on this machine, else by the file's age."""
     host, _, process = os.path.basename(path).removesuffix(".tmp").split(".", 2)[-1].rpartition(".")
     if host == _machine() and process.isdecimal():
         try:
@@ -218,13 +219,13 @@ def _writer(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
 
 
 def _one_put(uri: str, data: bytes) -> dict[str, Any]:
-    return {"chunksize": len(data) + 1} if uri.startswith("s3://") else {}  # s3fs: larger files would go in parts
+    return {"chunksize": len(data) + 1} if uri.startswith("s3://") else {}  # s3fs would write larger files in parts
 
 
 _retried: list[int] = []
 
 
-@functools.cache  # once for each of fsspec's instances, which it keeps for a process's life
+@functools.cache  # once per fsspec instance; fsspec caches them for the life of the process
 def _count_retries(fs: Any) -> None:
     def count(attempts: int, **_: Any) -> None:
         if attempts > 1:
@@ -234,5 +235,5 @@ def _count_retries(fs: Any) -> None:
 
 
 def retries() -> int:
-    """How often this process has had to repeat a request of a write to S3."""
+    """Return how often this process has repeated a request of a write to S3."""
     return len(_retried)

@@ -1,11 +1,11 @@
-"""Check a whole store of pairs, every checksum of it, by a pool of actors; draw a contact sheet.
+"""Check every checksum of a store of pairs with an actor pool, and draw a contact sheet.
 
     python pipeline/verify_pairs.py digits
     python pipeline/verify_pairs.py digits --verify.resample 4 --verify.remove
 
-Of each shard: its CRC-32 against the manifest, every page's checksum, the plan, the count, indices, labels, finite values. Of
-some: that the noise can be made again, and that the teacher makes the same images of it. Exit status 0 for a sound and
-complete store; otherwise each damaged shard is named.
+Checks in each shard: its CRC-32 against the manifest, every page's checksum, the plan, the count, indices, labels and finite
+values. Checks in some shards: the noise can be drawn again, and the teacher makes the same images from it. Exit status 0 for an
+intact and complete store; otherwise each damaged shard is named.
 """
 
 from __future__ import annotations
@@ -23,12 +23,11 @@ import numpy as np
 import torch
 import tyro
 
-from beeline import noise
 from beeline.config import PairsConfig, VerifyConfig, from_dict
 from beeline.errors import BeelineError, reading
 from beeline.files.names import PAIRS
 from beeline.labels import pair_labels
-from beeline.noise import stream
+from beeline.noise import crc32, stream, unit_noise
 from beeline.pixels import to_float
 from pipeline.command import run_command
 from pipeline.gen_pairs import CONTACT, load_sampler, make_pairs, stored
@@ -41,13 +40,13 @@ from pipeline.sheet import sheet_png
 from pipeline.stage import fingerprint
 from pipeline.storage import Folder
 
-NAMED = 20  # troubles that the error names
-NOT_SAMPLED = -1.0  # in the place of a distance
-OTHER_DEVICE = 0.05  # RMS by which another kind of device, or library, may differ; another teacher is far beyond
+NAMED = 20  # problems named in the error
+NOT_SAMPLED = -1.0  # placeholder for a distance
+OTHER_DEVICE = 0.05  # maximum RMS between devices or library versions; another teacher differs far more
 
 
 class CheckShards:
-    """Checks shard k; remakes its noise or one of its batches where `remake` or `resample` (batch by shard) say so."""
+    """Checks shard k. Draws its noise again if k is in `remake`; samples one of its batches again if `resample` names one."""
 
     def __init__(
         self,
@@ -65,8 +64,8 @@ class CheckShards:
         self.teacher = load_sampler(workspace, recipe, plan, self.config) if resample else None
 
     def work(self, k: int) -> dict[str, Any]:
-        """The row: what is wrong with the shard ("" for nothing), how far re-sampled pairs are (RMS, -1 for none) and
-        rows for the contact sheet."""
+        """Return a row: the shard's problem ("" for none), the distance of re-sampled pairs (RMS, -1 for none) and images for
+        the contact sheet."""
         row: dict[str, Any] = {"shard": k, "trouble": "", "read": 0, "distance": NOT_SAMPLED, "picked": b""}
         try:
             data = self.folder.read(shard_name(k))
@@ -76,13 +75,13 @@ class CheckShards:
             return row | {"trouble": "missing"}
         except BeelineError:
             raise
-        except Exception as error:  # what a damaged file raises depends on the damage
+        except Exception as error:  # a damaged file can raise anything
             return row | {"trouble": f"unreadable ({str(error) or type(error).__name__})"}
         row["trouble"] = self._trouble(k, data, rows, metadata)
         if not row["trouble"] and k in self.resample:
             row["distance"] = self._distance(k, rows)
-            if not row["distance"] <= OTHER_DEVICE:  # NaN, too, is another image
-                row["trouble"] = f"its teacher makes other images of the same noise, RMS {row['distance']:.3f} away"
+            if not row["distance"] <= OTHER_DEVICE:  # also true for NaN
+                row["trouble"] = f"the teacher makes other images from the same noise; RMS difference {row['distance']:.3f}"
         if not row["trouble"] and k in self.shown:
             row["picked"] = np.ascontiguousarray(_float(rows.images[self.shown[k]])).tobytes()
         return row
@@ -92,26 +91,26 @@ class CheckShards:
         if metadata["plan_fingerprint"] != fingerprint(self.plan):
             return "made by another plan"
         if len(rows.indices) != len(expected) or not np.array_equal(rows.indices, expected):
-            return f"{len(rows.indices)} rows from index {rows.indices[:1]} where {expected} were expected"
+            return f"{len(rows.indices)} rows from index {rows.indices[:1]}; expected {expected}"
         if not np.array_equal(rows.labels, pair_labels(expected, self.plan["num_classes"])):
-            return "labels other than index mod classes"
+            return "labels that differ from index mod classes"
         if k in self.crcs and zlib.crc32(data) != self.crcs[k]:
-            return "another CRC-32 than its manifest row"
+            return "its CRC-32 does not match the manifest"
         if not np.isfinite(rows.images).all():
             return "values that are not finite"
         if k in self.remake:
-            x0 = noise.x0(self.config.seed, expected, metadata["shape"])
-            if noise.crc32(x0) != metadata["x0_crc32"]:
-                return f"x0 that NumPy {np.__version__} draws otherwise: its CRC-32 differs"
+            noise = unit_noise(self.config.seed, expected, metadata["shape"])
+            if crc32(noise) != metadata["x0_crc32"]:
+                return f"NumPy {np.__version__} draws other noise here: its CRC-32 differs"
         return ""
 
     def _distance(self, k: int, rows: Columns) -> float:
-        """RMS between the pairs of one batch and the teacher's, made again in the same batch: 0 on the same device."""
+        """Return the RMS between the stored pairs of one batch and the teacher's new samples of it: 0 on the same device."""
         assert self.teacher is not None
         start = self.resample[k] * self.config.batch_size
         part = slice(start, start + self.config.batch_size)
-        x0 = noise.x0(self.config.seed, rows.indices[part], self.teacher.image_shape)
-        again = stored(make_pairs(self.teacher, x0, rows.labels[part].copy(), self.config), self.config.dtype)
+        noise = unit_noise(self.config.seed, rows.indices[part], self.teacher.image_shape)
+        again = stored(make_pairs(self.teacher, noise, rows.labels[part].copy(), self.config), self.config.dtype)
         return float(np.sqrt(np.mean((_float(again) - _float(rows.images[part])) ** 2)))
 
 
@@ -132,9 +131,7 @@ def verify_pairs(workspace: str, recipe: tyro.conf.Suppress[str], verify: Verify
         raise BeelineError(
             f"{folder} holds no pairs; make them with: python pipeline/gen_pairs.py {recipe} --workspace {place}"
         )
-    with reading(
-        f"{folder}/{PLAN} is not as its stage writes it", f"move {folder} away and make it again, or restore the file"
-    ):
+    with reading(f"{folder}/{PLAN} was changed or damaged", f"move {folder} away and make it again, or restore the file"):
         config = from_dict(PairsConfig, plan["pairs"])
     shards = range(shard_count(config.count, config.shard_size))
     chance = stream(verify.seed, "verify")
@@ -167,8 +164,8 @@ def verify_pairs(workspace: str, recipe: tyro.conf.Suppress[str], verify: Verify
     again = [rows[k]["distance"] for k in arguments["resample"] if rows[k]["distance"] != NOT_SAMPLED]
     print(
         f"verify: {config.count:,} pairs in {len(shards):,} shards, {sum(row['read'] for row in rows.values()) / 1e9:.2f} GB; "
-        f"{len(shards) - len(troubles):,} shards are sound, {len(arguments['remake'])} with their noise made again"
-        + (f"; {len(again)} batches sampled again, RMS {max(again):.2g} away at most" if again else "")
+        f"{len(shards) - len(troubles):,} shards are intact, {len(arguments['remake'])} with their noise drawn again"
+        + (f"; {len(again)} batches sampled again, maximum RMS difference {max(again):.2g}" if again else "")
         + f"; {folder}/{CONTACT}",
         flush=True,
     )
@@ -183,19 +180,19 @@ def verify_pairs(workspace: str, recipe: tyro.conf.Suppress[str], verify: Verify
         ]
         shown_names = "; ".join([*named[:NAMED], *(["..."] if len(named) > NAMED else [])])
         raise BeelineError(
-            f"{len(named)} shards of {folder} are not sound: {shown_names}. "
+            f"{len(named)} shards of {folder} are damaged: {shown_names}. "
             f"{'Now' if verify.remove else 'Remove them (--verify.remove), then'} run: "
             f"python pipeline/gen_pairs.py {recipe} --workspace {place} with the settings of {PLAN}"
         )
     if success_in(folder) is None:
         raise BeelineError(
-            f"every shard of {folder} is sound, but {SUCCESS} is missing; finish it with: "
+            f"every shard of {folder} is intact, but {SUCCESS} is missing; finish it with: "
             f"python pipeline/gen_pairs.py {recipe} --workspace {place} with the settings of {PLAN}"
         )
 
 
 def _draw(folder: Folder, parts: list[bytes], plan: Mapping[str, Any]) -> None:
-    """The contact sheet, of the shards that are sound, in order of their indices."""
+    """Draw the contact sheet from the intact shards, in order of their indices."""
     images = np.frombuffer(b"".join(parts), np.float32)
     if images.size:
         images = images.reshape(-1, *plan["shape"])

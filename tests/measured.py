@@ -104,7 +104,7 @@ def made(name: str, ways: Sequence[Way], metrics: Sequence[str], config: Student
         Figure(**{**row, "steps": tuple(row["steps"]) if row["steps"] else None, "draws": tuple(row["draws"])})
         for row in figures(name, ways, metrics)
     )
-    samplings = tuple(Sampling(label, nfe, tuple(steps) if steps else None) for label, nfe, steps in ways)
+    samplings = tuple(Sampling.parse(label) for label, _, _ in ways)
     part = name.rpartition("/")[2]
     phase = part if config and part in config.phases else list(config.phases)[-1] if config else ""
     training = config.record(phase) if config else {}

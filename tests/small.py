@@ -17,8 +17,9 @@ from beeline.features.probe import Probe
 from beeline.labels import pair_labels
 from beeline.sampling.few_step import FewStep
 from pipeline.gen_pairs import make_pairs, plan_of
+from pipeline.model_folders import require_model
 from pipeline.shards import encode, shard_count, shard_name, shard_rows
-from pipeline.stage import PLAN, require_model
+from pipeline.stage import PLAN
 from pipeline.storage import Folder
 
 CLASSES, COUNT, SHARD = 4, 48, 16
@@ -73,9 +74,9 @@ def write_pairs(place: Folder, config: PairsConfig = PAIRS) -> None:
     plan, files = plan_of(config, teacher, teacher_digest, None), {}
     for k in range(shard_count(config.count, config.shard_size)):
         rows = shard_rows(k, config.shard_size, config.count)
-        x0, labels = noise.x0(config.seed, rows, teacher.image_shape), pair_labels(rows, teacher.label_dim)
-        x1 = make_pairs(teacher, x0, labels, config)
-        files[shard_name(k)] = encode("x1", x1, labels, rows, plan, x0_crc32=noise.crc32(x0))
+        z, labels = noise.unit_noise(config.seed, rows, teacher.image_shape), pair_labels(rows, teacher.label_dim)
+        x1 = make_pairs(teacher, z, labels, config)
+        files[shard_name(k)] = encode("x1", x1, labels, rows, plan, x0_crc32=noise.crc32(z))
     finished(place, "pairs", plan, files)
 
 

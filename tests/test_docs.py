@@ -1,4 +1,4 @@
-"""The documents say what is there: every error has its cure, every command is one that exists, every link leads somewhere."""
+"""The documents say what is there: every message, command, path and link in them exists."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from beeline.recipes import find
 from pipeline.storage import Folder
 from trainers import checkpoints, loop
 from trainers.log import read_log
-from trainers.student import StudentTask
+from trainers.student import student_training
+from trainers.training import Training
 
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 ERRORS = ("BeelineError", "SettingError", "StorageError", "_fail", "reading")
@@ -42,22 +43,34 @@ def _text(node: ast.AST) -> str:
     return str(node.value) if isinstance(node, ast.Constant) else "…"
 
 
-def test_every_error_has_its_cure_and_every_cure_its_error() -> None:
+def test_every_cure_is_of_a_message_that_exists() -> None:
     table = (ROOT / "docs/troubleshooting.md").read_text()
     lines = [line.split(" | ")[0] for line in table.splitlines() if line.startswith("| `")]
     fragments = [part for line in lines for part in re.findall(r"`([^`]+)`", line)]
-    found = dict(messages())
-    own = {where: text for where, text in found.items() if re.search(r"[a-z]{4}", text)}  # others pass a message on
-    without = {where: text for where, text in own.items() if not any(part in text for part in fragments)}
-    assert not without
-    unused = [part for part in fragments if not any(part in text for text in own.values())]
-    assert not unused
+    texts = [text for _, text in messages()]
+    assert fragments
+    assert not [part for part in fragments if not any(part in text for text in texts)]
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_links_lead_somewhere(path: Path) -> None:
-    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text()):
-        assert target.startswith("http") or (path.parent / target).exists(), target
+    for target, _, anchor in re.findall(r"\]\(([^)#]*)(#?)([^)]*)\)", path.read_text()):
+        file = path.parent / target if target else path
+        assert target.startswith("http") or file.exists(), target
+        assert not anchor or target.startswith("http") or anchor in anchors(file), f"{target}#{anchor}"
+
+
+def anchors(path: Path) -> set[str]:
+    """The anchors that GitHub gives the headings of a document."""
+    headings = re.findall(r"^#+ (.+)$", path.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_paths_exist(path: Path) -> None:
+    folders = "beeline|pipeline|evaluation|trainers|cluster|benchmarks|tests|docs"
+    for name in re.findall(rf"`((?:{folders})/[\w./-]*)`", path.read_text()):
+        assert (ROOT / name).exists(), name
 
 
 def commands(path: Path) -> list[list[str]]:
@@ -105,9 +118,9 @@ def test_the_method_of_the_documentation_trains_and_resumes(tmp_path: Path) -> N
     phases = {name: replace(phase, iterations=6) for name, phase in student.phases.items()}
     student, cadence = replace(student, batch_size=8, phases=phases), loop.Cadence(log_every=1, checkpoint_every=2, keep=9)
 
-    def train(name: str, restored: loop.State | None = None) -> StudentTask:
+    def train(name: str, restored: loop.State | None = None) -> Training:
         session = loop.Session(folder=Folder(str(tmp_path / name)), restored=restored)
-        task = StudentTask(session=session, workspace=place, recipe="mine:recipe", config=student, **small.plans(place))
+        task = student_training(session=session, workspace=place, recipe="mine:recipe", config=student, **small.plans(place))
         assert loop.run(task, session, cadence)
         return task
 

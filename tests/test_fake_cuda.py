@@ -35,7 +35,7 @@ from beeline.features.probe import Probe, train_probe
 from beeline.files.arrays import unpack
 from beeline.labels import pair_labels
 from beeline.metrics.straightness import straightness, trajectories
-from beeline.noise import x0
+from beeline.noise import unit_noise
 from beeline.objectives import Batch, Context, ObjectiveConfig
 from beeline.objectives.discriminator import DiscriminatorConfig
 from beeline.objectives.edm import edm_loss
@@ -44,21 +44,22 @@ from beeline.objectives.kd import DistillationConfig
 from beeline.objectives.learner import Learner
 from beeline.objectives.lmm import LinesMatchingConfig
 from beeline.objectives.rectified_flow import RectifiedFlowConfig
-from beeline.sampling.few_step import FewStep
+from beeline.sampling import Sampling, generate, sample
 from beeline.sampling.inference import prepare
-from beeline.sampling.samplers import generate, sample
 from beeline.schedule import edm_sigmas
-from evaluation.jobs import HELD_OUT, Bench, Fidelity, HeldOut, Judge, Lines, RealImages, Samples, Setup, Sheet
+from evaluation.bench import HELD_OUT, Bench, Setup
+from evaluation.jobs import Fidelity, HeldOut, Judge, Lines, RealImages, Samples, Sheet
 from evaluation.reference import merge_reference, reference_folder
-from evaluation.rows import Row, draw, teacher_row
+from evaluation.samplings import draw, teacher_sampling
 from pipeline.gen_pairs import load_sampler, make_pairs
+from pipeline.model_folders import require_model, require_probe
 from pipeline.sheet import sheet_png
-from pipeline.stage import require_model, require_probe
 from pipeline.storage import Folder
 from trainers import checkpoints, loop
 from trainers.log import read_log
-from trainers.student import StudentTask
-from trainers.train_teacher import TeacherTask
+from trainers.student import student_training
+from trainers.train_teacher import teacher_training
+from trainers.training import Training
 from trainers.validation import Validation
 
 OPTIMIZER = OptimizerConfig(lr=1e-3)
@@ -140,7 +141,7 @@ def test_pairs(made: Folder, device: torch.device, solver: Any) -> None:
     plan = small.plans(made)["pairs"] | {"sigmas": edm_sigmas(5).tolist()}
     config = replace(small.PAIRS, solver="calibrated" if solver == "calibrated" else "heun")
     rows = range(20)
-    noise, labels = x0(3, rows, (1, 8, 8)), pair_labels(rows, small.CLASSES)
+    noise, labels = unit_noise(3, rows, (1, 8, 8)), pair_labels(rows, small.CLASSES)
     on_cpu = require_model(made, "teacher", "digits")[0]
     on_cpu.levels = tuple(plan["sigmas"])
     on_gpu = load_sampler(made, "digits", plan, config)
@@ -155,15 +156,14 @@ def test_pairs(made: Folder, device: torch.device, solver: Any) -> None:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_few_steps(made: Folder, device: torch.device, rule: Any, precision: Any) -> None:
     model = require_model(made, "students/lmm", "digits")[0]
-    row = Row(2, (0, 2), None, 4, rule)
+    sampling = Sampling(steps=(0, 2), rule=rule)
     on_gpu = prepare(copy.deepcopy(model).to(device), precision=precision)
-    images = draw(on_gpu, row, range(7), np.arange(7, dtype=np.int32) % 4, seed=1, batch_size=3)
+    images = draw(on_gpu, sampling, range(7), np.arange(7, dtype=np.int32) % 4, seed=1, batch_size=3)
     assert images.device.type == "cuda"
     assert sheet_png(images, columns=3)
     if precision == "fp32":
-        same(images, draw(model, row, range(7), np.arange(7, dtype=np.int32) % 4, seed=1, batch_size=3))
-    how = FewStep(num_steps=4, rule=rule)
-    assert sample(on_gpu, range(2), torch.arange(2), seed=0, steps=(0, 1), how=how).is_cuda
+        same(images, draw(model, sampling, range(7), np.arange(7, dtype=np.int32) % 4, seed=1, batch_size=3))
+    assert sample(on_gpu, range(2), torch.arange(2), sampling, seed=0).is_cuda
 
 
 @pytest.mark.parametrize("line", ["ve", "lerp"])
@@ -208,8 +208,8 @@ def measured(place: Folder) -> dict[str, Any]:
     config = EvaluateConfig(draws=1, shard_size=16, batch_size=8, samples=6, neighbours=20)
     setup = Setup(workspace=place, recipe="digits", config=config, count=40, **plans)
     rows = {
-        "teacher": [teacher_row(15), teacher_row(2)],
-        "students/lmm": [Row(2, (0, 2), None, 4, rule) for rule in (None, "same_noise", "fresh_noise")],
+        "teacher": [teacher_sampling(15), teacher_sampling(2)],
+        "students/lmm": [Sampling(steps=(0, 2), rule=rule) for rule in (None, "same_noise", "fresh_noise")],
     }
     real = [RealImages("probe", group) for group in range(3)]
     first: list[Any] = [*real, HeldOut(64, 1)]
@@ -264,8 +264,8 @@ def test_a_validation(made: Folder, device: torch.device) -> None:
 def trained(place: Folder, device: torch.device, config: StudentConfig) -> None:
     """A student through its phases with validation, checkpoints at every step; then again from each."""
 
-    def task(session: loop.Session) -> StudentTask:
-        return StudentTask(session=session, workspace=place, recipe="digits", config=config, **small.plans(place))
+    def task(session: loop.Session) -> Training:
+        return student_training(session=session, workspace=place, recipe="digits", config=config, **small.plans(place))
 
     folder = place / f"students/{config.name}"
     session = loop.Session(folder=folder, device=device)
@@ -339,10 +339,11 @@ def test_a_teacher(place: Folder, device: torch.device) -> None:
         settings: dict[str, Any] = {"network": network, "iterations": 3, "batch_size": 8, "ema_half_life": 2.0} | changes
         config = TeacherConfig(optimizer=OPTIMIZER, **settings)
         session = loop.Session(folder=place / "teacher", device=device)
-        task = TeacherTask(session=session, workspace=place, config=config, images=small.plans(place)["images"])
+        images = small.plans(place)["images"]
+        task = teacher_training(session=session, workspace=place, recipe="digits", config=config, images=images)
         assert loop.run(task, session, CADENCE)
         assert read_log(session.folder)[-1]["loss"] > 0
-        assert all(tensor.is_cuda for tensor in task.ema.state_dict().values())
+        assert all(tensor.is_cuda for tensor in task.averages[0].state_dict().values())
 
 
 def test_losses_without_a_task(device: torch.device) -> None:

@@ -216,8 +216,8 @@ def test_more_than_this_machine_has_is_not_waited_for(monkeypatch: pytest.Monkey
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0})
     check_room("pairs", 8, cpus=0.5, gpus=0)
     for processes, cpus, gpus, found in (
-        (9, 0.5, 0.0, "9 x 0.5 CPU at once, and Ray on this machine has 4"),
-        (1, 1.0, 0.5, "1 x 0.5 GPU at once, and Ray on this machine has 0"),
+        (9, 0.5, 0.0, "9 x 0.5 CPU at once, but Ray on this machine has 4"),
+        (1, 1.0, 0.5, "1 x 0.5 GPU at once, but Ray on this machine has 0"),
     ):
         with pytest.raises(BeelineError, match=f"pairs asks for {found}"):
             check_room("pairs", processes, cpus=cpus, gpus=gpus)

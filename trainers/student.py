@@ -1,253 +1,51 @@
-"""The student as a task of the loop: data, averages, phases and validation around objectives, which know the losses."""
+"""The training of a student, from the weights of its teacher or of another student."""
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import itertools
+import functools
 from typing import Any
 
-import numpy as np
 import torch
-from torch import nn
 
-from beeline.checkpoint import build, dump
-from beeline.config import OptimizerConfig, StudentConfig
-from beeline.config.student import BEST, SAMPLES, average_name
+from beeline.checkpoint import build
+from beeline.config import StudentConfig
 from beeline.denoiser import Denoiser
 from beeline.errors import BeelineError
-from beeline.features import Frozen
-from beeline.files.names import IMAGES, PAIRS
-from beeline.labels import as_one_hot, pair_labels
-from beeline.metrics.measures import VALIDATION
-from beeline.noise import stream_seed, x0
-from beeline.objectives import Batch, Context
-from beeline.objectives.ema import ema_update
-from beeline.objectives.learner import GRAD_NORM, SKIPPED, Learner, compile_trunk
-from beeline.pixels import to_float
-from beeline.sampling.inference import DTYPES, prepare
-from pipeline.stage import publish_model, require_features, require_model
+from beeline.noise import stream_seed
+from pipeline.model_folders import require_model
 from pipeline.storage import Folder
-from pipeline.training_log import CRITIC_GRAD_NORM, PHASE
 from trainers import loop
+from trainers.training import Training
 from trainers.validation import Validation
 
 
-class StudentTask:
-    """A student in its phases. The weights that a phase but the last leaves are published too, in students/<name>/<phase>.
+def student_training(
+    *,
+    session: loop.Session,
+    workspace: Folder,
+    recipe: str,
+    config: StudentConfig,
+    pairs: dict[str, Any] | None,
+    images: dict[str, Any] | None,
+    task: type[Training] = Training,
+) -> Training:
+    """The training of a student from the weights in `config.init`. New weights depend on `config.seed` alone."""
 
-    `pairs` and `images` are the plans of those folders, None where no phase needs them.
-    """
-
-    def __init__(
-        self,
-        *,
-        session: loop.Session,
-        workspace: Folder,
-        recipe: str,
-        config: StudentConfig,
-        pairs: dict[str, Any] | None,
-        images: dict[str, Any] | None,
-    ) -> None:
-        self.session, self.config, self.folder = session, config, session.folder
-        self.workspace, self.recipe, self.name = workspace, recipe, config.name
-        self.phases = list(config.running.items())
-        self.phase_ends = list(itertools.accumulate(phase.iterations for _, phase in self.phases))
-        self.iterations, self.images_per_step = config.iterations, config.batch_size
-        needs = config.needs()
+    def start() -> Denoiser:
         torch.manual_seed(stream_seed(config.seed, "student"))
-        self.model = start_from(require_model(workspace, config.init, recipe)[0], second_level=needs.second_level)
-        self.model.to(session.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-        # EDM's averages over half-lives: the first is the student.
-        self.averages = [copy.deepcopy(self.model).eval().requires_grad_(False) for _ in config.ema_half_lives]
-        if config.compiled:
-            compile_trunk(self.model)
-        self.pairs = self.images = self.validation = None
-        if needs.pairs:
-            assert pairs is not None
-            self.pairs = session.read(workspace / PAIRS, pairs["pairs"], config.seed)
-        if needs.images:
-            assert images is not None
-            self.images = session.read(workspace / IMAGES, images["images"], config.seed + 1)
-        if config.validate_every and session.rank == 0:
-            assert images is not None
-            self.validation = Validation(
-                workspace, recipe, images, count=config.validate_count, seed=config.seed, device=session.device
-            )
-        self.best = float("inf")
-        self.student = self._learner(self.model, self.phases[0][1].optimizer)
-        self._begin_phase(0)
+        init, _ = require_model(workspace, config.init, recipe)
+        student = start_from(init, second_level=config.needs().second_level)
+        return student.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
-    def _learner(self, model: nn.Module, optimizer: OptimizerConfig) -> Learner:
-        return Learner(model, optimizer, parallel=self.session.parallel, precision=self.config.precision)
-
-    def _switch_to(self, number: int) -> None:
-        """Begin a later phase, as `phase_switch` says. Averages go on in any case."""
-        optimizer = self.phases[number][1].optimizer
-        if self.config.phase_switch == "continue":
-            self.student.continue_with(optimizer)
-        else:
-            self.model.load_state_dict(self.averages[0].state_dict())
-            self.student = self._learner(self.model, optimizer)
-        self._begin_phase(number)
-
-    def _begin_phase(self, number: int) -> None:
-        """Make the phase's objective, its critic, and the optimiser of what else it trains."""
-        config, device = self.config, self.session.device
-        self.number, self.phase = number, self.phases[number][1]
-        self.phase_start = self.phase_ends[number] - self.phase.iterations
-        self.needs = self.phase.objective.needs()
-        features = {
-            name: Frozen(
-                require_features(self.workspace, name, self.recipe)[0],
-                device=device,
-                dtype=DTYPES[config.precision],
-                compiled=config.compiled,
-            )
-            for name in self.needs.features
-        }
-        models = {
-            name: prepare(require_model(self.workspace, name, self.recipe)[0].to(device), precision=config.precision)
-            for name in self.needs.models
-        }
-        torch.manual_seed(stream_seed(config.seed, "discriminator"))
-        self.objective = self.phase.objective.build(
-            Context(
-                image_shape=self.model.image_shape,
-                num_classes=self.model.label_dim,
-                models=models,
-                features=features,
-                average=self.averages[0],
-            )
-        )
-        self.critic: Learner | None = None
-        if self.objective.critic is not None:
-            assert self.objective.critic_optimizer is not None
-            self.critic = self._learner(self.objective.critic.to(device), self.objective.critic_optimizer)
-        self.state, self.weighting = self.objective.state(), None
-        if self.state is not None:
-            self.state.to(device)
-            if any(parameter.requires_grad for parameter in self.state.parameters()):
-                self.weighting = Learner(self.state, self.phase.optimizer)
-
-    def step(self, step: int) -> loop.Figures:
-        """Train on this rank's share of batch `step`, in the phase that it belongs to."""
-        if step == self.phase_ends[self.number]:
-            if self.session.rank == 0:
-                self._publish(self.folder / self.phases[self.number][0])
-            self._switch_to(self.number + 1)
-        generator = self.session.generator(self.config.seed, step)
-        local = step - self.phase_start
-        turns = self.objective.turns(local)
-        learners = [learner for learner in (self.student, self.critic) if learner is not None]
-        figures: loop.Figures = {PHASE: float(self.number)}
-        for batch, last in self._batches(step, local):
-            with learners[0].accumulating(last=last), learners[-1].accumulating(last=last):
-                found = self.objective.backward(self.student, self.critic, batch, generator)
-            for name, value in found.items():
-                figures[name] = figures.get(name, 0.0) + batch.weight * value
-        figures[SKIPPED] = 0.0
-        if turns.student:
-            figures |= self.student.update(local, self.phase.iterations)
-            if self.weighting is not None:
-                self.session.average_gradients(self.weighting.parameters)
-                figures[SKIPPED] = max(figures[SKIPPED], self.weighting.update(local, self.phase.iterations)[SKIPPED])
-        if self.critic is not None and turns.critic:
-            done = self.critic.update(local, self.phase.iterations)
-            figures[CRITIC_GRAD_NORM] = done[GRAD_NORM]
-            figures[SKIPPED] = max(figures[SKIPPED], done[SKIPPED])
-        if turns.student:
-            for average, half_life in zip(self.averages, self.config.ema_half_lives, strict=True):
-                ema_update(average, self.model, half_life, step + 1, self.config.ema_ramp)
-            self.objective.after_step(self.model)
-        return figures
-
-    def _batches(self, step: int, local: int) -> list[tuple[Batch, bool]]:
-        """This rank's rows of the step, in parts; the last one is marked."""
-        start, size = self.session.share(self.config.batch_size, step)
-        rows: dict[str, np.ndarray] = {}
-        if self.pairs is not None and self.needs.pairs:
-            batch = self.pairs.batch(start, size)
-            rows |= {"noise": batch["noise"], "x1": batch["x1"], "labels": batch["label"]}
-        elif self.needs.noise:
-            rows |= self._fresh(range(start, start + size))
-        if self.images is not None and self.needs.images:
-            batch = self.images.batch(start, size)
-            rows |= {"real": batch["image"], "real_labels": batch["label"]}
-        made = []
-        for part in np.array_split(np.arange(size), self.config.accumulate):
-            tensors = {name: self._tensor(name, column[part]) for name, column in rows.items()}
-            weight = len(part) * self.session.world_size / self.config.batch_size
-            made.append(
-                (
-                    Batch(size=len(part), step=local, total=self.phase.iterations, weight=weight, **tensors),
-                    len(made) + 1 == self.config.accumulate,
-                )
-            )
-        return made
-
-    def _fresh(self, indices: range) -> dict[str, np.ndarray]:
-        """Noise that no pair has, a function of the seed and the position in the stream of rows; labels as pairs have them."""
-        noise = x0(stream_seed(self.config.seed, "training noise"), indices, self.model.image_shape)
-        return {"noise": noise, "labels": pair_labels(indices, self.model.label_dim)}
-
-    def _tensor(self, name: str, column: np.ndarray) -> torch.Tensor | None:
-        device = self.session.device
-        if name.endswith("labels"):
-            labels = torch.from_numpy(column) if self.model.label_dim else None
-            return as_one_hot(labels, self.model.label_dim, len(column), device)
-        return torch.from_numpy(to_float(column) if column.dtype == np.uint8 else column).to(device)
-
-    def validate(self, step: int) -> dict[str, float]:
-        """Samples of the student as it stands, on a sheet, and their distance; the best student so far is published."""
-        assert self.validation is not None
-        figures, sheet = self.validation.judge(self.average())
-        self.folder.write(f"{SAMPLES}/step-{step:08d}.png", sheet)
-        if figures and figures[VALIDATION] < self.best:
-            self.best = figures[VALIDATION]
-            self._publish(self.folder / BEST, about={"step": step, **figures})
-        return figures
-
-    def state_dict(self) -> loop.State:
-        """As `load_state_dict` takes it: the number of the phase, the networks that learn, and what the objective keeps."""
-        trained = {"student": self.student, "critic": self.critic, "weighting": self.weighting}
-        state = {name: None if learner is None else learner.state_dict() for name, learner in trained.items()}
-        kept = None if self.state is None or self.weighting is not None else self.state.state_dict()
-        return {
-            "progress": {"phase": self.number, "best": self.best},
-            **state,
-            "objective": kept,
-            "averages": [average.state_dict() for average in self.averages],
-        }
-
-    def load_state_dict(self, state: loop.State) -> None:
-        """Go on from a checkpoint of any phase."""
-        for number in range(self.number + 1, state["progress"]["phase"] + 1):
-            self._switch_to(number)
-        for average, weights in zip(self.averages, state["averages"], strict=True):
-            average.load_state_dict(weights)
-        for name, learner in (("student", self.student), ("critic", self.critic), ("weighting", self.weighting)):
-            if learner is not None:
-                learner.load_state_dict(state[name])
-        if self.state is not None and self.weighting is None:
-            self.state.load_state_dict(state["objective"])
-        self.best = state["progress"]["best"]
-
-    def publish(self) -> None:
-        """Write the student, and its other averages into ema-<half-life>."""
-        self._publish(self.folder)
-        for average, half_life in list(zip(self.averages, self.config.ema_half_lives, strict=True))[1:]:
-            self._publish(self.folder / average_name(half_life), average)
-
-    def average(self, average: Denoiser | None = None) -> Denoiser:
-        """The averaged student as it stands, or another of its averages, knowing how it may be sampled."""
-        model = average or self.averages[0]
-        model.few_step = self.phase.objective.sampling()
-        return model
-
-    def _publish(self, folder: Folder, average: Denoiser | None = None, about: dict[str, Any] | None = None) -> None:
-        record = self.config.record(self.phases[self.number][0])
-        publish_model(folder, dump(self.average(average), record | (about or {})))
+    validation = None
+    if config.validate_every:
+        assert images is not None
+        validation = functools.partial(Validation, workspace, recipe, images, count=config.validate_count, seed=config.seed)
+    return task(
+        session=session, workspace=workspace, recipe=recipe, config=config, start=start, pairs=pairs, images=images,
+        validation=validation,
+    )  # fmt: skip
 
 
 def check_phases(config: StudentConfig) -> None:

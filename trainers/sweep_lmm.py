@@ -41,16 +41,18 @@ from beeline.errors import BeelineError, StorageError, reading
 from beeline.files.layout import check_layout
 from beeline.files.names import CONFIG, EVALUATION, IMAGES, LOG, PAIRS, SWEEPS, WEIGHTS
 from beeline.metrics.measures import VALIDATION
+from beeline.objectives.lmm import LinesMatchingConfig
 from beeline.sampling.few_step import parse_steps
 from evaluation.evaluate import check_measurable, measure
 from evaluation.results import metrics_in
 from evaluation.sweep_table import ENDED, is_judged, pareto, trials_in, write_trials
 from pipeline import prometheus
 from pipeline.command import run_command
+from pipeline.model_folders import publish_model, require_features, require_model, require_probe
 from pipeline.records import plan_in
 from pipeline.room import check_room
 from pipeline.runtime import ensure_ray, find_user_error
-from pipeline.stage import Stage, fingerprint, publish_model, require, require_features, require_model, require_probe
+from pipeline.stage import Stage, fingerprint, require
 from pipeline.storage import Folder
 from trainers import checkpoints
 from trainers.launch import check_batch
@@ -106,11 +108,12 @@ def sweep_lmm(
 
 def check_sweep(sweep: SweepConfig, student: StudentConfig) -> None:
     """Raise BeelineError for settings that do not go together, whatever the workspace holds."""
-    num_steps = list(student.phases.values())[-1].objective.sampling().num_steps
+    config_of(settings(0, sweep, student.seed), sweep, student)
+    lines = list(student.phases.values())[-1].objective
+    assert isinstance(lines, LinesMatchingConfig)
     for text in sweep.schedules:
         last = parse_steps(text)[-1]
-        sweep.require(last < num_steps, "schedules", f"indices below the objective's num_steps, {num_steps}")
-    config_of(settings(0, sweep, student.seed), sweep, student)
+        sweep.require(last < lines.num_steps, "schedules", f"indices below the objective's num_steps, {lines.num_steps}")
     check_batch(student.batch_size, WorkersConfig(), student.accumulate)
     nfes = {len(parse_steps(text)) for text in sweep.schedules}
     if sweep.promote:

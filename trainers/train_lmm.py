@@ -19,11 +19,12 @@ from beeline.config import StudentConfig, to_dict
 from beeline.config.student import student_folder
 from beeline.files.names import IMAGES, PAIRS
 from pipeline.command import run_command
-from pipeline.stage import Stage, check_fits, fingerprint, require, require_features, require_model
+from pipeline.model_folders import require_features, require_model
+from pipeline.stage import Stage, check_fits, fingerprint, require
 from pipeline.storage import Folder
 from trainers import loop
 from trainers.launch import check_batch, launch
-from trainers.student import StudentTask, check_phases
+from trainers.student import check_phases, student_training
 from trainers.tracking import check_trackers
 
 
@@ -53,7 +54,7 @@ def train_lmm(workspace: str, recipe: tyro.conf.Suppress[str], student: StudentC
     if not stage.begin():
         return
     launch(
-        StudentTask,
+        student_training,
         {"workspace": place, "recipe": recipe, "config": student, "pairs": pairs, "images": images},
         stage.folder,
         name=stage.name,

@@ -24,10 +24,11 @@ from beeline.noise import stream_seed
 from beeline.numerics import set_numerics
 from beeline.pixels import to_float
 from pipeline.command import run_command
+from pipeline.model_folders import publish_model
 from pipeline.reader import some_images
 from pipeline.room import check_room
 from pipeline.runtime import ensure_ray
-from pipeline.stage import Stage, fingerprint, publish_model, require
+from pipeline.stage import Stage, fingerprint, require
 from pipeline.storage import Folder
 
 PROBES = ("losses", "measure")

@@ -28,7 +28,8 @@ from beeline.sampling.few_step import parse_steps
 from pipeline import prometheus
 from pipeline.storage import Folder
 from trainers import checkpoints, loop
-from trainers.student import StudentTask
+from trainers.student import student_training
+from trainers.training import Training
 
 RUNGS = "rungs.json"
 REDUCTION = 2  # ASHA keeps the better half at each rung
@@ -111,11 +112,11 @@ def rungs_in(folder: Folder) -> list[dict[str, Any]]:
         return rungs
 
 
-class Trial(StudentTask):
+class Trial(Training):
     """A student that reports each validation to Tune."""
 
     def validate(self, step: int) -> dict[str, float]:
-        """As StudentTask, but keeps no best student: a trial's is its last."""
+        """As Training, but keeps no best student: a trial's is its last."""
         assert self.validation is not None
         figures, sheet = self.validation.judge(self.average())
         self.folder.write("samples.png", sheet)
@@ -149,7 +150,9 @@ def run_trial(
     )
     every = student.checkpoint_every
     loop.train(
-        lambda session: Trial(session=session, workspace=workspace, recipe=recipe, config=student, pairs=pairs, images=images),
+        lambda session: student_training(
+            session=session, workspace=workspace, recipe=recipe, config=student, pairs=pairs, images=images, task=Trial
+        ),
         session,
         loop.Cadence(log_every=every, checkpoint_every=every, validate_every=every),
         functools.partial(checkpoints.newest, place),

@@ -19,10 +19,11 @@ from beeline.metrics.frechet import Statistics, frechet_distance
 from beeline.metrics.measures import VALIDATION
 from beeline.noise import stream_seed
 from beeline.pixels import quantised
-from evaluation.rows import Row, draw
+from beeline.sampling import Sampling
+from evaluation.samplings import draw
+from pipeline.model_folders import require_probe
 from pipeline.reader import ShardReader
 from pipeline.sheet import sheet_png
-from pipeline.stage import require_probe
 from pipeline.storage import Folder
 
 SHOWN, COLUMNS = 40, 10
@@ -53,11 +54,10 @@ class Validation:
 
         `steps`: the schedule to sample at; left out, the levels that the student was trained on, or one step.
         """
-        assert model.few_step is not None
-        steps = steps or model.few_step.trained_steps or (0,)
-        row = Row(len(steps), steps, None, model.few_step.num_steps)
+        trained = None if model.few_step is None else model.few_step.trained_steps or (0,)
+        sampling = Sampling(steps=steps or trained)
         count = len(self.labels) if self._eye is not None else min(SHOWN, len(self.labels))
-        images = draw(model, row, range(count), self.labels[:count], seed=self.seed, batch_size=BATCH)
+        images = draw(model, sampling, range(count), self.labels[:count], seed=self.seed, batch_size=BATCH)
         sheet = sheet_png(images[:SHOWN], columns=COLUMNS)
         if self._eye is None:
             return {}, sheet

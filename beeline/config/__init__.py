@@ -10,9 +10,11 @@ from beeline.config.evaluation import EvaluateConfig
 from beeline.config.networks import NetworkConfig, ProbeNetworkConfig
 from beeline.config.recipe import Recipe
 from beeline.config.serialization import from_dict, resource, to_dict
-from beeline.config.student import PhaseConfig, StudentConfig
+from beeline.config.student import StudentConfig
 from beeline.config.sweep import SweepConfig
-from beeline.config.training import OptimizerConfig, ProbeConfig, TeacherConfig, WorkersConfig
+from beeline.config.teacher import TeacherConfig
+from beeline.config.training import PhaseConfig, ProbeConfig, TrainingConfig, WorkersConfig
+from beeline.objectives.optimizer import OptimizerConfig
 
 __all__ = [
     "EvaluateConfig",
@@ -28,6 +30,7 @@ __all__ = [
     "StudentConfig",
     "SweepConfig",
     "TeacherConfig",
+    "TrainingConfig",
     "VerifyConfig",
     "WorkersConfig",
     "from_dict",

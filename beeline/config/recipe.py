@@ -8,7 +8,8 @@ from beeline.config.data import ImagesConfig, PairsConfig
 from beeline.config.evaluation import EvaluateConfig
 from beeline.config.student import StudentConfig
 from beeline.config.sweep import SweepConfig
-from beeline.config.training import ProbeConfig, TeacherConfig
+from beeline.config.teacher import TeacherConfig
+from beeline.config.training import ProbeConfig
 from beeline.settings import Name, RecipeName, Settings, Some, StepList
 
 

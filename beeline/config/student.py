@@ -3,27 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import operator
 from typing import Annotated, Any, Literal
 
 from beeline.config.serialization import resource, to_dict
-from beeline.config.training import OptimizerConfig, WorkersConfig
+from beeline.config.training import PhaseConfig, TrainingConfig
 from beeline.files.names import CHECKPOINTS, CONFIG, LOG, PLAN, STUDENTS, SUCCESS, TENSORBOARD, WEIGHTS
-from beeline.objectives import Needs, ObjectiveConfig
-from beeline.settings import MAX_SIZE, Count, HalfLife, ModelPath, Name, Range, Seed, Settings, Share, Size, Some, Whole
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PhaseConfig(Settings):
-    """One phase of student training."""
-
-    iterations: Whole
-    """0 leaves the phase out."""
-    optimizer: OptimizerConfig
-    objective: ObjectiveConfig
-    """The settings of a method (beeline/objectives), which compute the gradients of a step."""
-
+from beeline.settings import MAX_SIZE, HalfLife, ModelPath, Name, Range, Some, Whole
 
 # Folders in a student's folder: the best of its validations, the validations' samples, and its other averages.
 BEST, SAMPLES, AVERAGE = "best", "samples", "ema-"
@@ -47,7 +32,7 @@ def half_life_of(part: str) -> str | None:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class StudentConfig(Settings):
+class StudentConfig(TrainingConfig):
     """A student: phases of training, one after the other, from the weights of another model."""
 
     name: Name
@@ -55,28 +40,14 @@ class StudentConfig(Settings):
     """Folder of the model whose weights the student starts from: "teacher" or "students/<name>"."""
     phases: dict[Name, PhaseConfig]
     """By name, in order. The student as each but the last leaves it is published as students/<name>/<phase>."""
-    batch_size: Size = 512
     ema_half_lives: Some[HalfLife] = (693.0,)
     """Half-lives of the averages of the weights, in iterations; 693 is the paper's decay of 0.999. The first average is the
     student, the others are published as <name>/ema-<half-life>. Averages go on through the phases."""
-    ema_ramp: Share = 0.0
-    """Limit of a half-life as a share of the iterations so far, so that an average forgets its start (EDM: 0.05). 0 keeps the
-    decay constant, as the paper does."""
     phase_switch: Literal["continue", "restart"] = "continue"
     """Start of a later phase. "continue": the weights and the optimiser's moments as they are, as in CTM's code,
     where the adversarial term joins a running training. "restart": the averaged weights, with a new optimiser."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """"bf16": student and critic train under autocast, frozen networks are bf16. Weights, averages, losses: float32."""
     compiled: bool = False
     """Compile student and frozen networks: pays on GPUs and long runs, costs minutes at the start."""
-    seed: Seed = 0
-    accumulate: Size = resource(1)
-    """Gradient-accumulation steps per rank, where a rank's share of the batch does not fit the memory. The adaptive weight and
-    the discriminator's batch norms then see one part at a time."""
-    log_every: Count = resource(50)
-    checkpoint_every: Count = resource(500)
-    keep: Count = resource(2)
-    """Checkpoints that are kept; older ones are removed."""
     validate_every: Whole = resource(0)
     """Iterations between validations: a sheet of samples and a distance in the losses' probe, by which students/<name>/best
     is chosen. 0 leaves them out."""
@@ -84,7 +55,6 @@ class StudentConfig(Settings):
     """Samples of a validation."""
     trackers: tuple[Literal["mlflow", "wandb"], ...] = resource(())
     """Where the log goes in addition to train.jsonl and TensorBoard."""
-    workers: WorkersConfig = resource(WorkersConfig())
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -107,9 +77,10 @@ class StudentConfig(Settings):
         """Total steps of all phases."""
         return sum(phase.iterations for phase in self.phases.values())
 
-    def needs(self) -> Needs:
-        """The combined needs of all phases that run."""
-        return functools.reduce(operator.or_, (phase.objective.needs() for phase in self.running.values()), Needs())
+    @property
+    def half_lives(self) -> tuple[float, ...]:
+        """The same as `ema_half_lives`."""
+        return self.ema_half_lives
 
     def record(self, phase: str) -> dict[str, Any]:
         """What the config.json of the student after `phase` says of its training."""

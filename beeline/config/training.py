@@ -1,15 +1,19 @@
-"""Settings of trainings: optimiser, processes, probes and the teacher."""
+"""Settings that trainings share: phases, optimisers, processes; and those of the probes."""
 
 from __future__ import annotations
 
+import abc
 import dataclasses
-from typing import Annotated, Literal
+import functools
+import operator
+from typing import Annotated, Any, Literal
 
-from beeline.config.networks import NetworkConfig, ProbeNetworkConfig
+from beeline.config.networks import ProbeNetworkConfig
 from beeline.config.serialization import resource
+from beeline.objectives import Needs, ObjectiveConfig
+from beeline.objectives.optimizer import OptimizerConfig
 from beeline.settings import (
     MAX_PROCESSES,
-    Amount,
     Count,
     Gpus,
     Positive,
@@ -19,7 +23,6 @@ from beeline.settings import (
     Seed,
     Settings,
     Share,
-    ShareBelow1,
     Size,
     Threads,
     Whole,
@@ -42,23 +45,8 @@ class ProbeConfig(Settings):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OptimizerConfig(Settings):
-    """Adam or RAdam with linear warm-up, then a constant or cosine learning rate."""
-
-    kind: Literal["adam", "radam"] = "adam"
-    lr: Positive = 1e-3
-    betas: tuple[ShareBelow1, ShareBelow1] = (0.9, 0.999)
-    warmup: Whole = 0
-    """Steps of linear warm-up."""
-    decay: Literal["constant", "cosine"] = "constant"
-    """"cosine" falls to 5 % of `lr` at the last step."""
-    clip: Amount = 1.0
-    """Gradient norm above which gradients are scaled down; 0 leaves them as they are."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class WorkersConfig(Settings):
-    """How training is spread: changing it leaves the artifact's identity, though not its last bits, alone."""
+    """Processes of a training. May change on resume; the last bits may then differ."""
 
     count: Processes = 1
     """Training processes (DDP ranks); the batch is divided among them."""
@@ -77,28 +65,50 @@ class WorkersConfig(Settings):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TeacherConfig(Settings):
-    """EDM training of the teacher."""
+class PhaseConfig(Settings):
+    """One phase of a training."""
 
-    network: NetworkConfig
-    iterations: Count
-    batch_size: Size
+    iterations: Whole
+    """0 leaves the phase out."""
     optimizer: OptimizerConfig
-    ema_half_life: Amount
-    """In iterations."""
-    ema_ramp: Share = 0.05
-    """Limit of the half-life as a share of the iterations so far (EDM's ramp-up); 0 for none."""
-    flip: bool = False
-    """Mirror images at random: the data set and its mirror image are one."""
-    augment: Share = 0.0
-    """Probability of each non-leaking augmentation; needs a network with augment_dim 9. 0 leaves the images as they are."""
+    objective: ObjectiveConfig
+    """The settings of a method (beeline/objectives), which compute the gradients of a step."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingConfig(Settings, abc.ABC):
+    """What all trainings of denoisers have: teachers and students."""
+
+    batch_size: Size = 512
+    ema_ramp: Share = 0.0
+    """Limit of a half-life as a share of the iterations so far, so that an average forgets its start (EDM: 0.05). 0 keeps the
+    decay constant."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """"bf16" trains under autocast; weights, their average and the loss stay float32."""
+    """"bf16": networks that learn run under autocast, frozen networks are bf16. Weights, averages, losses: float32."""
     seed: Seed = 0
     accumulate: Size = resource(1)
-    """Parts that each rank's share of the batch is worked off in, where it does not fit the memory."""
+    """Gradient-accumulation steps per rank, where a rank's share of the batch does not fit the memory. The adaptive weight and
+    the discriminator's batch norms then see one part at a time."""
     log_every: Count = resource(50)
     checkpoint_every: Count = resource(500)
     keep: Count = resource(2)
     """Checkpoints that are kept; older ones are removed."""
     workers: WorkersConfig = resource(WorkersConfig())
+
+    @property
+    @abc.abstractmethod
+    def running(self) -> dict[str, PhaseConfig]:
+        """The phases that are not left out, by name and in order."""
+
+    @property
+    @abc.abstractmethod
+    def half_lives(self) -> tuple[float, ...]:
+        """Half-lives of the averages of the weights, in iterations. The first average is the result."""
+
+    @abc.abstractmethod
+    def record(self, phase: str) -> dict[str, Any]:
+        """What the config.json of the model after `phase` says of its training."""
+
+    def needs(self) -> Needs:
+        """The combined needs of all phases that run."""
+        return functools.reduce(operator.or_, (phase.objective.needs() for phase in self.running.values()), Needs())

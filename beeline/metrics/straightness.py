@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from beeline.objectives import lines
-from beeline.sampling.samplers import solve
+from beeline.sampling.solvers import solve
 
 
 @torch.inference_mode()

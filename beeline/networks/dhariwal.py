@@ -20,6 +20,7 @@ from beeline.networks.layers import (
     UNetBlock,
     kaiming,
 )
+from beeline.networks.unet import Shape, decoder, encoder
 
 
 class DhariwalUNet(nn.Module):
@@ -70,33 +71,13 @@ class DhariwalUNet(nn.Module):
 
         self.map_to = LevelEmbedding(model_channels, emb_channels, init=third) if second_level else None
 
-        self.enc, self.dec = nn.ModuleDict(), nn.ModuleDict()
-        skips: list[int] = []
+        shape = Shape(
+            img_resolution=img_resolution, in_channels=in_channels, model_channels=model_channels, channel_mult=channel_mult,
+            num_blocks=num_blocks, attn_resolutions=attn_resolutions,
+        )  # fmt: skip
         width = model_channels * channel_mult[0]
-        for level, mult in enumerate(channel_mult):
-            res = img_resolution >> level
-            if level == 0:
-                self.enc[f"{res}x{res}_conv"] = Conv2d(in_channels, width, 3, **weights)
-            else:
-                self.enc[f"{res}x{res}_down"] = UNetBlock(width, width, style, down=True)
-            skips.append(width)
-            for block in range(num_blocks):
-                attention = res in attn_resolutions
-                self.enc[f"{res}x{res}_block{block}"] = UNetBlock(width, model_channels * mult, style, attention=attention)
-                width = model_channels * mult
-                skips.append(width)
-        for level, mult in reversed(list(enumerate(channel_mult))):
-            res = img_resolution >> level
-            if level == len(channel_mult) - 1:
-                self.dec[f"{res}x{res}_in0"] = UNetBlock(width, width, style, attention=True)
-                self.dec[f"{res}x{res}_in1"] = UNetBlock(width, width, style)
-            else:
-                self.dec[f"{res}x{res}_up"] = UNetBlock(width, width, style, up=True)
-            for block in range(num_blocks + 1):
-                self.dec[f"{res}x{res}_block{block}"] = UNetBlock(
-                    width + skips.pop(), model_channels * mult, style, attention=res in attn_resolutions
-                )
-                width = model_channels * mult
+        self.enc, skips = encoder(shape, style, width=width, weights=weights)
+        self.dec = decoder(shape, style, skips, every_block=True)
         self.out_norm = GroupNorm(width, eps=1e-5)
         self.out_conv = Conv2d(width, out_channels, 3, init=zero)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -20,6 +21,7 @@ from beeline.networks.layers import (
     UNetBlock,
     xavier,
 )
+from beeline.networks.unet import Shape, decoder, encoder
 
 
 class SongUNet(nn.Module):
@@ -48,13 +50,7 @@ class SongUNet(nn.Module):
         resample_filter: Sequence[float] = (1, 1),
     ) -> None:
         super().__init__()
-        if embedding_type not in ("positional", "fourier"):
-            raise ValueError(f"embedding_type is {embedding_type!r}; expected 'positional' or 'fourier'")
-        if encoder_type not in ("standard", "residual") or decoder_type != "standard":
-            raise ValueError(
-                f"encoder_type {encoder_type!r} with decoder_type {decoder_type!r} is not built; "
-                "expected encoder 'standard' or 'residual' and decoder 'standard' (EDM's released networks)"
-            )
+        _check(embedding_type, encoder_type, decoder_type)
         emb_channels, noise_channels = model_channels * channel_mult_emb, model_channels * channel_mult_noise
         init, init_zero = xavier(), xavier(1e-5)
         style = BlockStyle(
@@ -83,39 +79,21 @@ class SongUNet(nn.Module):
 
         self.map_to = LevelEmbedding(noise_channels, emb_channels, init=init) if second_level else None
 
-        self.enc, self.dec = nn.ModuleDict(), nn.ModuleDict()
-        skips: list[int] = []
-        width, aux_width = model_channels, in_channels
-        for level, mult in enumerate(channel_mult):
-            res = img_resolution >> level
-            if level == 0:
-                self.enc[f"{res}x{res}_conv"] = Conv2d(in_channels, width, 3, init=init)
-            else:
-                self.enc[f"{res}x{res}_down"] = UNetBlock(width, width, style, down=True)
-                if encoder_type == "residual":
-                    self.enc[f"{res}x{res}_aux_residual"] = Conv2d(
-                        aux_width, width, 3, init=init, down=True, resample_filter=resample_filter, fused=True
-                    )  # fmt: skip
-                    aux_width = width
-            skips.append(width)
-            for block in range(num_blocks):
-                attention = res in attn_resolutions
-                self.enc[f"{res}x{res}_block{block}"] = UNetBlock(width, model_channels * mult, style, attention=attention)
-                width = model_channels * mult
-                skips.append(width)
-        for level, mult in reversed(list(enumerate(channel_mult))):
-            res = img_resolution >> level
-            if level == len(channel_mult) - 1:
-                self.dec[f"{res}x{res}_in0"] = UNetBlock(width, width, style, attention=True)
-                self.dec[f"{res}x{res}_in1"] = UNetBlock(width, width, style)
-            else:
-                self.dec[f"{res}x{res}_up"] = UNetBlock(width, width, style, up=True)
-            for block in range(num_blocks + 1):
-                attention = block == num_blocks and res in attn_resolutions
-                self.dec[f"{res}x{res}_block{block}"] = UNetBlock(
-                    width + skips.pop(), model_channels * mult, style, attention=attention
-                )
-                width = model_channels * mult
+        shape = Shape(
+            img_resolution=img_resolution, in_channels=in_channels, model_channels=model_channels, channel_mult=channel_mult,
+            num_blocks=num_blocks, attn_resolutions=attn_resolutions,
+        )  # fmt: skip
+        residual = functools.partial(
+            Conv2d, kernel=3, init=init, down=True, resample_filter=resample_filter, fused=True
+        )  # fmt: skip
+        self.enc, skips = encoder(
+            shape,
+            style,
+            width=model_channels,
+            weights={"init": init},
+            residual=residual if encoder_type == "residual" else None,
+        )
+        self.dec, width = decoder(shape, style, skips, every_block=False), model_channels * channel_mult[0]
         self.dec[f"{img_resolution}x{img_resolution}_aux_norm"] = GroupNorm(width, eps=1e-6)
         self.dec[f"{img_resolution}x{img_resolution}_aux_conv"] = Conv2d(width, out_channels, 3, init=init_zero)
 
@@ -177,3 +155,14 @@ class SongUNet(nn.Module):
             else:
                 x = block(x)
         return F.silu(x)
+
+
+def _check(embedding_type: str, encoder_type: str, decoder_type: str) -> None:
+    """Raise ValueError for networks that EDM has not released."""
+    if embedding_type not in ("positional", "fourier"):
+        raise ValueError(f"embedding_type is {embedding_type!r}; expected 'positional' or 'fourier'")
+    if encoder_type not in ("standard", "residual") or decoder_type != "standard":
+        raise ValueError(
+            f"encoder_type {encoder_type!r} with decoder_type {decoder_type!r} is not built; "
+            "expected encoder 'standard' or 'residual' and decoder 'standard' (EDM's released networks)"
+        )

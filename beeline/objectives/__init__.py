@@ -18,10 +18,10 @@ from torch import nn
 from beeline.settings import Settings
 
 if TYPE_CHECKING:
-    from beeline.config import OptimizerConfig
     from beeline.denoiser import Denoiser
     from beeline.features import FeatureNetwork
     from beeline.objectives.learner import Learner
+    from beeline.objectives.optimizer import OptimizerConfig
     from beeline.sampling.few_step import FewStep
 
 
@@ -113,8 +113,8 @@ class ObjectiveConfig(Settings, abc.ABC):
         """What training asks for."""
 
     @abc.abstractmethod
-    def sampling(self) -> FewStep:
-        """How a student of this objective may be sampled."""
+    def sampling(self) -> FewStep | None:
+        """How a student of this objective may be sampled in few steps. None: by ODE solvers, as teachers are."""
 
     @abc.abstractmethod
     def about(self) -> str:

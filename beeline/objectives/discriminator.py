@@ -26,8 +26,8 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 
 from beeline.augmentation import Augmentation, diff_augment
-from beeline.config import OptimizerConfig
 from beeline.features import FeatureNetwork, bilinear, resized
+from beeline.objectives.optimizer import OptimizerConfig
 from beeline.settings import MAX_SIDE, Channels, Divisible, Range, Settings, Some
 
 SCRATCH = "scratch"

@@ -1,12 +1,66 @@
-"""EDM."""
+"""EDM's denoising score matching (Karras et al. 2022): the objective of teachers.
+
+L = E lambda(sigma) |D(y + n; sigma) - y|^2,   ln sigma ~ N(p_mean, p_std^2),   n ~ N(0, sigma^2)
+"""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import torch
 
+from beeline.augmentation import augment, mirrored
 from beeline.denoiser import Denoiser
+from beeline.objectives import Batch, Context, Needs, Objective, ObjectiveConfig
+from beeline.objectives.learner import Learner
+from beeline.settings import Share
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EDMConfig(ObjectiveConfig):
+    """Denoising score matching on real images."""
+
+    flip: bool = False
+    """Mirror images at random: the data set and its mirror image are one."""
+    augment: Share = 0.0
+    """Probability of each non-leaking augmentation; needs a network with augment_dim 9. 0 leaves the images as they are."""
+
+    def needs(self) -> Needs:
+        """Real images."""
+        return Needs(images=True)
+
+    def sampling(self) -> None:
+        """By ODE solvers."""
+
+    def about(self) -> str:
+        """As the report shows it."""
+        return "denoising score matching (EDM)"
+
+    def build(self, context: Context) -> EDM:
+        """The objective."""
+        return EDM(self)
+
+
+class EDM(Objective):
+    """A step of denoising score matching."""
+
+    def __init__(self, config: EDMConfig) -> None:
+        self.config = config
+
+    def backward(
+        self, student: Learner, critic: Learner | None, batch: Batch, generator: torch.Generator
+    ) -> dict[str, torch.Tensor]:
+        """The figure "loss"."""
+        assert batch.real is not None
+        images, augment_labels = batch.real, None
+        if self.config.augment:
+            images, augment_labels = augment(images, self.config.augment, generator)
+        elif self.config.flip:
+            images = mirrored(images, generator)
+        loss = edm_loss(student, images, batch.real_labels, generator, augment_labels)
+        (batch.weight * loss).backward()
+        return {"loss": loss.detach()}
 
 
 def edm_loss(

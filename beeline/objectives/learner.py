@@ -11,10 +11,9 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from beeline.config import OptimizerConfig
 from beeline.denoiser import Denoiser
 from beeline.objectives.derivative import Derivative, rate
-from beeline.objectives.optimizer import learning_rate, make_optimizer
+from beeline.objectives.optimizer import OptimizerConfig, learning_rate, make_optimizer
 
 GRAD_NORM, SKIPPED = "grad_norm", "skipped"
 """Figures of an update: the norm of the gradients, and 1 for a step without an update because they are not finite."""

@@ -18,12 +18,12 @@ import torch
 from torch import nn
 
 from beeline.augmentation import mirrored
-from beeline.config import OptimizerConfig
 from beeline.denoiser import Denoiser
 from beeline.errors import BeelineError
 from beeline.objectives import Batch, Context, Needs, Objective, ObjectiveConfig, adversarial, lines, perceptual
 from beeline.objectives.discriminator import SCRATCH, Discriminator, DiscriminatorConfig
 from beeline.objectives.learner import Learner
+from beeline.objectives.optimizer import OptimizerConfig
 from beeline.sampling.few_step import FewStep
 from beeline.settings import MAX_SIDE, Amount, Index, Range, Some, Steps
 

@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable
+from typing import Literal
 
 import torch
 from torch import nn
 
-from beeline.config import OptimizerConfig
+from beeline.settings import Amount, Positive, Settings, ShareBelow1, Whole
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig(Settings):
+    """Adam or RAdam with linear warm-up, then a constant or cosine learning rate."""
+
+    kind: Literal["adam", "radam"] = "adam"
+    lr: Positive = 1e-3
+    betas: tuple[ShareBelow1, ShareBelow1] = (0.9, 0.999)
+    warmup: Whole = 0
+    """Steps of linear warm-up."""
+    decay: Literal["constant", "cosine"] = "constant"
+    """"cosine" falls to 5 % of `lr` at the last step."""
+    clip: Amount = 1.0
+    """Gradient norm above which gradients are scaled down; 0 leaves them as they are."""
 
 
 def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:

@@ -22,45 +22,13 @@ from beeline.config import (
 )
 from beeline.objectives.discriminator import DiscriminatorConfig
 from beeline.objectives.lmm import LinesMatchingConfig
-from beeline.recipes.methods import controls
+from beeline.recipes.methods import others
 
 
 def digits(seed: int = 0) -> Recipe:
     """scikit-learn's 1,797 handwritten digits, 8x8, ten classes: the whole method in minutes on two CPU cores."""
-    network = NetworkConfig(
-        kind="ddpmpp",
-        img_resolution=8,
-        img_channels=1,
-        label_dim=10,
-        model_channels=32,
-        channel_mult=(1, 2),
-        num_blocks=1,
-        attn_resolutions=(),
-    )
     pair_of_cores = WorkersConfig(count=2, threads=1)
     both_cores: dict[str, Any] = {"min_actors": 2, "max_actors": 2}
-    one_core = WorkersConfig(count=1, threads=1)  # all but the main student train side by side
-    lines = LinesMatchingConfig(distance="probe", pixel_weight=0.1)
-    optimizer = OptimizerConfig(lr=1e-3, warmup=50, decay="cosine")
-    reconstruction = PhaseConfig(iterations=300, optimizer=optimizer, objective=lines)
-    critic = DiscriminatorConfig(optimizer=OptimizerConfig(lr=2e-3, betas=(0.5, 0.9)), augment=("translation",))
-    sot = PhaseConfig(
-        iterations=200,
-        optimizer=replace(optimizer, lr=5e-4, warmup=20),
-        objective=replace(lines, steps=(0,), discriminator=critic),
-    )
-    adversarial = replace(sot, objective=replace(sot.objective, adversarial_weight=0.3))
-    lmm = StudentConfig(
-        name="lmm",
-        phases={"reconstruction": reconstruction, "adversarial": adversarial},
-        batch_size=128,
-        ema_half_lives=(50,),
-        phase_switch="restart",
-        seed=seed,
-        checkpoint_every=200,
-        workers=pair_of_cores,
-    )
-    alone = replace(lmm, workers=one_core)
     return Recipe(
         name="digits",
         images=ImagesConfig(source="digits", resolution=8, channels=1, shard_size=600),
@@ -72,25 +40,36 @@ def digits(seed: int = 0) -> Recipe:
             iterations=500,
         ),
         teacher=TeacherConfig(
-            network=network,
-            iterations=700,
-            batch_size=128,
-            optimizer=OptimizerConfig(lr=2e-3, warmup=100, decay="cosine"),
-            ema_half_life=200,
-            seed=seed,
-            checkpoint_every=500,
-            workers=pair_of_cores,
+            network=NetworkConfig(
+                kind="ddpmpp", img_resolution=8, img_channels=1, label_dim=10, model_channels=32, channel_mult=(1, 2),
+                num_blocks=1, attn_resolutions=(),
+            ),
+            iterations=700, batch_size=128, optimizer=OptimizerConfig(lr=2e-3, warmup=100, decay="cosine"), ema_half_life=200,
+            seed=seed, checkpoint_every=500, workers=pair_of_cores,
         ),
         pairs=PairsConfig(count=2500, shard_size=500, batch_size=250, seed=seed, **both_cores),
-        students={
-            "lmm": lmm,
-            "l2": replace(
-                alone, name="l2", phases={"reconstruction": replace(reconstruction, objective=replace(lines, distance="l2"))}
-            ),
-            "sot": replace(alone, name="sot", init="students/lmm/reconstruction", phases={"adversarial": sot}),
-            **controls(alone, reconstruction, lines.num_steps),
-        },
+        students=_students(seed, pair_of_cores),
         few_steps=("0", "0,8", "0,6,12"),
         sweep=SweepConfig(trials=4, schedules=("0", "0,8"), ema_half_lives=(50.0,), iterations=40, max_concurrent=2),
         evaluate=EvaluateConfig(shard_size=599, batch_size=300, seed=1000 + seed, **both_cores),
+    )  # fmt: skip
+
+
+def _students(seed: int, workers: WorkersConfig) -> dict[str, StudentConfig]:
+    """The main student on `workers`; the others on one core each, so that they train side by side."""
+    lines = LinesMatchingConfig(distance="probe", pixel_weight=0.1)
+    optimizer = OptimizerConfig(lr=1e-3, warmup=50, decay="cosine")
+    reconstruction = PhaseConfig(iterations=300, optimizer=optimizer, objective=lines)
+    critic = DiscriminatorConfig(optimizer=OptimizerConfig(lr=2e-3, betas=(0.5, 0.9)), augment=("translation",))
+    sot = PhaseConfig(
+        iterations=200,
+        optimizer=replace(optimizer, lr=5e-4, warmup=20),
+        objective=replace(lines, steps=(0,), discriminator=critic),
     )
+    adversarial = replace(sot, objective=replace(sot.objective, adversarial_weight=0.3))
+    lmm = StudentConfig(
+        name="lmm", phases={"reconstruction": reconstruction, "adversarial": adversarial}, batch_size=128,
+        ema_half_lives=(50,), phase_switch="restart", seed=seed, checkpoint_every=200, workers=workers,
+    )  # fmt: skip
+    one_core = replace(lmm, workers=WorkersConfig(count=1, threads=1))
+    return {"lmm": lmm, **others(one_core, reconstruction, sot)}

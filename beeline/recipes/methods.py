@@ -1,24 +1,28 @@
-"""Students of other methods than the main one, on the same pairs at the same cost."""
+"""The students of a recipe beside its main one: ablations and other methods, on the same pairs at the same cost."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from beeline.config import (
-    PhaseConfig,
-    StudentConfig,
-)
+from beeline.config import PhaseConfig, StudentConfig
 from beeline.objectives.kd import DistillationConfig
+from beeline.objectives.lmm import LinesMatchingConfig
 from beeline.objectives.rectified_flow import RectifiedFlowConfig
 
 
-def controls(student: StudentConfig, phase: PhaseConfig, num_steps: int) -> dict[str, StudentConfig]:
-    """Other methods on the same pairs at the cost of `phase`: distillation of the end points, and rectified flow."""
-    methods = {
-        "kd": ("distillation", DistillationConfig(num_steps=num_steps)),
-        "rf": ("flow", RectifiedFlowConfig(num_steps=num_steps)),
+def others(base: StudentConfig, reconstruction: PhaseConfig, sot: PhaseConfig) -> dict[str, StudentConfig]:
+    """Students that differ from `base` in their phases alone, by name.
+
+    l2: `reconstruction` with the squared pixel distance. sot: `sot`, from the weights of students/lmm/reconstruction.
+    kd and rf: knowledge distillation and rectified flow at the cost of `reconstruction`.
+    """
+    lines = reconstruction.objective
+    assert isinstance(lines, LinesMatchingConfig)
+    phases = {
+        "l2": {"reconstruction": replace(reconstruction, objective=replace(lines, distance="l2"))},
+        "sot": {"adversarial": sot},
+        "kd": {"distillation": replace(reconstruction, objective=DistillationConfig(num_steps=lines.num_steps))},
+        "rf": {"flow": replace(reconstruction, objective=RectifiedFlowConfig(num_steps=lines.num_steps))},
     }
-    return {
-        name: replace(student, name=name, phases={called: replace(phase, objective=objective)})
-        for name, (called, objective) in methods.items()
-    }
+    init = {"sot": "students/lmm/reconstruction"}
+    return {name: replace(base, name=name, init=init.get(name, base.init), phases=each) for name, each in phases.items()}

@@ -22,7 +22,7 @@ from beeline.config import (
 )
 from beeline.objectives.discriminator import DiscriminatorConfig
 from beeline.objectives.lmm import LinesMatchingConfig
-from beeline.recipes.methods import controls
+from beeline.recipes.methods import others
 
 ONE_GPU_EACH: dict[str, Any] = {"max_actors": 64, "gpus": 1, "cpus": 1}
 
@@ -65,38 +65,8 @@ def published(
     adversarial_iterations: int,
     nfe: tuple[int, ...],
 ) -> Recipe:
-    """The paper's students (LMM, table 6) of one teacher: all levels, SOT at the first, and the L2 ablation.
-
-    LPIPS at 64 pixels in the first phase, at 224 in the second, as the two backbones of the discriminator.
-    """
+    """A recipe of the paper around a teacher and its pairs."""
     network = teacher.network
-    lines = LinesMatchingConfig(num_steps=pairs.num_steps, distance="lpips", resize=64)
-    optimizer = OptimizerConfig(kind="radam", lr=lr, clip=0)
-    reconstruction = PhaseConfig(iterations=80_000, optimizer=optimizer, objective=lines)
-    with_critic = replace(
-        lines,
-        resize=224,
-        adversarial_weight=1.0,
-        discriminator=DiscriminatorConfig(
-            optimizer=OptimizerConfig(kind="radam", lr=2e-3, betas=(0.5, 0.9), clip=0),
-            networks=("tf_efficientnet_lite0", "deit_base_distilled_patch16_224"),
-            mirror=teacher.flip,
-        ),
-    )
-    adversarial = PhaseConfig(iterations=adversarial_iterations, optimizer=optimizer, objective=with_critic)
-    lmm = StudentConfig(
-        name="lmm",
-        phases={"reconstruction": reconstruction, "adversarial": adversarial},
-        ema_half_lives=(693, 6931),
-        precision="bf16",
-        compiled=True,
-        seed=seed,
-        checkpoint_every=2000,
-        validate_every=5000,
-        workers=WorkersConfig(count=8, gpus=1),
-    )
-    sot = replace(adversarial, objective=replace(with_critic, steps=(0,)))
-    l2 = replace(reconstruction, objective=replace(lines, distance="l2"))
     widths, strides = (64, 128, 128, 256, 256, 256), (1, 1, 2, 1, 2, 1)
     return Recipe(
         name=name,
@@ -115,12 +85,7 @@ def published(
         ),
         teacher=teacher,
         pairs=pairs,
-        students={
-            "lmm": lmm,
-            "sot": replace(lmm, name="sot", init="students/lmm/reconstruction", phases={"adversarial": sot}),
-            "l2": replace(lmm, name="l2", phases={"reconstruction": l2}),
-            **controls(lmm, reconstruction, pairs.num_steps),
-        },
+        students=_students(teacher, pairs, lr, adversarial_iterations),
         few_steps=("0", "0,1", "0,1,2", "0,3,5", "0,1,3,5"),
         sweep=SweepConfig(
             trials=32, schedules=("0", "0,1", "0,1,2", "0,3,5"), learning_rates=(lr / 10, lr),
@@ -132,6 +97,34 @@ def published(
             **ONE_GPU_EACH,
         ),
     )  # fmt: skip
+
+
+def _students(teacher: TeacherConfig, pairs: PairsConfig, lr: float, adversarial_iterations: int) -> dict[str, StudentConfig]:
+    """The paper's students (LMM, table 6) of one teacher: all levels, SOT at the first, and the L2 ablation.
+
+    LPIPS at 64 pixels in the first phase. In the second, LPIPS and the discriminator's two backbones at 224.
+    """
+    lines = LinesMatchingConfig(num_steps=pairs.num_steps, distance="lpips", resize=64)
+    optimizer = OptimizerConfig(kind="radam", lr=lr, clip=0)
+    reconstruction = PhaseConfig(iterations=80_000, optimizer=optimizer, objective=lines)
+    with_critic = replace(
+        lines,
+        resize=224,
+        adversarial_weight=1.0,
+        discriminator=DiscriminatorConfig(
+            optimizer=OptimizerConfig(kind="radam", lr=2e-3, betas=(0.5, 0.9), clip=0),
+            networks=("tf_efficientnet_lite0", "deit_base_distilled_patch16_224"),
+            mirror=teacher.flip,
+        ),
+    )
+    adversarial = PhaseConfig(iterations=adversarial_iterations, optimizer=optimizer, objective=with_critic)
+    lmm = StudentConfig(
+        name="lmm", phases={"reconstruction": reconstruction, "adversarial": adversarial}, ema_half_lives=(693, 6931),
+        precision="bf16", compiled=True, seed=teacher.seed, checkpoint_every=2000, validate_every=5000,
+        workers=WorkersConfig(count=8, gpus=1),
+    )  # fmt: skip
+    sot = replace(adversarial, objective=replace(with_critic, steps=(0,)))
+    return {"lmm": lmm, **others(lmm, reconstruction, sot)}
 
 
 def cifar10(seed: int = 0) -> Recipe:

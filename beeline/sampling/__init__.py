@@ -1,0 +1,158 @@
+"""Sampling: from noise to images.
+
+A `Sampling` says how: by an ODE solver (teachers, solvers.py and adams.py) or by a step list and a rule (students,
+few_step.py). All functions return float32 images (B, C, H, W), nominally in [-1, 1]; the state between evaluations is float64.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import cast, get_args
+
+import torch
+
+from beeline.denoiser import Denoiser
+from beeline.errors import BeelineError
+from beeline.noise import stream_seed, unit_noise
+from beeline.sampling.adams import adams
+from beeline.sampling.few_step import RuleName, few_step, parse_steps
+from beeline.sampling.solvers import Solver, evaluations, solve
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """A way to sample a model: `solver` with `num_steps` levels, or `steps`, indices into the student's schedule."""
+
+    solver: Solver = "heun"
+    num_steps: int = 18
+    steps: tuple[int, ...] | None = None
+    rule: RuleName | None = None
+    """Sampling rule for `steps`; None for the student's own."""
+
+    @property
+    def nfe(self) -> int:
+        """Network evaluations per image."""
+        return evaluations(self.solver, self.num_steps) if self.steps is None else len(self.steps)
+
+    @property
+    def label(self) -> str:
+        """Name in tables and metrics.json: "heun 18", "0,8" or "0,8 fresh_noise"."""
+        if self.steps is None:
+            return f"{self.solver} {self.num_steps}"
+        return " ".join([",".join(map(str, self.steps)), *([self.rule] if self.rule else [])])
+
+    @property
+    def slug(self) -> str:
+        """Name in file names: "heun-18", "0-8"."""
+        return slug_of(self.label)
+
+    @property
+    def plain(self) -> bool:
+        """Whether this is a step list with the student's own rule."""
+        return self.steps is not None and self.rule is None
+
+    @property
+    def text(self) -> str:
+        """Name in prose: "steps 0,8" or "heun 18"."""
+        return self.label if self.steps is None else f"steps {self.label}"
+
+    @property
+    def evaluations(self) -> str:
+        """NFE in prose: "1 evaluation"."""
+        return f"{self.nfe} evaluation{'s' * (self.nfe != 1)}"
+
+    @staticmethod
+    def parse(label: str) -> Sampling:
+        """The inverse of `label`. Raises ValueError for anything else."""
+        first, *rest = label.split(" ")
+        try:
+            if first in get_args(Solver):
+                (num_steps,) = map(int, rest)
+                made = Sampling(solver=cast(Solver, first), num_steps=num_steps)
+            else:
+                made = Sampling(steps=parse_steps(first), rule=" ".join(rest) or None)
+        except (ValueError, BeelineError) as error:
+            raise ValueError(f"{label!r:.60} names no sampling") from error
+        if made.label != label or made.nfe < 1:
+            raise ValueError(f"{label!r:.60} names no sampling")
+        return made
+
+
+def slug_of(label: str) -> str:
+    """The label of a `Sampling` as file names hold it."""
+    return label.replace(" ", "-").replace(",", "-")
+
+
+def sample(
+    model: Denoiser, indices: Sequence[int], labels: torch.Tensor | None, sampling: Sampling, *, seed: int
+) -> torch.Tensor:
+    """Images (n, C, H, W) from the noise of (seed, indices), on the model's device; `labels` (n,) or one-hot (n, K)."""
+    device = next(model.parameters()).device
+
+    def noise(which_seed: int) -> torch.Tensor:
+        return torch.from_numpy(unit_noise(which_seed, indices, model.image_shape)).to(device)
+
+    return sample_from(model, noise(seed), labels, sampling, fresh=lambda n: noise(stream_seed(seed, "fresh", n)))
+
+
+@torch.inference_mode()
+def sample_from(
+    model: Denoiser,
+    latents: torch.Tensor,
+    labels: torch.Tensor | None,
+    sampling: Sampling,
+    *,
+    fresh: Callable[[int], torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """Images (n, C, H, W) from unit-variance noise `latents` (n, C, H, W); `fresh` as `few_step` takes it.
+
+    Raises BeelineError for steps or levels that the model does not have.
+    """
+    if sampling.steps is not None:
+        how = model.few_step
+        if how is None:
+            raise BeelineError("steps were given, but this model is a teacher: use solver= and num_steps=")
+        how = dataclasses.replace(how, rule=sampling.rule) if sampling.rule else how
+        return few_step(model, latents, labels, steps=sampling.steps, how=how, fresh=fresh)
+    if sampling.solver == "calibrated":
+        if model.levels is None:
+            raise BeelineError("this model has no calibrated levels; find them with: python -m beeline.calibrate FOLDER")
+        return adams(model, latents, labels, levels=model.levels)
+    return solve(model, latents, labels, solver=sampling.solver, num_steps=sampling.num_steps)
+
+
+def batches(count: int, size: int) -> Iterator[range]:
+    """Consecutive ranges of at most `size` that cover range(count)."""
+    return (range(start, min(start + size, count)) for start in range(0, count, size))
+
+
+def generate(
+    model: Denoiser,
+    n: int,
+    *,
+    seed: int = 0,
+    labels: torch.Tensor | None = None,
+    steps: Sequence[int] | None = None,
+    solver: Solver = "heun",
+    num_steps: int = 18,
+    batch_size: int = 256,
+) -> torch.Tensor:
+    """`n` images, float32 (n, C, H, W) in [-1, 1]; image i depends on (seed, i) and its label alone.
+
+    Students: `steps` (schedule indices, one evaluation each). Teachers: `solver` "heun" (2 num_steps - 1 evaluations),
+    "euler" (num_steps), or "calibrated" (one for each level that beeline.calibrate found; `num_steps` is ignored). A
+    conditional model without `labels` takes class i mod K for image i.
+    """
+    if labels is None and model.label_dim:
+        labels = torch.arange(n) % model.label_dim
+    if labels is not None and len(labels) != n:
+        raise ValueError(f"{len(labels)} labels for {n} images; pass one per image")
+    if steps is None and model.few_step is not None:
+        steps = (0,)
+    sampling = Sampling(solver=solver, num_steps=num_steps, steps=None if steps is None else tuple(steps))
+    parts = [
+        sample(model, rows, None if labels is None else labels[rows.start : rows.stop], sampling, seed=seed)
+        for rows in batches(n, batch_size)
+    ]
+    return torch.cat(parts).clamp(-1, 1) if parts else torch.empty(0, *model.image_shape)

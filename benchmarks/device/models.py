@@ -14,8 +14,8 @@ from beeline.edm_import import edm_import
 from beeline.objectives.edm import edm_loss
 from beeline.objectives.learner import Learner
 from beeline.recipes import RECIPES
+from beeline.sampling import generate
 from beeline.sampling.few_step import FewStep
-from beeline.sampling.samplers import generate
 from benchmarks.device.checks import Check, Checks, Outcome, SameDraws, Setting, at_most, relative, rms, worst
 from benchmarks.device.networks import classes, images, network_config, random_denoiser
 from benchmarks.device.released import write_released

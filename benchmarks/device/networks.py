@@ -13,7 +13,7 @@ from beeline.config import NetworkConfig, PhaseConfig, StudentConfig
 from beeline.denoiser import Denoiser
 from beeline.features.backbones import BACKBONES, build_backbone
 from beeline.labels import as_one_hot
-from beeline.noise import stream_seed, x0
+from beeline.noise import stream_seed, unit_noise
 from beeline.objectives import Batch
 from beeline.objectives.lmm import LinesMatchingConfig
 from beeline.recipes import RECIPES
@@ -65,7 +65,7 @@ def _with_small_features(phase: PhaseConfig) -> PhaseConfig:
 def noise(setting: Setting, config: NetworkConfig, count: int, seed: int = 0) -> torch.Tensor:
     """Unit-variance noise (count, C, H, W) of a run, on the CPU."""
     shape = (config.img_channels, config.img_resolution, config.img_resolution)
-    return torch.from_numpy(x0(seed, range(count), shape))
+    return torch.from_numpy(unit_noise(seed, range(count), shape))
 
 
 def classes(config: NetworkConfig, count: int) -> torch.Tensor | None:

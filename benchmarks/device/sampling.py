@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 from collections.abc import Callable
@@ -12,9 +13,10 @@ import torch
 
 from beeline.denoiser import Denoiser
 from beeline.networks.layers import Conv2d
+from beeline.sampling import Sampling, sample
 from beeline.sampling.few_step import FewStep, RuleName
 from beeline.sampling.inference import Precision, prepare
-from beeline.sampling.samplers import sample, solve
+from beeline.sampling.solvers import solve
 from benchmarks.device.checks import (
     COMPILING,
     NONE,
@@ -115,8 +117,9 @@ class Sampler:
 
     def few_step_images(self, model: Denoiser, rule: RuleName) -> torch.Tensor:
         """Images of a student by a rule."""
-        how = FewStep(num_steps=18, rule=rule)
-        return sample(model, range(self.count), self.labels, seed=0, steps=STEPS, how=how)
+        student = copy.copy(model)
+        student.few_step = FewStep(num_steps=18, rule=rule)
+        return sample(student, range(self.count), self.labels, Sampling(steps=STEPS), seed=0)
 
     def few_steps(self, rule: RuleName, precision: Precision) -> Outcome:
         """Images of few steps against the CPU's."""

@@ -6,10 +6,12 @@ import functools
 from dataclasses import replace
 
 from beeline.calibrate import calibrate, uniform_levels
-from beeline.sampling.samplers import generate, sample_from
+from beeline.sampling import Sampling, generate, sample_from
 from benchmarks.device.checks import Check, Checks, Outcome, Setting, at_most, rms
 from benchmarks.device.networks import classes, network_config, noise, random_denoiser
 from benchmarks.device.sampling import LIMITS
+
+CALIBRATED = Sampling(solver="calibrated")
 
 
 def checks(setting: Setting) -> Checks:
@@ -18,13 +20,11 @@ def checks(setting: Setting) -> Checks:
     count = 2 if setting.small else 4
     model, on_device = random_denoiser(config), random_denoiser(config).to(setting.device)
     model.levels = on_device.levels = tuple(uniform_levels(6 if setting.small else 12).tolist())
-    reference = functools.cache(
-        lambda: sample_from(model, noise(setting, config, count), classes(config, count), solver="calibrated")
-    )
+    reference = functools.cache(lambda: sample_from(model, noise(setting, config, count), classes(config, count), CALIBRATED))
 
     def given() -> Outcome:
         latents = noise(setting, config, count).to(setting.device)
-        made = sample_from(on_device, latents, classes(config, count), solver="calibrated")
+        made = sample_from(on_device, latents, classes(config, count), CALIBRATED)
         return at_most(rms(made, reference()), LIMITS["fp32"])
 
     def generated() -> Outcome:

@@ -20,7 +20,7 @@ from beeline.denoiser import Denoiser
 from beeline.features.backbones import BACKBONES
 from beeline.features.measuring import DINOV2, GPU_BATCH, Eye
 from beeline.sampling.inference import DTYPES, prepare
-from beeline.sampling.samplers import solve
+from beeline.sampling.solvers import solve
 from benchmarks.device.checks import COMPILING, Check, Checks, Outcome, Setting, Skip, measured, set_flags
 from benchmarks.device.measuring import measuring_network
 from benchmarks.device.networks import backbone, batch_of, classes, network_config, noise, random_denoiser, student_config

@@ -12,11 +12,11 @@ from beeline.features.backbones import weights_of
 from beeline.features.measuring import PROBES
 from beeline.metrics.measures import KID_SUBSET
 from beeline.sampling.few_step import parse_steps
-from beeline.sampling.samplers import evaluations
+from beeline.sampling.solvers import evaluations
 from cluster.planning.workspace import Workspace
 from cluster.steps import models
 from evaluation.reference import KEPT
-from evaluation.rows import teacher_row
+from evaluation.samplings import teacher_sampling
 from pipeline.shards import encode, group_rows, shard_count
 from trainers.trials import can_vary, config_of, settings
 
@@ -57,7 +57,7 @@ def store_bytes(column: str, shape: Sequence[int], dtype: str, count: int, shard
 def measured_models(recipe: Recipe) -> dict[str, list[int]]:
     """What run_pipeline.py measures: the evaluations of each row of each model."""
     rows = {name: [len(parse_steps(text)) for text in dict.fromkeys(texts)] for name, texts in models(recipe).items()}
-    return rows | {"teacher": [teacher_row(nfe).nfe for nfe in dict.fromkeys(recipe.evaluate.nfe)]}
+    return rows | {"teacher": [teacher_sampling(nfe).nfe for nfe in dict.fromkeys(recipe.evaluate.nfe)]}
 
 
 def figures(network: str, dimensions: int, count: int, images: int, neighbours: int) -> float:

@@ -185,7 +185,8 @@ def _phase(recipe: Recipe, student: StudentConfig, phase: PhaseConfig, iteration
     task = Task(kind=kind, size=counting.evaluation(network), precision=student.precision, compiled=student.compiled)
     judged = 0.0
     if student.validate_every:  # rank 0 samples, the others wait
-        steps = len(objective.sampling().trained_steps or (0,))
+        sampling = objective.sampling()
+        steps = len((sampling and sampling.trained_steps) or (0,))
         judged = student.workers.count * iterations / student.validate_every * student.validate_count * steps * task.size
     return count, _training(student.workers, task, lambda: count.flops * student.batch_size * iterations + judged)
 
@@ -273,7 +274,8 @@ def _evaluation(recipe: Recipe, there: Workspace) -> Stage:
 def _any_level(recipe: Recipe, model: str) -> bool:
     """Whether straightness is measured: of all models but those of single levels."""
     published = {folder: phase for student in recipe.students.values() for folder, phase in student.models().items()}
-    return model not in published or published[model].objective.sampling().trained_steps is None
+    sampling = published[model].objective.sampling() if model in published else None
+    return sampling is None or sampling.trained_steps is None
 
 
 def _look(recipe: Recipe, name: str) -> tuple[float, int]:

@@ -15,7 +15,7 @@ from beeline.config import PairsConfig, Recipe
 from beeline.errors import BeelineError, reading
 from beeline.files.layout import check_layout
 from beeline.recipes import RECIPES
-from beeline.sampling.samplers import evaluations
+from beeline.sampling.solvers import evaluations
 from cluster.planning import counting
 from cluster.planning.speeds import CPU, Measured, Task, kind_of, where
 from cluster.steps import models

@@ -16,7 +16,7 @@ from beeline.weights import dump_backbone
 from cluster.planning.contents import needed_weights
 from cluster.planning.workspace import Workspace
 from cluster.steps import Step
-from pipeline.stage import publish_model
+from pipeline.model_folders import publish_model
 from pipeline.storage import Folder
 
 RANDOM = "random weights"

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from beeline.files.names import EVALUATION, IMAGES, PAIRS, PROBE, STUDENTS, SWEEPS, TEACHER
-from evaluation.jobs import HELD_OUT
+from evaluation.bench import HELD_OUT
 from evaluation.models import Model
 from evaluation.page.tables import Column, Row, Table, texts
 from evaluation.page.words import plural, seconds

@@ -13,7 +13,8 @@ from PIL import Image
 
 from beeline.errors import BeelineError, reading
 from beeline.files.names import EVALUATION
-from evaluation.models import Model, Sampling
+from beeline.sampling import Sampling
+from evaluation.models import Model
 from evaluation.results import NEAREST, SAMPLES
 from pipeline.sheet import GAP
 from pipeline.storage import Folder

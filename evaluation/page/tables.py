@@ -7,7 +7,8 @@ import math
 from collections.abc import Sequence
 
 from beeline.metrics.measures import PAIR_RMS, rises
-from evaluation.models import Figure, Model, Sampling, number
+from beeline.sampling import Sampling
+from evaluation.models import Figure, Model, number
 from evaluation.page.words import NONE
 
 

@@ -34,7 +34,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from beeline.noise import stream_seed
-from beeline.sampling.samplers import solve
+from beeline.sampling.solvers import solve
 from beeline.settings import Channels, Count, Positive, Range, Settings, Size, Some, Steps
 from evaluation.toy.transport import MAX_OT_BATCH, ot_pairing
 

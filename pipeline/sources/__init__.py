@@ -1,4 +1,4 @@
-"""Where real images come from: a source lists its images and decodes any one of them.
+"""Sources of real images: a source lists its images and decodes any one of them.
 
 digits                      scikit-learn's digits, built in
 photos/                     a folder of images; sub-folders are classes, or dataset.json lists them
@@ -6,7 +6,7 @@ cifar10.zip                 a zip of the same: EDM's, or one of class folders
 cifar-10-python.tar.gz      CIFAR-10's own archive: the 50,000 training images; CIFAR-100's as well
 train.parquet, parquet/     Parquet with an image column, as on the Hugging Face Hub
 
-Sources are files of anybody's making. Opening one raises BeelineError alone, an image CorruptImage alone, whatever is in them.
+Sources are untrusted files. Opening one raises only BeelineError, decoding an image only CorruptImage, whatever they contain.
 """
 
 from __future__ import annotations
@@ -31,31 +31,31 @@ from pipeline.sources.part import Part
 from pipeline.sources.pixels import CorruptImage as CorruptImage
 from pipeline.sources.pixels import Pixels, kind_of
 
-BUILT_IN = "digits"  # scikit-learn's, which needs no files
+BUILT_IN = "digits"  # scikit-learn's digits; needs no files
 
 
 class Source(Protocol):
-    """The images of a data set, what they are called in errors, and their classes."""
+    """Images of a data set, their names in error messages, and their classes."""
 
     classes: Classes
     pixels: Pixels
-    """How they are decoded, and what had to be changed."""
+    """Decoder of the images, with a count of the changes it made."""
     notes: list[str]
-    """What to say of the source: where classes come from, what was ignored."""
+    """Lines to print about the source: where classes come from, what was ignored."""
     sequential: bool
-    """Whether images are cheap to read only in rising order of their indices."""
+    """Whether images are cheap to read only in increasing order of their indices."""
 
     @property
     def names(self) -> Sequence[str]: ...
 
     def image(self, index: int) -> np.ndarray:
-        """uint8 (C, H, W). Raises CorruptImage."""
+        """Return image `index` as uint8 (C, H, W). Raises CorruptImage."""
         ...
 
 
 def open_source(config: ImagesConfig) -> Source:
-    """The source that `config.source` names, or a part of it. Raises BeelineError where there is none, or where it is damaged
-    or unclear."""
+    """Open the source that `config.source` names, or a part of it. Raises BeelineError if it is missing, damaged or
+    ambiguous."""
     source = _whole(config)
     return Part(source, config.limit) if 0 < config.limit < len(source.names) else source
 

@@ -1,4 +1,5 @@
-"""A zip of images: EDM's, with dataset.json, or one of class folders. Nothing is unpacked; names in it lead nowhere."""
+"""Zip archives of images: EDM's, with dataset.json, or one with class folders. Nothing is unpacked to disk, so names in the zip
+cannot point outside it."""
 
 from __future__ import annotations
 
@@ -11,9 +12,9 @@ from beeline.errors import BeelineError
 from pipeline.sources.listing import classes_of, clean, require_images, sorted_out
 from pipeline.sources.pixels import MAX_BYTES, Pixels
 
-METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # others cannot be read piece by piece
+METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # others cannot be read incrementally
 OTHER_METHODS = {9: "Deflate64", 12: "bzip2", 14: "LZMA", 93: "Zstandard"}
-ENCRYPTED = 1  # a flag
+ENCRYPTED = 1  # bit of flag_bits
 
 
 class ZipImages:
@@ -57,4 +58,4 @@ class ZipImages:
         if info.file_size > most:
             raise ValueError(f"{info.file_size:,} bytes, expected at most {most:,}")
         with self._zip.open(info) as file:
-            return file.read(info.file_size)  # no more is inflated than the zip has announced
+            return file.read(info.file_size)  # inflates no more than the size stated in the zip

@@ -1,6 +1,6 @@
 """CIFAR's own archives, cifar-10-python.tar.gz and cifar-100-python.tar.gz: their training images, in order.
 
-Their pickles are read as data, never run, and within bounds (beeline/files/unpickling.py).
+Their pickles are read as data, never executed, and within size limits (beeline/files/unpickling.py).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ GZIP = b"\x1f\x8b"
 
 
 def is_tar(path: str) -> bool:
-    """Whether a file is a tar, perhaps packed by gzip."""
+    """Return whether a file is a tar archive, possibly gzipped."""
     with open(path, "rb") as file:
         start = file.read(512)
     if start.startswith(GZIP):
@@ -53,12 +53,12 @@ class CifarArchive:
                 images.append(batch[b"data"].array().reshape(-1, 3, 32, 32))
                 labels += batch[b"labels" if b"labels" in batch else b"fine_labels"]
                 if len(labels) != sum(map(len, images)):
-                    raise ValueError(f"{len(images[-1])} images and another number of labels")
+                    raise ValueError(f"the number of labels differs from the number of images ({len(images[-1])})")
         if names not in (BATCHES, ["train"]):
             held = f"{', '.join(names)} alone" if names else "none of them"
             raise BeelineError(
                 f"{self.path} is a tar with {held}; expected CIFAR-10's python archive with {BATCHES[0]} to {BATCHES[-1]}, or "
-                "CIFAR-100's with train. Download it again; other tars must be unpacked: give the folder"
+                "CIFAR-100's with train. Download it again; unpack any other tar and give the folder"
             )
         self._images = np.concatenate(images)
         self.names = [f"training image {i}" for i in range(len(self._images))]
@@ -74,7 +74,7 @@ class CifarArchive:
         return self.pixels.fitted(Image.fromarray(pixels.transpose(1, 2, 0)))
 
     def _members(self) -> dict[str, bytes]:
-        """The training batches by their names. The whole archive is unpacked in memory, so its size is limited."""
+        """Read the training batches by name. The whole archive is unpacked in memory, so its size is limited."""
         with open(self.path, "rb") as file:
             packed = file.read(2) == GZIP
         with gzip.open(self.path) if packed else open(self.path, "rb") as file:
@@ -98,16 +98,17 @@ class CifarArchive:
 
 
 def _batch(data: bytes) -> dict[Any, Any]:
-    """A CIFAR batch: plain Python, and one array of bytes, which is kept as a record."""
+    """Unpickle a CIFAR batch: plain Python objects, and one array of bytes, which is kept as a record."""
     left = len(data)
 
     def encode(text: Any, encoding: Any) -> bytes:
-        """How Python 2's byte strings look when Python 3 wrote them. A file can have one large text encoded again and again."""
+        """Encode text as Python 3 pickles Python 2's byte strings. The total is limited: a file can encode one long text
+        often."""
         nonlocal left
         encoded = text.encode("latin-1")
         left -= len(encoded)
         if left < 0:
-            raise ValueError("texts that are longer than the batch")
+            raise ValueError("texts longer than the batch")
         return encoded
 
     def find(module: str, name: str) -> Callable[..., Any]:
@@ -117,7 +118,7 @@ def _batch(data: bytes) -> dict[Any, Any]:
         if (module, name) == ("_codecs", "encode"):
             return encode
         raise BeelineError(
-            f"a batch asks for {module}.{name}, which CIFAR-10's archive does not; it was refused, nothing was run"
+            f"a batch asks for {module}.{name}, which CIFAR's archives never do; it was refused and no code was run"
         )
 
     return unpickled(Bounded(io.BytesIO(data), len(data)), find, strings="bytes")
@@ -126,8 +127,8 @@ def _batch(data: bytes) -> dict[Any, Any]:
 class _DtypeRecord:
     def __init__(self, code: Any, *_: Any) -> None:
         if code not in ("u1", b"u1"):
-            found = f"{code!r:.50}" if isinstance(code, str | bytes) else type(code).__name__
-            raise BeelineError(f"a batch holds an array of {found}; expected uint8")
+            held = f"{code!r:.50}" if isinstance(code, str | bytes) else type(code).__name__
+            raise BeelineError(f"a batch holds an array of {held}; expected uint8")
 
     def __setstate__(self, state: Any) -> None:
         pass

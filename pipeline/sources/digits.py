@@ -1,4 +1,4 @@
-"""scikit-learn's digits, built in."""
+"""scikit-learn's digits, a built-in source."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pipeline.sources.pixels import Pixels
 
 
 class Digits:
-    """1,797 images, 8x8, 16 grey levels, stretched to 0 ... 255."""
+    """1,797 images, 8x8, 16 grey levels scaled to 0 ... 255."""
 
     sequential = False
 
@@ -20,8 +20,8 @@ class Digits:
 
         if (config.resolution, config.channels) != (8, 1):
             raise BeelineError(
-                f"the digits are 8x8 with 1 channel; images.resolution {config.resolution} and images.channels "
-                f"{config.channels} were asked for"
+                f"images.resolution is {config.resolution} and images.channels is {config.channels}, but the digits are 8x8 "
+                "with 1 channel; set 8 and 1, or choose another images.source"
             )
         pixels, target = load_digits(return_X_y=True)
         self.pixels, self.classes, self.notes = Pixels(config), Classes(np.asarray(target, np.int32)), []

@@ -1,4 +1,4 @@
-"""A folder of images: sub-folders are classes, or dataset.json says which class each image has."""
+"""Folders of images: sub-folders are classes, or dataset.json gives the class of each image."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class FolderImages:
         path = os.path.join(self.folder, name)
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):
-            raise ValueError("not a file but a folder, pipe or device")
+            raise ValueError("not a regular file but a folder, pipe or device")
         if status.st_size > most:
             raise ValueError(f"{status.st_size:,} bytes, expected at most {most:,}")
         with open(path, "rb") as file:
@@ -43,10 +43,10 @@ class FolderImages:
 
 
 def walk(folder: str) -> Iterator[str]:
-    """The files under `folder`, relative to it, in no particular order; of what is hidden its top alone. Links to folders are
-    followed, but no folder is read twice: such a link is named as if it were a file.
+    """List the files under `folder`, relative to it, in no particular order; a hidden folder is listed without its content.
 
-    Raises BeelineError for folders that cannot be read, and for images that are not files.
+    Links to folders are followed, but no folder is read twice: a second link to it is listed like a file. Raises BeelineError
+    for unreadable folders, and for images that are not regular files.
     """
     root = os.path.realpath(folder)
     seen: set[str] = set()
@@ -68,12 +68,12 @@ def walk(folder: str) -> Iterator[str]:
             if entry.name.startswith("."):
                 yield name
                 continue
-            if os.path.isdir(entry.path) if link else entry.is_dir():  # of what is no link nothing more needs to be asked
+            if os.path.isdir(entry.path) if link else entry.is_dir():  # only links need another stat call
                 waiting.append(name) if link else waiting.appendleft(name)
                 continue
             if is_image(name) and not (os.path.isfile(entry.path) if link else entry.is_file()):
                 raise BeelineError(
-                    f"{entry.path} is no file: a link that leads nowhere, a pipe or a device; take it out, or put the image "
-                    "in its place"
+                    f"{entry.path} is not a regular file but a broken link, a pipe or a device; remove it, or put the image in "
+                    "its place"
                 )
             yield name

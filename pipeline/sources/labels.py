@@ -1,4 +1,4 @@
-"""Class indices from what data sets give as labels: numbers, words or one-hot rows; refused where they are not clear."""
+"""Convert the labels of data sets to class indices: numbers, words or one-hot rows; ambiguous labels are refused."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ MAX_CLASSES = 2**20
 
 
 class Classes(NamedTuple):
-    """The class of each image, int32 (n,), -1 throughout where there are none; the classes' names, where they have any."""
+    """Class of each image, int32 (n,), -1 for all images of a source without classes; the classes' names, if it has any."""
 
     labels: np.ndarray
     names: Sequence[str] = ()
 
 
 def unlabelled(count: int) -> Classes:
-    """`count` images without classes."""
+    """Return `count` images without classes."""
     return Classes(np.full(count, -1, np.int32))
 
 
 def class_indices(values: Sequence[Any], images: Sequence[str], where: str) -> Classes:
-    """The classes that `values` give to `images`; `where` they come from is named in errors.
+    """Convert `values`, the labels of `images`, to classes; `where` they come from is named in errors.
 
-    Whole numbers, also as floats, truth values or strings of digits, are class indices; other strings are words, numbered in
-    alphabetical order; lists are one-hot rows. -1 or null for all images means that there are no classes.
+    Whole numbers, including floats, booleans and strings of digits, are class indices. Other strings are class names, numbered
+    in alphabetical order. Lists are one-hot rows. -1 or null for all images means no classes.
     """
     if all(value is None or value == -1 for value in values):
         return unlabelled(len(values))
@@ -38,7 +38,7 @@ def class_indices(values: Sequence[Any], images: Sequence[str], where: str) -> C
 
 
 def ranked(words: Sequence[str]) -> Classes:
-    """Classes named by words: numbered in alphabetical order, or by value where all are numbers."""
+    """Number the classes by their names: in alphabetical order, or by value if all are numbers."""
     names = sorted(set(words))
     if all(_is_number(name) for name in names):
         names.sort(key=int)
@@ -51,7 +51,7 @@ def _is_number(word: str) -> bool:
 
 
 def _index(value: Any, name: str, where: str) -> int:
-    """The class index that `value` stands for, -1 for none."""
+    """Return the class index that `value` stands for, -1 for none."""
     if value is None:
         return -1
     if isinstance(value, list):
@@ -67,24 +67,24 @@ def _index(value: Any, name: str, where: str) -> int:
     raise BeelineError(f"{where} gives {name} the label {value!r:.80}; expected a whole number, the class index")
 
 
-def _checked(found: list[int], images: Sequence[str], where: str) -> np.ndarray:
-    lowest, highest = min(found), max(found)
+def _checked(labels: list[int], images: Sequence[str], where: str) -> np.ndarray:
+    lowest, highest = min(labels), max(labels)
     if lowest < 0:
-        without = [name for name, label in zip(images, found, strict=True) if label < 0]
+        without = [name for name, label in zip(images, labels, strict=True) if label < 0]
         raise BeelineError(
-            f"{where} gives {len(without):,} of {len(found):,} images no class (null or below 0), the first of them "
+            f"{where} gives {len(without):,} of {len(labels):,} images no class (null or below 0), the first of them "
             f"{without[0]}; expected a class for every image, or for none"
         )
     if highest >= MAX_CLASSES:
-        name = images[found.index(highest)]
+        name = images[labels.index(highest)]
         raise BeelineError(f"{where} gives {name} the label {str(highest)[:40]}; expected a class index below {MAX_CLASSES:,}")
-    if lowest == 1 and highest > 1 and len(set(found)) == highest:
+    if lowest == 1 and highest > 1 and len(set(labels)) == highest:
         raise BeelineError(f"{where} has the labels 1 to {highest}; class indices count from 0: subtract 1 from each")
-    return np.array(found, np.int32)
+    return np.array(labels, np.int32)
 
 
 def summary(classes: Classes) -> str:
-    """What the command says of the classes: how many, and the smallest and the largest of them."""
+    """Summarise the classes for a printed line: how many there are, and the smallest and the largest of them."""
     labels, names = classes
     images = f"{len(labels):,} image{'s' if len(labels) > 1 else ''}"
     if labels.max() < 0:
@@ -92,13 +92,13 @@ def summary(classes: Classes) -> str:
     counts = np.bincount(labels)
     held, empty = np.flatnonzero(counts), np.flatnonzero(counts == 0)
 
-    def said(k: int) -> str:
+    def described(k: int) -> str:
         return f"{counts[k]:,} in class {k}{f' ({names[k]})' if k < len(names) else ''}"
 
     smallest, largest = int(held[counts[held].argmin()]), int(counts.argmax())
-    ends = f"from {said(smallest)} to {said(largest)}"
+    ends = f"from {described(smallest)} to {described(largest)}"
     if counts[smallest] == counts[largest]:
-        ends = said(largest) if len(held) == 1 else f"as many in each: {said(largest)}"
+        ends = described(largest) if len(held) == 1 else f"the same number in each: {described(largest)}"
     text = f"{images} in {len(counts):,} class{'es' if len(counts) > 1 else ''}, {ends}"
     return (
         text if not len(empty) else f"{text}; {len(empty):,} of the classes have no images, the first of them class {empty[0]}"

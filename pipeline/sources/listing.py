@@ -1,7 +1,7 @@
-"""What the names of a folder or zip say: which files are images, what is ignored, and which class each image has.
+"""Interpret the file names of a folder or zip: which files are images, which are ignored, and which class each image has.
 
 Names are relative, with slashes. Classes come from dataset.json as EDM's tool writes it ({"labels": [[name, class], ...]}, or
-null), else from the folders. Folders that can be read in two ways are refused.
+null), else from the folders. Ambiguous folders are refused.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from pipeline.sources.labels import Classes, class_indices, ranked, unlabelled
 from pipeline.sources.pixels import is_image
 
 LISTING = "dataset.json"
-MAX_LISTING = 256 * 2**20  # bytes of dataset.json, and of what it may say of each image
-MAX_ENTRY = 4096
-HIDDEN = ("__MACOSX", "@eaDir", "Thumbs.db", "desktop.ini")  # what systems add, besides names that begin with a dot
+MAX_LISTING = 256 * 2**20  # bytes of dataset.json
+MAX_ENTRY = 4096  # bytes of dataset.json per image
+HIDDEN = ("__MACOSX", "@eaDir", "Thumbs.db", "desktop.ini")  # files that operating systems add, in addition to dot files
 SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval"}
-NUMBERED = re.compile(r"(.*/)?\d{5}/img\d{8}\.\w+")  # EDM's tool: a folder for every thousand images
-NAMED = 3  # of ignored files
+NUMBERED = re.compile(r"(.*/)?\d{5}/img\d{8}\.\w+")  # EDM's tool makes a folder for every thousand images
+NAMED = 3  # ignored files named in a message
 
 
 class Entries(NamedTuple):
-    """The names of a source, sorted, by what they are."""
+    """Names in a source, sorted, by kind."""
 
     images: list[str]
     tables: list[str]
@@ -35,7 +35,7 @@ class Entries(NamedTuple):
     others: list[str]
 
     def ignored(self) -> list[str]:
-        """Lines that say what is left out."""
+        """Return lines that say which files are ignored."""
         kinds = {"hidden": self.hidden, "other": self.others}
         return [f"ignored {_counted(names, kind)}" for kind, names in kinds.items() if names]
 
@@ -46,7 +46,7 @@ def _counted(names: Sequence[str], kind: str) -> str:
 
 
 def sorted_out(names: Iterable[str]) -> Entries:
-    """The names by what they are: images and tables by suffix, dataset.json, files that systems hide, and others."""
+    """Sort the names by kind: images and tables by suffix, dataset.json, hidden files, and others."""
     entries = Entries([], [], [], [], [])
     for name in sorted(names):
         parts = name.split("/")
@@ -62,15 +62,15 @@ def sorted_out(names: Iterable[str]) -> Entries:
 
 
 def require_images(entries: Entries, where: str) -> None:
-    """Raise BeelineError, saying what is there, unless there are images."""
+    """Raise BeelineError, listing what was found, unless there are images."""
     if entries.images:
         return
     names = {os.path.basename(name) for name in entries.others}
     if names & {"data_batch_1", "data_batch_1.bin"}:
-        raise BeelineError(f"{where} is CIFAR-10's archive unpacked; give the archive itself, cifar-10-python.tar.gz")
+        raise BeelineError(f"{where} is CIFAR-10's archive, unpacked; give the archive itself, cifar-10-python.tar.gz")
     if any(name.endswith(".arrow") for name in names):
         raise BeelineError(
-            f"{where} was written by save_to_disk of the library datasets; write it as Parquet, with to_parquet, and give "
+            f"{where} was written by save_to_disk of the datasets library; write it as Parquet with to_parquet, and give "
             "that file"
         )
     kinds = {"hidden": entries.hidden, "other": entries.others, "Parquet": entries.tables}
@@ -79,19 +79,23 @@ def require_images(entries: Entries, where: str) -> None:
 
 
 def check_splits(words: Mapping[str, str], where: str) -> None:
-    """Raise BeelineError if several parts of a data set, train and test say, lie together; `words` are lower-case, with the
-    names that they come from."""
-    found = sorted(name for word, name in words.items() if word in SPLITS)
-    if len(found) > 1:
+    """Raise BeelineError if several splits of a data set, such as train and test, lie together.
+
+    `words` maps lower-case words to the names they come from.
+    """
+    splits = sorted(name for word, name in words.items() if word in SPLITS)
+    if len(splits) > 1:
         raise BeelineError(
-            f"{where} holds several parts of a data set: {', '.join(found)}. Images of all of them would be mixed; give the "
+            f"{where} holds several splits of a data set: {', '.join(splits)}. Images of all of them would be mixed; give the "
             "one to train on as images.source, in a folder or zip of its own"
         )
 
 
 def classes_of(entries: Entries, where: str, read: Callable[[str, int], bytes]) -> tuple[Classes, list[str]]:
-    """The classes of `entries.images`, and lines on where they come from; `read(name, most)` reads a file of at most `most`
-    bytes."""
+    """Return the classes of `entries.images`, and lines about where they come from.
+
+    `read(name, most)` reads a file of at most `most` bytes.
+    """
     if not entries.listings:
         return _from_folders(entries.images, where)
     if len(entries.listings) > 1:
@@ -105,19 +109,19 @@ def classes_of(entries: Entries, where: str, read: Callable[[str, int], bytes]) 
 
 
 def clean(name: str) -> str:
-    """A name of an archive or of dataset.json with slashes, and without what leads up, to the root, or nowhere."""
+    """Normalise a name from an archive or dataset.json: forward slashes, no empty, "." or ".." parts, so it stays inside."""
     return "/".join(part for part in name.replace("\\", "/").split("/") if part not in ("", ".", ".."))
 
 
-def _from_listing(found: Any, listing: str, images: Sequence[str], where: str) -> Classes:
-    if not isinstance(found, dict) or "labels" not in found:
+def _from_listing(content: Any, listing: str, images: Sequence[str], where: str) -> Classes:
+    if not isinstance(content, dict) or "labels" not in content:
         raise BeelineError(
             f'{listing} in {where} has no "labels"; expected {{"labels": [[name, class], ...]}} or {{"labels": null}}'
         )
-    if found["labels"] is None:
+    if content["labels"] is None:
         return unlabelled(len(images))
     folder = os.path.dirname(listing)
-    pairs = found["labels"].items() if isinstance(found["labels"], dict) else found["labels"]
+    pairs = content["labels"].items() if isinstance(content["labels"], dict) else content["labels"]
     labels = {os.path.join(folder, clean(name)): label for name, label in pairs}
     if len(labels) < len(pairs):
         raise BeelineError(
@@ -129,19 +133,21 @@ def _from_listing(found: Any, listing: str, images: Sequence[str], where: str) -
     absent = sorted(labels.keys() - set(images))
     if absent:
         raise BeelineError(
-            f"{listing} in {where} lists {len(absent):,} images that are not there, the first of them {absent[0]}; complete "
-            "the data set, or take them out of the list"
+            f"{listing} in {where} lists {len(absent):,} images that do not exist, the first of them {absent[0]}; complete "
+            "the data set, or remove them from the list"
         )
     return class_indices([labels[name] for name in images], images, f"{listing} in {where}")
 
 
 def _from_folders(images: Sequence[str], where: str) -> tuple[Classes, list[str]]:
-    """With more than one folder of images, these are the classes."""
+    """Use folders as classes if images lie in more than one folder."""
     folders = sorted({os.path.dirname(name) for name in images})
     if len(folders) == 1:
         return unlabelled(len(images)), []
     if all(NUMBERED.fullmatch(name) for name in images):
-        return unlabelled(len(images)), [f"numbered folders as EDM's tool makes them are no classes, and there is no {LISTING}"]
+        return unlabelled(len(images)), [
+            f"no classes: numbered folders, as EDM's tool makes them, are not classes, and {LISTING} is missing"
+        ]
     base = os.path.commonpath(folders)
     inner = [name[len(base) + 1 :] if base else name for name in images]
     loose = [name for name in inner if "/" not in name]
@@ -151,8 +157,8 @@ def _from_folders(images: Sequence[str], where: str) -> tuple[Classes, list[str]
     )
     if loose:
         raise BeelineError(
-            f"{where} holds {len(loose):,} images beside its folders of images, the first of them {loose[0]}; expected "
-            "folders, one for each class, or images alone"
+            f"{where} holds {len(loose):,} images next to its folders of images, the first of them {loose[0]}; expected "
+            "one folder for each class, or only images"
         )
     first: dict[str, str] = {}
     for top, name in zip(tops, images, strict=True):

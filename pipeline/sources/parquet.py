@@ -1,7 +1,7 @@
-"""Parquet with a column of encoded images, plain binary or {bytes, path} as on the Hugging Face Hub, and perhaps one of
-classes.
+"""Parquet files with a column of encoded images, plain binary or {bytes, path} as on the Hugging Face Hub, and optionally a
+column of classes.
 
-Its row groups are read from start to end, a page at a time: a single image cannot be read without those before it.
+Row groups are read from start to end, a page at a time: an image cannot be read without those before it.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ CLASS_TYPES = (
 )
 MAGIC = b"PAR1"
 ROWS = 8  # images decoded from Parquet at once
-MAX_RATIO = 100  # by which Parquet with images can be compressed: they are compressed already
-FEW = 2**20  # rows that even a small file may have: cells that are repeated take no space
+MAX_RATIO = 100  # compression ratio that images in Parquet can reach; they are compressed already
+FEW = 2**20  # rows that even a small file may have, because repeated cells take no space
 BUFFER = 2**20  # bytes read at once
 
 
 class Columns(NamedTuple):
-    """The columns of images and of classes (None without), and the classes' names."""
+    """Names of the columns of images and of classes (None if there is none), and the classes' names."""
 
     image: str
     label: str | None
@@ -47,7 +47,7 @@ class Columns(NamedTuple):
 
 
 class ParquetImages:
-    """The rows of the file `config.source`, or of the files in it, `entries`, one after the other."""
+    """Rows of the file `config.source`, or of the files `entries` in that folder, one file after the other."""
 
     sequential = True
 
@@ -61,19 +61,19 @@ class ParquetImages:
         columns: Columns | None = None
         for file in files:
             with reading(f"{file} cannot be read", "expected a Parquet file with a column of images"):
-                found, more = self._survey(file)
-            if columns is not None and found[:2] != columns[:2]:
+                file_columns, more = self._survey(file)
+            if columns is not None and file_columns[:2] != columns[:2]:
                 raise BeelineError(
-                    f"{file} has the columns {_said(found)}, {files[0]} {_said(columns)}; expected the same in all files of "
-                    f"{config.source}"
+                    f"{file} has the columns {_described(file_columns)}, {files[0]} {_described(columns)}; expected the same "
+                    f"in all files of {config.source}"
                 )
-            columns = found
+            columns = file_columns
             labels += more
         if columns is None or not self.names:
             raise BeelineError(f"{config.source} holds no rows; expected Parquet with images")
         self._column = columns.image
         self.classes: Classes = unlabelled(len(self.names))
-        self.notes = [f"images and classes from the columns {_said(columns)}", *entries.ignored()]
+        self.notes = [f"images and classes from the columns {_described(columns)}", *entries.ignored()]
         if columns.label:
             with reading(f"the column {columns.label} of {config.source} cannot be read", "expected class indices"):
                 classes = class_indices(labels, self.names, f"the column {columns.label} of {config.source}")
@@ -81,21 +81,21 @@ class ParquetImages:
         if columns.others:
             self.notes.append(f"ignored the columns {', '.join(columns.others)}")
         self._starts = np.array([start for start, *_ in self._groups])
-        self._at: tuple[int, int] = (-1, 0)  # row group, and first row of the batch that was read last
+        self._at: tuple[int, int] = (-1, 0)  # row group, and first row of the last batch read
         self._batch: pa.Array = pa.nulls(0)
         self._batches: Iterator[pa.RecordBatch] = iter(())
         with reading(f"{files[0]} cannot be read", "expected a Parquet file with a column of images"):
             if all(_encoded(self._value(row)) is None for row in range(min(ROWS, len(self.names)))):
                 raise BeelineError(
-                    f"{files[0]} holds the paths of its images and not the images: column {columns.image} has no bytes. Write "
-                    "it again with the images in it (datasets: embed_external_files=True), or give the folder of images"
+                    f"{files[0]} holds only the paths of its images: column {columns.image} has no bytes. Write it again with "
+                    "the images in it (datasets: embed_external_files=True), or give the folder of images"
                 )
 
     def image(self, index: int) -> np.ndarray:
         return self.pixels.decoded(lambda: _bytes(self._value(index)), self.names[index])
 
     def _survey(self, file: str) -> tuple[Columns, list[Any]]:
-        """The columns of a file, and its labels; its row groups are noted down."""
+        """Read the columns of a file and its labels, and record its row groups."""
         _require_parquet(file)
         with pq.ParquetFile(file) as opened:
             metadata, columns = opened.metadata, _columns(opened.schema_arrow, file)
@@ -109,7 +109,7 @@ class ParquetImages:
             return columns, _labels(opened, columns.label, file) if columns.label else []
 
     def _value(self, index: int) -> Any:
-        """The cell of a row. Rows are read on from the last one; a row before it means to start again."""
+        """Return the cell of a row. Continues from the last row read; an earlier row restarts the row group."""
         number = int(np.searchsorted(self._starts, index, side="right")) - 1
         group, start = self._at
         if number != group or index < start:
@@ -125,7 +125,7 @@ class ParquetImages:
 
 
 def _labels(opened: pq.ParquetFile, column: str, file: str) -> list[Any]:
-    """The cells of a column. Words are read as a dictionary, so that one that is repeated takes its memory once."""
+    """Read the cells of a column. Strings are read as a dictionary, so that a repeated word is in memory once."""
     kind = opened.schema_arrow.field(column).type
     if not any(is_kind(kind) for is_kind in CLASS_TYPES):
         raise BeelineError(f"the column {column} of {file} holds {kind}; expected one class for each image: a number or a word")
@@ -151,7 +151,7 @@ def _require_parquet(file: str) -> None:
 
 
 def _words(file: str, source: str) -> list[str]:
-    """The words of a file's name within the source, in lower case."""
+    """Split a file's name within the source into words, in lower case."""
     name = os.path.relpath(file, source) if file != source else ""
     return re.split(r"[^a-z]+", name.lower())
 
@@ -161,7 +161,8 @@ def _columns(schema: pa.Schema, file: str) -> Columns:
     if len(images) != 1:
         types = ", ".join(f"{field.name} ({field.type})" for field in schema)
         raise BeelineError(
-            f"{file} has the columns {types}; expected one of images (binary, or a struct with bytes), found {len(images)}"
+            f"{file} has the columns {types}; expected one column of images (binary, or a struct with bytes), found "
+            f"{len(images)}"
         )
     classes = _class_names(schema)
     known = sorted((name for name in schema.names if name.lower() in LABELS), key=lambda name: LABELS.index(name.lower()))
@@ -171,12 +172,12 @@ def _columns(schema: pa.Schema, file: str) -> Columns:
 
 
 def _class_names(schema: pa.Schema) -> dict[str, Sequence[str]]:
-    """The columns that the Hub's metadata call class labels, with the names of their classes."""
+    """Return the columns that the Hub's metadata declare as class labels, with the names of their classes."""
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
         kinds = {name: kind for name, kind in features.items() if isinstance(kind, dict) and kind.get("_type") == "ClassLabel"}
         return {name: [str(word) for word in kind.get("names", ())] for name, kind in kinds.items() if name in schema.names}
-    except (KeyError, TypeError, AttributeError, ValueError):  # a note by other software, which may be anything
+    except (KeyError, TypeError, AttributeError, ValueError):  # metadata of other software can be anything
         return {}
 
 
@@ -190,14 +191,16 @@ def _holds_images(kind: pa.DataType) -> bool:
 
 
 def _check_sizes(groups: Sequence[pq.RowGroupMetaData], file: str) -> None:
-    """Raise BeelineError if row groups ask for far more memory than the file's size allows. Only row groups are asked: on
-    damaged facts about columns Arrow ends the process."""
+    """Raise BeelineError if row groups claim far more memory than the file's size allows.
+
+    Reads only the row groups' own sizes: Arrow crashes the process on damaged column metadata.
+    """
     rows, size = sum(group.num_rows for group in groups), os.path.getsize(file)
     unpacked = max((group.total_byte_size for group in groups), default=0)
     few = all(group.num_rows >= 0 for group in groups) and rows <= max(size, FEW)
     if not few or unpacked > max(MAX_BYTES, MAX_RATIO * size):
         raise BeelineError(
-            f"{file} has {size:,} bytes and claims {rows:,} rows, and row groups of up to {unpacked:,} bytes; it is damaged, "
+            f"{file} has {size:,} bytes but claims {rows:,} rows, and row groups of up to {unpacked:,} bytes; it is damaged, "
             "or was not written for images"
         )
 
@@ -216,5 +219,5 @@ def _bytes(value: Any) -> bytes:
     return data
 
 
-def _said(columns: Columns) -> str:
+def _described(columns: Columns) -> str:
     return f"{columns.image} and {columns.label}" if columns.label else f"{columns.image} without classes"

@@ -1,4 +1,4 @@
-"""A part of a source: for rehearsals, which need a few images of every class."""
+"""Part of a source, for rehearsals, which need a few images of every class."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pipeline.sources.labels import Classes
 
 
 class Part:
-    """`count` images of a source, evenly spread over its classes, the highest class among them: it tells their number."""
+    """`count` images of a source, spread evenly over its classes and including the highest class, which gives their number."""
 
     def __init__(self, source: Any, count: int) -> None:
         labels, classes = source.classes
@@ -19,8 +19,8 @@ class Part:
         self._source, self._chosen = source, chosen
         self.classes, self.pixels, self.sequential = Classes(labels[chosen], classes), source.pixels, source.sequential
         self.names: list[str] = [source.names[int(i)] for i in chosen]
-        self.notes = [*source.notes, f"{count:,} of {len(labels):,} images are taken (--images.limit)"]
+        self.notes = [*source.notes, f"{count:,} of {len(labels):,} images are used (--images.limit)"]
 
     def image(self, index: int) -> np.ndarray:
-        """As the source's own, of the part's index."""
+        """Return image `index` of the part as the source does."""
         return self._source.image(int(self._chosen[index]))

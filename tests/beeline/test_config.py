@@ -176,6 +176,7 @@ def test_recipes_are_consistent(recipe: str) -> None:
         assert student.name == name
         for phase in student.phases.values():
             how = phase.objective.sampling()
+            assert how is not None
             assert how.num_steps == made.pairs.num_steps
             for text in (*made.few_steps, *made.sweep.schedules, *made.evaluate.steps):
                 check_steps([int(part) for part in text.split(",")], how.num_steps)

@@ -9,7 +9,7 @@ CODE = """
 import importlib, pkgutil, sys
 import beeline
 names = [module.name for module in pkgutil.walk_packages(beeline.__path__, "beeline.")]
-assert "beeline.sampling.samplers" in names and "beeline.networks.layers" in names, names
+assert "beeline.sampling.solvers" in names and "beeline.networks.layers" in names, names
 for name in names:
     importlib.import_module(name)
 print(*sorted({"ray", "fsspec", "s3fs", "boto3", "pyarrow", "tyro"} & sys.modules.keys()))

@@ -24,7 +24,8 @@ def test_a_recipe_is_consistent(name: str) -> None:
     for key, student in recipe.students.items():
         assert student.name == key
         assert student.running
-        assert {phase.objective.sampling().num_steps for phase in student.phases.values()} == {recipe.pairs.num_steps}
+        samplings = [phase.objective.sampling() for phase in student.phases.values()]
+        assert {how and how.num_steps for how in samplings} == {recipe.pairs.num_steps}
         assert student.batch_size % student.workers.count == 0
     assert recipe.sweep.init == next(iter(recipe.main.models())) == "students/lmm/reconstruction"
     pair_bytes = 4 * network.img_channels * network.img_resolution**2

@@ -49,7 +49,7 @@ def test_the_documented_recipe_works_as_printed(run: Run, tmp_path: Path, monkey
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(chance.integers(0, 256, (40, 30, 3), np.uint8)).save(folder / f"{k}.jpg")
     done = run("pipeline/ingest_images.py", "recipes:photos", cwd=tmp_path)
-    assert "images: 20 images in 10 classes, as many in each: 2 in class 0 (0)" in done.stdout
+    assert "images: 20 images in 10 classes, the same number in each: 2 in class 0 (0)" in done.stdout
     assert (tmp_path / "runs/photos/images/_SUCCESS").exists()
     monkeypatch.syspath_prepend(str(tmp_path))
     recipe = find("recipes:photos", seed=3)

@@ -24,7 +24,7 @@ from cluster.rehearsal import substitutes
 from cluster.rehearsal.outcome import LONGEST, Outcome, reason, text
 from cluster.rehearsal.shrink import shrunk
 from cluster.rehearse import all_steps, clear
-from pipeline.stage import publish_model
+from pipeline.model_folders import publish_model
 from pipeline.storage import Folder
 
 pytestmark = pytest.mark.timeout(1800)  # the rehearsal itself, on a slow machine

@@ -30,10 +30,11 @@ from beeline.pixels import quantised
 from beeline.sampling.few_step import FewStep, parse_steps
 from beeline.weights import dump_backbone
 from evaluation import results
+from evaluation.bench import Bench, Setup
 from evaluation.evaluate import Measurement
-from evaluation.jobs import Bench, Judge, RealImages, Samples, Setup
+from evaluation.jobs import Judge, RealImages, Samples
 from evaluation.reference import FEATURES, STATISTICS, groups, merge_reference, reference_folder
-from evaluation.rows import teacher_row
+from evaluation.samplings import teacher_sampling
 from pipeline.shards import encode, shard_name
 from pipeline.sheet import GAP, sheet_png
 from pipeline.stage import Stage
@@ -217,7 +218,7 @@ def test_samples_that_are_not_finite_have_no_figure(workspace: Path) -> None:
     config = EvaluateConfig(batch_size=4)
     setup = Setup(workspace=place, recipe="digits", config=config, images=plan, pairs=None, count=100)
     with pytest.raises(BeelineError, match="teacher makes NaN or infinite samples by 'euler 1' in precision fp32"):
-        Bench(setup, [Samples("teacher", teacher_row(1), 0, 0, range(4))]).work(0)
+        Bench(setup, [Samples("teacher", teacher_sampling(1), 0, 0, range(4))]).work(0)
     assert not (workspace / "evaluation").exists()
     model.few_step = FewStep(num_steps=4)
     judge = Validation(place, "digits", plan, count=100, seed=0, device=torch.device("cpu"))
@@ -225,14 +226,14 @@ def test_samples_that_are_not_finite_have_no_figure(workspace: Path) -> None:
 
 
 def test_few_evaluations_of_a_teacher_are_euler() -> None:
-    assert [(teacher_row(n).solver, teacher_row(n).num_steps) for n in (35, 15, 9, 1)] == [
+    assert [(teacher_sampling(n).solver, teacher_sampling(n).num_steps) for n in (35, 15, 9, 1)] == [
         ("heun", 18),
         ("heun", 8),
         ("euler", 9),
         ("euler", 1),
     ]
     with pytest.raises(BeelineError, match="nfe 16 cannot be had"):
-        teacher_row(16)
+        teacher_sampling(16)
     with pytest.raises(BeelineError, match="not indices separated by commas"):
         parse_steps("0;8")
 
@@ -251,7 +252,7 @@ def test_pretrained_features_from_images_to_figures(trained: Path, tmp_path: Pat
     images = {"images": {"count": 2 * size, "shard_size": size, "num_classes": 10}}
     config = EvaluateConfig(features=("inception",), draws=1, samples=4, shard_size=size, neighbours=8)
     setup = Setup(workspace=place, recipe="digits", config=config, images=images, pairs=None, count=2 * size)
-    made = Measurement("teacher", Stage(place, "evaluation/teacher", {}), [teacher_row(1)], True)
+    made = Measurement("teacher", Stage(place, "evaluation/teacher", {}), [teacher_sampling(1)], True)
     real = [RealImages("inception", group) for group in range(2)]
     jobs = [*real, *made.samples(setup), *made.sheets(setup), *made.judgements(setup)]
     bench = Bench(setup, jobs)
@@ -260,7 +261,7 @@ def test_pretrained_features_from_images_to_figures(trained: Path, tmp_path: Pat
     merge_reference(place / reference_folder("inception"), [job.file for job in real])
     for number in range(len(real), len(jobs)):
         bench.work(number)
-    results.publish(setup, "teacher", made.rows, {"plan": "a test's"}, straight=True)
+    results.publish(setup, "teacher", made.samplings, {"plan": "a test's"}, straight=True)
     metrics = (place / "evaluation/teacher").read_json("metrics.json")
     assert [row["metric"] for row in metrics["rows"]] == [
         "fid_16", "is_16", "precision_8", "recall_8", "density_8", "coverage_8", "authenticity_8",
@@ -284,7 +285,7 @@ def test_a_reference_file_takes_the_place_of_the_images(tmp_path: Path) -> None:
     (folder / "evaluation/teacher").write("part-0.npz", pack(part))
     config = EvaluateConfig(features=("inception",))
     setup = Setup(workspace=folder, recipe="digits", config=config, images={}, pairs=None, count=20)
-    judge = Judge("teacher", teacher_row(1), 0, ("part-0.npz",))
+    judge = Judge("teacher", teacher_sampling(1), 0, ("part-0.npz",))
 
     def judged(setup: Setup) -> dict[str, float]:
         Bench(setup, [judge]).work(0)
@@ -312,10 +313,10 @@ def test_items_cover_every_row_draw_and_sample_once(tmp_path: Path) -> None:
     config = EvaluateConfig(draws=3, shard_size=7)
     folder = Folder(str(tmp_path))
     setup = Setup(workspace=folder, recipe="digits", config=config, images={}, pairs=None, count=20)
-    rows = [teacher_row(35), teacher_row(1)]
+    rows = [teacher_sampling(35), teacher_sampling(1)]
     made = Measurement("teacher", Stage(folder, "evaluation/teacher", {}), rows, True)
     jobs = made.samples(setup)
-    seen = [(job.row.nfe, job.draw, i) for job in jobs for i in job.indices]
+    seen = [(job.sampling.nfe, job.draw, i) for job in jobs for i in job.indices]
     assert seen == [(nfe, draw, i) for nfe in (35, 1) for draw in range(3) for i in range(20)]
     assert len({job.file for job in jobs}) == len(jobs)
     judged = made.judgements(setup)

@@ -24,10 +24,10 @@ from harness import ROOT, TINY_PAIRS, Head, Run, files, wait_for
 
 import beeline
 from beeline.errors import BeelineError
-from beeline.noise import crc32, x0
+from beeline.noise import crc32, unit_noise
 from beeline.recipes import digits
+from beeline.sampling import Sampling, sample
 from beeline.sampling.inference import prepare
-from beeline.sampling.samplers import sample
 from pipeline import prometheus
 from pipeline.gen_pairs import PairShards, plan_of
 from pipeline.reader import ShardReader
@@ -90,9 +90,9 @@ def test_pairs_are_the_teachers_and_x0_is_not_stored(trained: Path) -> None:
     assert set(pq.read_schema(trained / "pairs" / "part-00003.parquet").names) == {"index", "label", "x1"}
     assert list(indices) == list(range(150, 200))
     assert labels.tolist() == [i % 10 for i in indices]
-    assert metadata["x0_crc32"] == crc32(x0(0, indices, (1, 8, 8)))
+    assert metadata["x0_crc32"] == crc32(unit_noise(0, indices, (1, 8, 8)))
     teacher = beeline.load(trained / "teacher")
-    again = sample(teacher, indices.tolist(), torch.from_numpy(labels.copy()), seed=0)
+    again = sample(teacher, indices.tolist(), torch.from_numpy(labels.copy()), Sampling(), seed=0)
     np.testing.assert_allclose(again.numpy(), x1, atol=1e-4)
 
 
@@ -108,7 +108,7 @@ def test_pairs_of_a_calibrated_solver(run: Run, trained: Path, tmp_path: Path) -
     teacher = beeline.load(workspace / "teacher")
     assert metadata["plan"]["pairs"]["solver"] == "calibrated"
     assert tuple(metadata["plan"]["sigmas"]) == teacher.levels
-    again = sample(teacher, indices.tolist(), torch.from_numpy(labels.copy()), seed=0, solver="calibrated")
+    again = sample(teacher, indices.tolist(), torch.from_numpy(labels.copy()), Sampling(solver="calibrated"), seed=0)
     np.testing.assert_allclose(again.numpy(), x1, atol=1e-4)
 
 
@@ -187,7 +187,7 @@ def test_what_is_watched(head: Head, trained: Path, tmp_path: Path) -> None:
     wait_for(lambda: series <= head.metrics().keys(), 120, f"{series} on the endpoint")
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
-    assert "pairs: 0 of 60 shards are there (0.00 GB); 1,500 of 1,500 pairs are left, 35 evaluations each" in output
+    assert "pairs: 0 of 60 shards exist (0.00 GB); 1,500 of 1,500 pairs are left, 35 evaluations each" in output
     assert re.search(
         r"pairs: [\d,]+ of 1,500 pairs, [\d.]+/s, \d+ s left; 0\.\d\d actor-hours costing \d+\.\d\d so far", output
     )
@@ -220,7 +220,7 @@ def test_a_full_disk_loses_nothing(trained: Path, tmp_path: Path) -> None:
     there = (tmp_path / "listing").read_text().split()
     assert not [name for name in there if name.endswith(".tmp")]
     shards = sum(name.startswith("part-") for name in there)
-    assert f"pairs: {shards} of 6 shards are there" in (tmp_path / "second").read_text()
+    assert f"pairs: {shards} of 6 shards exist" in (tmp_path / "second").read_text()
     assert files(kept, "part-*") == files(trained / "pairs", "part-*")
 
 

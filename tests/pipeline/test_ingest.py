@@ -118,5 +118,5 @@ def test_a_source_that_differs_from_machine_to_machine_is_refused(tmp_path: Path
     config = ImagesConfig(source=str(in_class_order(tmp_path / "a.parquet", 2, 2)), resolution=4, channels=1)
     plan = {"images": {"listing_sha256": listing_digest(open_source(config), shuffled(4))}}
     in_class_order(tmp_path / "a.parquet", 3, 2)
-    with pytest.raises(BeelineError, match="holds other images here than where the command was started"):
+    with pytest.raises(BeelineError, match="holds other images here than on the machine that started the command"):
         ImageShards(Folder(str(tmp_path)), plan, config, [])

@@ -37,7 +37,7 @@ def shard(kind: str, k: int, plan: dict[str, Any]) -> bytes:
     rows = shards.shard_rows(k, SIZE, COUNT)
     if kind == "images":
         return shards.encode("image", IMAGES[rows], LABELS[rows], rows, plan)
-    return shards.encode("x1", X1[rows], LABELS[rows], rows, plan, x0_crc32=noise.crc32(noise.x0(3, rows, (1, 4, 4))))
+    return shards.encode("x1", X1[rows], LABELS[rows], rows, plan, x0_crc32=noise.crc32(noise.unit_noise(3, rows, (1, 4, 4))))
 
 
 @pytest.fixture(params=KINDS)
@@ -63,7 +63,7 @@ def everything(folder: Folder, kind: str) -> None:
     assert rows["index"][order].tolist() == list(range(COUNT))
     right(rows["image" if kind == "images" else "x1"][order], rows["label"][order], kind)
     if kind == "pairs":
-        np.testing.assert_array_equal(rows["noise"], noise.x0(3, rows["index"], (1, 4, 4)))
+        np.testing.assert_array_equal(rows["noise"], noise.unit_noise(3, rows["index"], (1, 4, 4)))
     parts = [decoded(folder, k) for k in range(3)]
     right(np.concatenate([part.images for part in parts]), np.concatenate([part.labels for part in parts]), kind)
     np.testing.assert_array_equal(real_labels(folder, config), LABELS)
@@ -143,13 +143,13 @@ def with_labels(labels: np.ndarray, kind: Any = None) -> Callable[[pa.Table], pa
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (with_labels(np.roll(LABELS[8:16], 1)), "row group 0 has another CRC-32"),
+        (with_labels(np.roll(LABELS[8:16], 1)), "the CRC-32 of row group 0 does not match"),
         (with_labels(np.full(8, CLASSES)), f"expected 3 of {CLASSES} classes"),
         (with_labels(np.full(8, -2)), "expected 3 of"),
         (with_labels(LABELS[8:16], pa.int64()), "index and label are"),
         (with_labels(LABELS[8:16], pa.float32()), "index and label are"),
         (lambda table: table.take([1, 0, *range(2, 8)]), "expected"),
-        (lambda table: table.slice(0, 7), "7 rows in 3 row groups where 8"),
+        (lambda table: table.slice(0, 7), "7 rows in 3 row groups; expected 8"),
     ],
 )
 def test_what_a_row_group_says_is_compared_with_the_plan(

@@ -56,7 +56,7 @@ def test_addresses_that_lead_nowhere(address: str, said: str) -> None:
 
 def test_another_server_is_not_taken_for_a_head(web_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime, "TIMEOUT", 1)
-    with pytest.raises(BeelineError, match=f"what answers at {web_server} is not a head of Ray"):
+    with pytest.raises(BeelineError, match=f"the server at {web_server} is not a Ray head"):
         find_head(web_server)
 
 

@@ -149,7 +149,7 @@ def test_a_corrupt_shard_on_s3_is_found_and_made_again(
     again = gen_pairs()
     assert again.returncode == 0, again.stderr
     assert "part-00002.parquet: unreadable" in again.stdout
-    assert "4 of 6 shards are there" in again.stdout
+    assert "4 of 6 shards exist" in again.stdout
     assert {k: pairs.read(k) for k in pairs.sizes() if k.startswith("part")} == files(trained / "pairs", "part-*")
     other = gen_pairs("--pairs.seed", "7")
     assert other.returncode == 1

@@ -246,15 +246,15 @@ REFUSED: list[tuple[str, Make, str]] = [
     ("a web page", lambda p: folder(p, **{"a.zip": b"<!DOCTYPE html><html>404"}) / "a.zip", "it is a web page"),
     ("a pointer of Git LFS", lambda p: folder(p, **{"a.parquet": b"version https://git-lfs.github.com/spec/v1"}),
      "git lfs pull"),
-    ("train and val", lambda p: folder(p, "train/a/0.png", "val/a/1.png"), "several parts of a data set: train, val"),
+    ("train and val", lambda p: folder(p, "train/a/0.png", "val/a/1.png"), "several splits of a data set: train, val"),
     ("train and test, each with labels",
      lambda p: folder(p, "train/a.png", "train/dataset.json", "test/a.png", "test/dataset.json"), "holds 2 data sets"),
     ("images beside class folders", lambda p: folder(p, "cat/0.png", "dog/0.png", "1.png"),
-     r"1 images beside its folders of images, the first of them 1\.png"),
+     r"1 images next to its folders of images, the first of them 1\.png"),
     ("two levels of classes", lambda p: folder(p, "animal/cat/0.png", "animal/dog/0.png", "car/0.png"),
      "animal/cat and animal/dog"),
-    ("a pipe", pipe, r"1\.png is no file"),
-    ("a link that leads nowhere", nowhere, r"1\.png is no file"),
+    ("a pipe", pipe, r"1\.png is not a regular file"),
+    ("a link that leads nowhere", nowhere, r"1\.png is not a regular file"),
     ("images and Parquet", both,
      "images .* and Parquet"),
     ("save_to_disk", lambda p: folder(p, "data-00000-of-00001.arrow", "state.json"), "save_to_disk.*to_parquet"),
@@ -269,7 +269,7 @@ REFUSED: list[tuple[str, Make, str]] = [
     ("a huge label", lambda p: listed(p, each(0, 2**40, 1, 1)), "label 1099511627776; expected a class index below"),
     ("labels from 1", lambda p: listed(p, each(1, 2, 3, 1)), "labels 1 to 3; class indices count from 0"),
     ("too few labels", lambda p: listed(p, each(0, 1, 0, 1)[:3]), "no label for 1 images, the first of them 00001/img00000003"),
-    ("too many labels", lambda p: listed(p, each(0, 1, 0, 1), EDM[:3]), "lists 1 images that are not there"),
+    ("too many labels", lambda p: listed(p, each(0, 1, 0, 1), EDM[:3]), "lists 1 images that do not exist"),
     ("labels twice", lambda p: listed(p, [*each(0, 1, 0, 1), [EDM[0], 1]]), "lists 1 names twice"),
     ("no labels", lambda p: listed(p, b'{"classes": []}'), 'has no "labels"'),
     ("a list for a dict", lambda p: listed(p, b"[]"), 'has no "labels"'),
@@ -282,7 +282,7 @@ REFUSED: list[tuple[str, Make, str]] = [
     ("a zip without images", lambda p: zipped(p, "a.txt"), r"no images in .*1 other file \(a\.txt\)"),
     ("half a zip", lambda p: folder(p, **{"a.zip": zipped(p, *EDM).read_bytes()[:300]}) / "a.zip", "neither"),
     ("paths without bytes", lambda p: table(p, image=[{"bytes": None, "path": "/a.png"}] * 2),
-     "paths of its images and not the images"),
+     "holds only the paths of its images"),
     ("two columns of images", lambda p: table(p, image=cells(), mask=cells()), "found 2"),
     ("lists of images", lambda p: table(p, images=[cells(), cells()]), r"images \(list<.*found 0"),
     ("Parquet, a huge label", lambda p: table(p, image=cells(1), label=[2**40]), "row 0 the label 1099511627776"),
@@ -291,13 +291,13 @@ REFUSED: list[tuple[str, Make, str]] = [
     ("no rows", lambda p: table(p, image=pa.array([], pa.binary())), "holds no rows"),
     ("Parquet of train and test",
      splits,
-     "several parts of a data set: test-00000-of-00001.parquet, train-"),
+     "several splits of a data set: test-00000-of-00001.parquet, train-"),
     ("schemas that differ",
      mixed,
      "1.parquet has the columns img without classes, .*0.parquet image and label"),
     ("one batch of CIFAR's", lambda p: tarred(p, {"data_batch_1": batch()}), "a tar with data_batch_1 alone"),
     ("CIFAR-10 for C", lambda p: tarred(p, {f"data_batch_{k}.bin": b"\0" for k in range(1, 6)}), "is damaged|a tar with"),
-    ("a tar of images", lambda p: tarred(p, {"a/0.png": PNG, "b/0.png": PNG}), "a tar with none of them.*must be unpacked"),
+    ("a tar of images", lambda p: tarred(p, {"a/0.png": PNG, "b/0.png": PNG}), "a tar with none of them.*unpack any other tar"),
     ("labels that are too few for a batch", lambda p: cifar(p, data_batch_3=batch(labels=[1])),
      "data_batch_3 in .* is damaged"),
     ("a batch of 10 bytes that asks for 3 GB", lambda p: cifar(p, data_batch_1=b"\x80\x02Nr\xff\xff\xff\x7f."),
@@ -323,9 +323,9 @@ CORRUPT: list[tuple[str, bytes, str]] = [
     ("truncated", picture(form="JPEG")[:300], "(?i)truncated"),
     ("a web page", b"<html>", "it is a web page"),
     ("a pointer of Git LFS", b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
-    ("EPS, which is a program", picture(form="EPS"), "no known format"),
+    ("EPS, which is a program", picture(form="EPS"), "unknown format"),
     ("too many pixels", pixel_bomb(), "decompression bomb"),
-    ("floats", picture(mode="F", form="TIFF"), "32 bits"),
+    ("floats", picture(mode="F", form="TIFF"), "32-bit pixels"),
 ]  # fmt: skip
 
 
@@ -431,7 +431,7 @@ def test_of_a_film_the_first_frame_is_taken_and_it_is_said(tmp_path: Path) -> No
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
     image, changes = pixels(tmp_path)
     assert image.max() == 50
-    assert changes == {"had several frames, of which the first was taken": 1}
+    assert changes == {"had several frames; the first was used": 1}
 
 
 # The command ------------------------------------------------------------------------------------------------------------
@@ -444,10 +444,10 @@ SHARED: dict[str, list[int] | str] = {
     "c14_float.zip": "whole number", "c16_words.zip": [0] * 6, "c18_trailingcomma.zip": "dataset.json in .* cannot be read",
     "c19b_onebased.zip": "count from 0", "c20_negative.zip": "no class", "c20b_huge.zip": "below",
     "c22_backslash.zip": [0, 1, 0, 1, 0, 1], "c23_enc.zip": "is encrypted", "c24_deflate64.zip": "with Deflate64",
-    "c25_baddeflate.zip": "img00000000.png .*decompressing", "c29_trainval": "several parts", "c29f_hidden": [0, 1],
+    "c25_baddeflate.zip": "img00000000.png .*decompressing", "c29_trainval": "several splits", "c29f_hidden": [0, 1],
     "p01_pathonly.parquet": "paths of its images", "p04_labelname.parquet": [0, 1, 0, 1, 0, 1],
     "p12_int64big.parquet": "below", "p13_zerorows.parquet": "no rows", "p14_mixed": "has the columns",
-    "p15_hubclone": "several parts", "p18_savetodisk": "save_to_disk", "t04_short.tar.gz": "data_batch_1 alone",
+    "p15_hubclone": "several splits", "p18_savetodisk": "save_to_disk", "t04_short.tar.gz": "data_batch_1 alone",
 }  # fmt: skip
 
 
@@ -473,7 +473,7 @@ def test_shared_cases(name: str, expected: list[int] | str) -> None:
             lambda p: table(p, name="d/data/train-0.parquet", image=[{"bytes": None, "path": "/a.png"}]).parents[1],
             "paths of its images",
         ),
-        (pipe, "is no file"),
+        (pipe, "is not a regular file"),
     ],
 )
 def test_the_command_refuses_in_one_line_and_leaves_nothing(run: Run, tmp_path: Path, make: Make, said: str) -> None:

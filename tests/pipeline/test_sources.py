@@ -102,7 +102,7 @@ def test_an_archive_that_would_run_code_is_refused(tmp_path: Path, monkeypatch: 
         info = tarfile.TarInfo("data_batch_1")
         info.size = len(data)
         archive.addfile(info, io.BytesIO(data))
-    with pytest.raises(BeelineError, match=r"asks for .*exec.*nothing was run"):
+    with pytest.raises(BeelineError, match=r"asks for .*exec.*no code was run"):
         open_source(config(tmp_path / "evil.tar.gz"))
     assert not (tmp_path / "touched").exists()
 
@@ -122,7 +122,7 @@ def test_parquet_as_on_the_hugging_face_hub(tmp_path: Path, as_struct: bool) -> 
 
 def test_parquet_without_images_says_what_it_has(tmp_path: Path) -> None:
     pq.write_table(pa.table({"x": [1], "y": [2.0]}), tmp_path / "t.parquet")
-    with pytest.raises(BeelineError, match=r"columns x .int64., y .double.; expected one of images"):
+    with pytest.raises(BeelineError, match=r"columns x .int64., y .double.; expected one column of images"):
         open_source(config(tmp_path / "t.parquet"))
     (tmp_path / "torn.parquet").write_bytes(b"PAR1 and nothing more")
     with pytest.raises(BeelineError, match=r"torn\.parquet cannot be read"):

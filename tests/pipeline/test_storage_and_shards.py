@@ -178,7 +178,7 @@ def test_reader_order_depends_on_seed_and_position_alone(
         assert reader().groups == (19 if windows else 7)
         epoch = reader().batch(50, 50)
         assert sorted(index(epoch)) == list(range(50))
-        np.testing.assert_array_equal(epoch["noise"], noise.x0(3, index(epoch), (1, 4, 4)))
+        np.testing.assert_array_equal(epoch["noise"], noise.unit_noise(3, index(epoch), (1, 4, 4)))
         assert index(reader().batch(0, 50)) != index(epoch)
         size = batch * ranks
         whole = index(reader().batch(step * size, size))
@@ -193,7 +193,7 @@ def test_noise_that_cannot_be_made_again_is_noticed(tmp_path: Path) -> None:
     rows = range(50)
     x1 = np.zeros((50, 1, 4, 4), np.float32)
     config = {"count": 50, "shard_size": 50, "seed": 3}
-    for crc, said in ((noise.crc32(noise.x0(3, rows, (1, 4, 4))), None), (1, r"other noise than NumPy .* draws here")):
+    for crc, said in ((noise.crc32(noise.unit_noise(3, rows, (1, 4, 4))), None), (1, r"other noise than NumPy .* draws here")):
         data = shards.encode("x1", x1, np.zeros(50, np.int32), rows, {"pairs": config}, x0_crc32=crc)
         folder.write(shards.shard_name(0), data)
         with pytest.raises(BeelineError, match=said) if said else contextlib.nullcontext():

@@ -32,7 +32,9 @@ def test_a_sound_store(run: Run, workspace: Path) -> None:
         "pipeline/verify_pairs.py", "digits", "--workspace", workspace, "--verify.resample", "3", "--verify.shown", "30"
     )  # fmt: skip
     assert "300 pairs in 6 shards" in done.stdout
-    assert "6 shards are sound, 6 with their noise made again; 3 batches sampled again, RMS 0 away at most" in done.stdout
+    assert (
+        "6 shards are intact, 6 with their noise drawn again; 3 batches sampled again, maximum RMS difference 0" in done.stdout
+    )
     sheet = Image.open(io.BytesIO((workspace / "pairs" / "contact.png").read_bytes()))
     assert sheet.size == (5 * 44 - 4, 6 * 44 - 4)
 
@@ -48,10 +50,10 @@ def test_damage_is_named_removed_and_made_again(run: Run, workspace: Path) -> No
     (pairs / shard_name(99)).write_bytes(b"")
     failed = run("pipeline/verify_pairs.py", "digits", "--workspace", workspace, "--verify.remove", ok=False)
     assert "part-00003.parquet: unreadable" in failed.stderr
-    assert "part-00001.parquet: 50 rows from index [100] where range(50, 100) were expected" in failed.stderr
+    assert "part-00001.parquet: 50 rows from index [100]; expected range(50, 100)" in failed.stderr
     assert "part-00005.parquet: missing" in failed.stderr
     assert "part-00099.parquet: not of this plan" in failed.stderr
-    assert "3 shards are sound" in failed.stdout
+    assert "3 shards are intact" in failed.stdout
     (pairs / shard_name(99)).unlink()
     run("pipeline/gen_pairs.py", "digits", "--workspace", workspace, *TINY_PAIRS)
     assert files(pairs, "part-*") == expected
@@ -67,7 +69,7 @@ def test_pairs_of_another_teacher_are_noticed(run: Run, workspace: Path) -> None
         (workspace / "teacher" / name).write_bytes(data)
     run("pipeline/verify_pairs.py", "digits", "--workspace", workspace)
     failed = run("pipeline/verify_pairs.py", "digits", "--workspace", workspace, "--verify.resample", "1", ok=False)
-    assert "its teacher makes other images of the same noise" in failed.stderr
+    assert "the teacher makes other images from the same noise" in failed.stderr
 
 
 def test_a_teacher_that_makes_nan_is_another_teacher(workspace: Path) -> None:
@@ -78,7 +80,7 @@ def test_a_teacher_that_makes_nan_is_another_teacher(workspace: Path) -> None:
     assert check.teacher is not None
     for parameter in check.teacher.parameters():
         parameter.data[:] = torch.nan
-    assert "its teacher makes other images of the same noise" in check.work(0)["trouble"]
+    assert "the teacher makes other images from the same noise" in check.work(0)["trouble"]
 
 
 def test_what_is_not_finished_is_said(run: Run, workspace: Path) -> None:

@@ -21,7 +21,7 @@ import beeline
 from beeline.checkpoint import build, dump
 from beeline.config import StudentConfig, to_dict
 from beeline.errors import BeelineError
-from beeline.noise import stream_seed, x0
+from beeline.noise import stream_seed, unit_noise
 from beeline.objectives import ObjectiveConfig
 from beeline.objectives.kd import DistillationConfig
 from beeline.objectives.lmm import LinesMatchingConfig
@@ -29,7 +29,8 @@ from beeline.recipes import RECIPES
 from pipeline.storage import Folder
 from trainers import checkpoints, loop
 from trainers.log import LOG, read_log
-from trainers.student import StudentTask, check_phases, start_from
+from trainers.student import check_phases, start_from, student_training
+from trainers.training import Training
 
 DIGITS = RECIPES["digits"](0).students["lmm"]
 CADENCE = loop.Cadence(log_every=2, checkpoint_every=2)
@@ -50,7 +51,7 @@ def alone(objective: ObjectiveConfig, *, iterations: int = 4, **changes: Any) ->
     return config(phases={"alone": phase}, **changes)
 
 
-Make = Callable[..., tuple[StudentTask, loop.Session]]
+Make = Callable[..., tuple[Training, loop.Session]]
 
 
 @pytest.fixture(scope="module")
@@ -63,15 +64,15 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Folder:
 def make(workspace: Folder, tmp_path: Path) -> Make:
     """A task on the workspace that publishes to a folder of its own."""
 
-    def call(settings: StudentConfig, **session: Any) -> tuple[StudentTask, loop.Session]:
+    def call(settings: StudentConfig, **session: Any) -> tuple[Training, loop.Session]:
         ours = loop.Session(folder=Folder(str(tmp_path / session.pop("name", "student"))), **session)
-        task = StudentTask(session=ours, workspace=workspace, recipe="digits", config=settings, **small.plans(workspace))
+        task = student_training(session=ours, workspace=workspace, recipe="digits", config=settings, **small.plans(workspace))
         return task, ours
 
     return call
 
 
-def weights(task: StudentTask) -> dict[str, torch.Tensor]:
+def weights(task: Training) -> dict[str, torch.Tensor]:
     return copy.deepcopy(task.model.state_dict())
 
 
@@ -272,7 +273,7 @@ def test_an_objective_of_ones_own(make: Make) -> None:
     assert not all(torch.equal(before[name], tensor) for name, tensor in weights(again).items())
 
 
-def kept(task: StudentTask) -> dict[str, torch.Tensor]:
+def kept(task: Training) -> dict[str, torch.Tensor]:
     """All that the task holds at its end: students, averages, critic, the objective's own, the moments of the optimisers."""
     modules: dict[str, Any] = {
         "student": task.model,
@@ -287,7 +288,7 @@ def kept(task: StudentTask) -> dict[str, torch.Tensor]:
     return found
 
 
-def resumed_from_every_step(make: Make, settings: StudentConfig) -> tuple[StudentTask, loop.Session]:
+def resumed_from_every_step(make: Make, settings: StudentConfig) -> tuple[Training, loop.Session]:
     """Train in one go, then again from each checkpoint: all ends alike, to the last bit. Returns the first."""
     cadence = loop.Cadence(log_every=3, checkpoint_every=1, keep=100)
     task, session = make(settings, name="in-one-go")
@@ -419,7 +420,7 @@ def test_fresh_noise_is_a_function_of_seed_and_position(make: Make, parts: int) 
     settings = alone(MatchingConfig(), accumulate=parts)
     noise, labels = rows(settings, 2)
     wanted = range(24, 36)
-    assert torch.equal(noise, torch.from_numpy(x0(stream_seed(settings.seed, "training noise"), wanted, (1, 8, 8))))
+    assert torch.equal(noise, torch.from_numpy(unit_noise(stream_seed(settings.seed, "training noise"), wanted, (1, 8, 8))))
     assert labels.argmax(dim=1).tolist() == [row % small.CLASSES for row in wanted]
     for ranks in (1, 2, 3):
         again = rows(settings, 2, ranks)
@@ -427,7 +428,7 @@ def test_fresh_noise_is_a_function_of_seed_and_position(make: Make, parts: int) 
         assert torch.equal(again[1], labels)
     assert not torch.equal(rows(settings, 3)[0], noise)
     assert not torch.equal(rows(replace(settings, seed=1), 2)[0], noise)
-    assert not torch.equal(torch.from_numpy(x0(settings.seed, wanted, (1, 8, 8))), noise)  # that of pairs
+    assert not torch.equal(torch.from_numpy(unit_noise(settings.seed, wanted, (1, 8, 8))), noise)  # that of pairs
 
 
 def test_damaged_checkpoints_are_named(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from beeline.recipes import RECIPES
 from pipeline.storage import Folder
 from trainers import loop
 from trainers.log import read_log
-from trainers.student import StudentTask
+from trainers.student import student_training
 
 TRACES: dict[str, list[dict[str, Any]]] = json.loads((Path(__file__).parent / "traces.json").read_text())
 
@@ -34,7 +34,7 @@ def test_the_losses_are_what_they_were(name: str, workspace: Folder, tmp_path: P
     phases = {key: replace(phase, iterations=4) for key, phase in student.phases.items()}
     config = replace(student, init="teacher", batch_size=12, ema_half_lives=(3.0, 30.0), phases=phases)
     session = loop.Session(folder=Folder(str(tmp_path)))
-    task = StudentTask(session=session, workspace=workspace, recipe="digits", config=config, **small.plans(workspace))
+    task = student_training(session=session, workspace=workspace, recipe="digits", config=config, **small.plans(workspace))
     loop.run(task, session, loop.Cadence(log_every=1, checkpoint_every=3))
     rows = read_log(session.folder)
     assert len(rows) == len(TRACES[name]) == task.iterations

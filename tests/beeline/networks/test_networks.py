@@ -18,7 +18,7 @@ from beeline.config import NetworkConfig, from_dict
 from beeline.denoiser import Denoiser
 from beeline.networks.layers import Conv2d, xavier
 from beeline.networks.songunet import SongUNet
-from beeline.sampling.samplers import solve
+from beeline.sampling.solvers import solve
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 FILES = ["ddpmpp_small_cond", "ddpmpp_small_uncond_augment", "adm_small_cond"]

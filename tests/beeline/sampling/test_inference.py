@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from beeline.denoiser import Denoiser
+from beeline.sampling import Sampling, sample
 from beeline.sampling.inference import prepare
-from beeline.sampling.samplers import sample
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-5), ("bf16", 0.05), ("fp16", 0.01)])
@@ -35,8 +35,8 @@ def test_a_short_batch_is_filled_up(make_denoiser: Callable[..., Denoiser]) -> N
     assert isinstance(inner, torch.nn.Module)
     inner.register_forward_pre_hook(lambda module, arguments: seen.append(len(arguments[0])))
     labels = torch.tensor([1, 2, 3])
-    images = sample(fast, range(3), labels, seed=0, num_steps=3)
-    torch.testing.assert_close(images, sample(model, range(3), labels, seed=0, num_steps=3), atol=1e-4, rtol=1e-4)
+    images = sample(fast, range(3), labels, Sampling(num_steps=3), seed=0)
+    torch.testing.assert_close(images, sample(model, range(3), labels, Sampling(num_steps=3), seed=0), atol=1e-4, rtol=1e-4)
     assert set(seen) == {4}
 
 
@@ -44,5 +44,5 @@ def test_a_short_batch_is_filled_up(make_denoiser: Callable[..., Denoiser]) -> N
 def test_compiled(make_denoiser: Callable[..., Denoiser]) -> None:
     model = make_denoiser()
     fast = prepare(model, compiled=True, batch_size=4)
-    images = sample(fast, range(3), None, seed=0, num_steps=3)
-    torch.testing.assert_close(images, sample(model, range(3), None, seed=0, num_steps=3), atol=1e-4, rtol=1e-4)
+    images = sample(fast, range(3), None, Sampling(num_steps=3), seed=0)
+    torch.testing.assert_close(images, sample(model, range(3), None, Sampling(num_steps=3), seed=0), atol=1e-4, rtol=1e-4)

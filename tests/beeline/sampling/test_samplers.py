@@ -12,10 +12,11 @@ from torch import nn
 
 from beeline.denoiser import Denoiser
 from beeline.errors import BeelineError
-from beeline.noise import stream_seed, x0
+from beeline.noise import stream_seed, unit_noise
 from beeline.objectives.lines import point
+from beeline.sampling import Sampling, batches, generate, sample
 from beeline.sampling.few_step import FewStep, few_step
-from beeline.sampling.samplers import batches, evaluations, generate, sample, solve
+from beeline.sampling.solvers import evaluations, solve
 from beeline.schedule import edm_sigmas
 
 SIGMA_D = 0.5
@@ -211,10 +212,10 @@ def test_sample_takes_the_noise_of_its_indices(student: Denoiser) -> None:
     assert how is not None
 
     def rows(seed: int) -> torch.Tensor:
-        return torch.from_numpy(x0(seed, [11, 4], (2, 8, 8)))
+        return torch.from_numpy(unit_noise(seed, [11, 4], (2, 8, 8)))
 
     wanted = few_step(student, rows(9), labels, steps=(0, 5), how=how, fresh=lambda n: rows(stream_seed(9, "fresh", n)))
-    assert torch.equal(sample(student, [11, 4], labels, seed=9, steps=(0, 5)), wanted)
+    assert torch.equal(sample(student, [11, 4], labels, Sampling(steps=(0, 5)), seed=9), wanted)
 
 
 @pytest.mark.parametrize(("count", "size", "lengths"), [(0, 3, []), (3, 3, [3]), (7, 3, [3, 3, 1])])

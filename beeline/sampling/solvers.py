@@ -1,0 +1,50 @@
+"""EDM's deterministic solvers of the probability-flow ODE, for teachers.
+
+The ODE state is float64, the network runs in float32, as in EDM. adams.py holds the calibrated solver.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+
+from beeline.schedule import edm_sigmas
+
+Solver = Literal["heun", "euler", "calibrated"]
+
+
+def solve(
+    denoiser: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor],
+    latents: torch.Tensor,
+    labels: torch.Tensor | None,
+    *,
+    solver: Literal["heun", "euler"],
+    num_steps: int,
+) -> torch.Tensor:
+    """Integrate the probability-flow ODE dx/dsigma = (x - D(x; sigma)) / sigma from sigma_max to 0.
+
+    "heun" is Karras et al. 2022, Algorithm 1 (2 num_steps - 1 evaluations); "euler" its first-order part (num_steps).
+    Takes unit-variance noise `latents` (B, C, H, W). Returns float32 images (B, C, H, W), nominally in [-1, 1].
+    """
+    sigmas = [*edm_sigmas(num_steps).tolist(), 0.0]
+    x = latents.to(torch.float64) * sigmas[0]
+
+    def slope(x: torch.Tensor, sigma: float) -> torch.Tensor:
+        denoised = denoiser(x.to(torch.float32), torch.full((len(x),), sigma, device=x.device), labels)
+        return (x - denoised.to(torch.float64)) / sigma
+
+    for sigma, following in itertools.pairwise(sigmas):
+        d = slope(x, sigma)
+        ahead = x + (following - sigma) * d
+        if solver == "heun" and following > 0:
+            ahead = x + (following - sigma) * (d + slope(ahead, following)) / 2
+        x = ahead
+    return x.to(torch.float32)
+
+
+def evaluations(solver: Solver, num_steps: int) -> int:
+    """Network evaluations (NFE) per image: 2 num_steps - 1 for "heun", num_steps for the others."""
+    return 2 * num_steps - 1 if solver == "heun" else num_steps

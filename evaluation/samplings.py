@@ -1,0 +1,62 @@
+"""The samplings that an evaluation asks for, and samples drawn by one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from beeline.config import EvaluateConfig
+from beeline.denoiser import Denoiser
+from beeline.errors import BeelineError
+from beeline.noise import stream_seed
+from beeline.sampling import Sampling, batches, sample
+from beeline.sampling.few_step import parse_steps
+from beeline.sampling.solvers import Solver
+
+
+def samplings_for(model: Denoiser, config: EvaluateConfig) -> list[Sampling]:
+    """The samplings that `config` asks for. Raises BeelineError for steps that a student was not trained on, and for numbers of
+    evaluations that a solver cannot have."""
+    if model.few_step is None:
+        if config.solver == "calibrated":
+            if model.levels is None:
+                raise BeelineError("this teacher has no calibrated levels; find them with: python -m beeline.calibrate FOLDER")
+            return [Sampling(solver="calibrated", num_steps=len(model.levels))]
+        return [teacher_sampling(nfe, config.solver) for nfe in dict.fromkeys(config.nfe)]
+    steps = [model.few_step.check(parse_steps(text)) for text in dict.fromkeys(config.steps)]
+    rule = None if config.rule in ("trained", model.few_step.rule) else config.rule
+    return [Sampling(steps=each, rule=rule) for each in steps]
+
+
+def teacher_sampling(nfe: int, solver: str = "auto") -> Sampling:
+    """The sampling of a teacher with `nfe` evaluations. "auto" is Heun for odd counts of 15 and more, Euler below: few-step
+    Heun explodes and is no fair baseline. Raises BeelineError for counts that the solver cannot have."""
+    chosen: Solver = "heun" if solver == "heun" or (solver == "auto" and nfe >= 15) else "euler"
+    if nfe < 1 or (chosen == "heun" and nfe % 2 == 0):
+        raise BeelineError(
+            f"nfe {nfe} cannot be had with solver {solver!r}: Heun takes odd counts, Euler any from 1; "
+            '"auto" is Heun from 15 on and Euler below'
+        )
+    return Sampling(solver=chosen, num_steps=(nfe + 1) // 2 if chosen == "heun" else nfe)
+
+
+def draw(
+    model: Denoiser, sampling: Sampling, indices: Sequence[int], labels: np.ndarray, *, seed: int, batch_size: int
+) -> torch.Tensor:
+    """Samples (n, C, H, W) in [-1, 1] on the model's device for noise (seed, indices) and classes `labels` (n,). Values that
+    are not finite are NaN."""
+    device = next(model.parameters()).device
+    parts = []
+    for batch in batches(len(indices), batch_size):
+        rows = slice(batch.start, batch.stop)
+        classes = torch.from_numpy(labels[rows]).to(device) if model.label_dim else None
+        parts.append(sample(model, indices[rows], classes, sampling, seed=seed))
+    images = torch.cat(parts)
+    return images.clamp(-1, 1).masked_fill(~images.isfinite(), torch.nan)
+
+
+def noise_seed(config: EvaluateConfig, number: int) -> int:
+    """The seed of draw `number`: 63 bits, never the seed of the training pairs."""
+    return stream_seed(config.seed, "draw", number)
