@@ -21,6 +21,7 @@ from beeline.config import NetworkConfig, ProbeNetworkConfig, from_dict, to_dict
 from beeline.denoiser import Denoiser
 from beeline.errors import BeelineError, plain, reading
 from beeline.features.probe import Probe
+from beeline.files.names import CONFIG, SOLVER, WEIGHTS
 from beeline.networks.blueprint import Shapes, mismatch, shapes_of
 from beeline.networks.dhariwal import DhariwalUNet
 from beeline.networks.songunet import SongUNet
@@ -29,7 +30,6 @@ from beeline.sampling.few_step import FewStep
 
 FORMAT = 1
 MAX_LEVELS = 10_000  # of a student's schedule
-WEIGHTS, CONFIG, SOLVER = "model.safetensors", "config.json", "solver.json"
 
 
 def build(config: NetworkConfig) -> Denoiser:

@@ -30,6 +30,7 @@ from beeline.entry import run_main
 from beeline.errors import BeelineError, reading
 from beeline.files.edm_pickle import Record, named, read, shown, tensors_of
 from beeline.files.filetypes import checked_file, torch_names
+from beeline.files.names import PLAN
 from beeline.files.places import local_path
 
 MAX_LIST = 64  # entries of a constructor's argument, such as channel_mult
@@ -184,7 +185,7 @@ def _converted(file: Path) -> dict[str, bytes]:
 
 def edm_import(file: Path, out: Path) -> None:
     """Convert a released EDM checkpoint into the model folder `out`. Raises BeelineError; what is in `out` is left alone."""
-    for name in (CONFIG, WEIGHTS, "plan.json"):
+    for name in (CONFIG, WEIGHTS, PLAN):
         if os.path.exists(out / name):
             raise BeelineError(f"{out / name} exists already and is left alone; choose another --out or move it away")
     files = convert(file)

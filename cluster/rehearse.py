@@ -31,7 +31,9 @@ import tyro
 
 from beeline.checkpoint import WEIGHTS
 from beeline.config import Recipe
+from beeline.config.student import student_folder
 from beeline.errors import BeelineError
+from beeline.files.names import EVALUATION, PAIRS, STUDENTS, SUCCESS, TEACHER
 from beeline.machine import describe
 from cluster.planning.nodes import Surroundings, look_at_cluster, needs
 from cluster.planning.readiness import room
@@ -43,11 +45,10 @@ from cluster.rehearsal.shrink import CPU_BATCH, shrunk, verification
 from cluster.steps import Step, check_recipe, evaluation, made_by, models, steps
 from pipeline.command import run_command
 from pipeline.runtime import ensure_ray
-from pipeline.stage import SUCCESS
 from pipeline.storage import Folder
+from pipeline.training_log import STEP, read_log
 from pipeline.verify_pairs import verify_pairs
 from trainers import checkpoints
-from trainers.log import read_log
 
 
 def rehearse(
@@ -88,19 +89,19 @@ def all_steps(there: Workspace, here: Folder, recipe: Recipe, works: Callable[[s
     """Those of run_pipeline.py, a check of the pairs, and a resumed training. Students are measured together, those that
     `works` says there are."""
     yield from substitutes.pretrained(there, here, recipe, random=random)
-    main, given = f"students/{recipe.main.name}", substitutes.teacher(there, here)
+    main, given = student_folder(recipe.main.name), substitutes.teacher(there, here)
     for step in steps(here.uri, recipe):
-        if step.name == "evaluation":
+        if step.name == EVALUATION:
             found = models(recipe)
-            students = {name: schedules for name, schedules in found.items() if name != "teacher" and works(made_by(name))}
-            yield evaluation(here.uri, recipe, {"teacher": found["teacher"]}, "evaluation/teacher")
+            students = {name: schedules for name, schedules in found.items() if name != TEACHER and works(made_by(name))}
+            yield evaluation(here.uri, recipe, {TEACHER: found[TEACHER]}, f"{EVALUATION}/{TEACHER}")
             if students:
-                yield evaluation(here.uri, recipe, students, "evaluation/students")
+                yield evaluation(here.uri, recipe, students, f"{EVALUATION}/{STUDENTS}")
             continue
         yield given if given and step.name == given.name else step
-        if step.name == "pairs":
+        if step.name == PAIRS:
             check = partial(verify_pairs, here.uri, recipe.name, verification(recipe.pairs))
-            yield Step(name="pairs (verified)", run=check, after=("pairs",))
+            yield Step(name=f"{PAIRS} (verified)", run=check, after=(PAIRS,))
         if step.name == main:
             yield Step(name=f"{main} (resumed)", run=partial(resume, here / main, step.run), after=(main,))
 
@@ -112,7 +113,7 @@ def resume(folder: Folder, train: Callable[[], Any]) -> str:
         raise BeelineError(f"{folder} has no checkpoint to go on from")
     folder.remove(SUCCESS)
     train()
-    kept = [row for row in log if row["step"] <= saved[-1]]
+    kept = [row for row in log if row[STEP] <= saved[-1]]
     if read_log(folder)[: len(kept)] != kept:
         raise BeelineError(f"{folder} was trained from its start, not from its checkpoint of step {saved[-1]}")
     same = folder.read(WEIGHTS) == before

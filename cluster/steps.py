@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any
 
 from beeline.config import PhaseConfig, Recipe, StudentConfig
+from beeline.config.student import student_folder
 from beeline.errors import BeelineError
 from beeline.features.measuring import PROBES
+from beeline.files.names import EVALUATION, IMAGES, PAIRS, PROBE, SWEEPS, TEACHER
 from beeline.sampling.few_step import parse_steps
 from beeline.settings import Range, check
 from evaluation.evaluate import measure
@@ -46,27 +48,27 @@ def steps(workspace: str, recipe: Recipe) -> Iterator[Step]:
         run = functools.partial(call, workspace, name, *arguments)
         return Step(name=folder, run=run, after=tuple(dict.fromkeys(after)), side_by_side=beside)
 
-    yield step("images", ingest_images, recipe.images, after=())
-    yield step("probe", train_probes, recipe.probe, after=("images",))
-    yield step("teacher", train_teacher, recipe.teacher, after=("images",))
-    yield step("pairs", gen_pairs, recipe.pairs, after=("teacher",))
+    yield step(IMAGES, ingest_images, recipe.images, after=())
+    yield step(PROBE, train_probes, recipe.probe, after=(IMAGES,))
+    yield step(TEACHER, train_teacher, recipe.teacher, after=(IMAGES,))
+    yield step(PAIRS, gen_pairs, recipe.pairs, after=(TEACHER,))
     for student in recipe.students.values():
-        yield step(f"students/{student.name}", train_lmm, student, after=_inputs(student), beside=student != main)
-    after = ("images", "probe", "pairs", made_by(recipe.sweep.init))
+        yield step(student_folder(student.name), train_lmm, student, after=_inputs(student), beside=student != main)
+    after = (IMAGES, PROBE, PAIRS, made_by(recipe.sweep.init))
     if can_vary(main):
-        yield step(f"sweeps/{recipe.sweep.name}", sweep_lmm, recipe.sweep, main, recipe.evaluate, after=after)
+        yield step(f"{SWEEPS}/{recipe.sweep.name}", sweep_lmm, recipe.sweep, main, recipe.evaluate, after=after)
     yield evaluation(workspace, recipe, models(recipe))
     yield Step(name="report", run=functools.partial(report, workspace, name))
 
 
-def evaluation(workspace: str, recipe: Recipe, found: Mapping[str, tuple[str, ...]], name: str = "evaluation") -> Step:
+def evaluation(workspace: str, recipe: Recipe, found: Mapping[str, tuple[str, ...]], name: str = EVALUATION) -> Step:
     """The measurement of models, at these step schedules, by one pool."""
-    probes = ("probe",) if set(recipe.evaluate.features) & PROBES.keys() else ()
+    probes = (PROBE,) if set(recipe.evaluate.features) & PROBES.keys() else ()
     return Step(
         name=name,
         run=functools.partial(measure, workspace, recipe.name, recipe.evaluate, found),
-        after=tuple(dict.fromkeys(("images", *probes, *map(made_by, found)))),
-        folders=tuple(f"evaluation/{model}" for model in found),
+        after=tuple(dict.fromkeys((IMAGES, *probes, *map(made_by, found)))),
+        folders=tuple(f"{EVALUATION}/{model}" for model in found),
     )
 
 
@@ -97,7 +99,7 @@ def check_recipe(recipe: Recipe) -> None:
 def models(recipe: Recipe) -> dict[str, tuple[str, ...]]:
     """The models to measure, and the step schedules of each student: several where it takes any level."""
     students = [found for student in recipe.students.values() for found in student.models().items()]
-    return {"teacher": recipe.evaluate.steps} | {folder: _schedules(recipe, phase) for folder, phase in students}
+    return {TEACHER: recipe.evaluate.steps} | {folder: _schedules(recipe, phase) for folder, phase in students}
 
 
 def _schedules(recipe: Recipe, phase: PhaseConfig) -> tuple[str, ...]:
@@ -108,7 +110,7 @@ def _schedules(recipe: Recipe, phase: PhaseConfig) -> tuple[str, ...]:
 def _inputs(student: StudentConfig) -> tuple[str, ...]:
     """The steps whose results a student is trained on."""
     needs = student.needs()
-    read = {"images": needs.images, "probe": "probe" in needs.features, "pairs": needs.pairs}
+    read = {IMAGES: needs.images, PROBE: "probe" in needs.features, PAIRS: needs.pairs}
     return (*(name for name, wanted in read.items() if wanted), *map(made_by, (*needs.models, student.init)))
 
 

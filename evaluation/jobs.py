@@ -27,7 +27,7 @@ from beeline.features.measuring import Looks
 from beeline.files.arrays import pack, spread, unpack
 from beeline.labels import pair_labels
 from beeline.metrics.frechet import Statistics
-from beeline.metrics.measures import counted, measures
+from beeline.metrics.measures import PAIR_RMS, counted, measures
 from beeline.metrics.straightness import straightness, trajectories
 from beeline.noise import unit_noise
 from beeline.pixels import quantised
@@ -234,7 +234,7 @@ class Fidelity:
             seed=plan["pairs"]["seed"], batch_size=config.batch_size,
         )  # fmt: skip
         rms = float((images - x1.clamp(-1, 1)).to(torch.float64).square().mean().sqrt())
-        bench.place("evaluation", self.model).write_json(self.file, {counted("pair_rms", self.count): rms})
+        bench.place("evaluation", self.model).write_json(self.file, {counted(PAIR_RMS, self.count): rms})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,19 +8,20 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from beeline.checkpoint import CONFIG
+from beeline.config.student import BEST, half_life_of, student_folder
 from beeline.errors import BeelineError, reading
 from beeline.files.layout import check_layout
+from beeline.files.names import CONFIG, EVALUATION, STUDENTS, TEACHER
+from beeline.metrics.measures import FID, FRECHET, is_diversity
 from beeline.objectives.lmm import LinesMatchingConfig
 from beeline.sampling import Sampling
 from evaluation.results import METRICS, again, metrics_in
 from pipeline.records import success_in
 from pipeline.storage import Folder
 
-TEACHER = "teacher"
-STUDENT = r"students/[\w-][\w.-]*(/[\w-][\w.-]*)?"  # a model's folder in the workspace, and nothing outside of it
-PREFERRED = ("fid_", "fd_dinov2", "fd_probe", "fd_")  # what models are compared by, where there is a choice
-DIVERSITY = ("precision", "recall", "density", "coverage", "authenticity")
+STUDENT = rf"{STUDENTS}/[\w-][\w.-]*(/[\w-][\w.-]*)?"  # a model's folder in the workspace, and nothing outside of it
+# What models are compared by, where there is a choice.
+PREFERRED = (f"{FID}_", f"{FRECHET}_dinov2", f"{FRECHET}_probe", f"{FRECHET}_")
 LINES = f"{LinesMatchingConfig.__module__}:{LinesMatchingConfig.__qualname__}"
 
 
@@ -52,7 +53,7 @@ class Figure:
 
     @property
     def _size(self) -> float:
-        return 1.0 if self.metric.split("_")[0] in DIVERSITY else self.mean
+        return 1.0 if is_diversity(self.metric) else self.mean
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,13 +88,13 @@ class Model:
     @property
     def title(self) -> str:
         """As tables name it: "lmm · reconstruction"."""
-        return self.name.removeprefix("students/").replace("/", " · ")
+        return self.name.removeprefix(f"{STUDENTS}/").replace("/", " · ")
 
     @property
     def is_average(self) -> bool:
         """Whether it is another average of a student, or the best of its validations."""
         part = self.name.split("/")[2] if self.name.count("/") == 2 else ""
-        return part == "best" or part.startswith("ema-")
+        return part == BEST or half_life_of(part) is not None
 
     @property
     def ingredients(self) -> Ingredients | None:
@@ -112,9 +113,8 @@ class Model:
         """What it is, in words; "" where nothing is known."""
         part = self.name.rpartition("/")[2]
         if self.is_average:
-            return (
-                "the best of its validations" if part == "best" else f"average of the weights, half-life {part[4:]} iterations"
-            )
+            half_life = half_life_of(part)
+            return f"average of the weights, half-life {half_life} iterations" if half_life else "the best of its validations"
         return str(self.training.get("method", ""))
 
     def figure(self, label: str, metric: str) -> Figure | None:
@@ -128,10 +128,10 @@ class Model:
 
 def measured_models(place: Folder) -> list[Model]:
     """The teacher, then the students, each ingredient after those without it. Raises BeelineError for damaged metrics."""
-    students = place / "evaluation" / "students"
-    names = [f"students/{name}" for name in students.folders()]
-    names += [f"{name}/{part}" for name in names for part in (place / "evaluation" / name).folders()]
-    found = [_model(place, name) for name in (TEACHER, *names) if success_in(place / "evaluation" / name)]
+    measured = place / EVALUATION
+    names = [student_folder(name) for name in (measured / STUDENTS).folders()]
+    names += [f"{name}/{part}" for name in names for part in (measured / name).folders()]
+    found = [_model(place, name) for name in (TEACHER, *names) if success_in(measured / name)]
     found.sort(key=lambda model: (model.name != TEACHER, _order(model)))
     return [dataclasses.replace(model, number=k) for k, model in enumerate(found)]
 
@@ -142,7 +142,7 @@ def _order(model: Model) -> tuple[Any, ...]:
 
 
 def _model(place: Folder, name: str) -> Model:
-    folder = place / "evaluation" / name
+    folder = place / EVALUATION / name
     found = metrics_in(folder)
     with reading(f"{folder}/{METRICS} is not as expected", again(folder)):
         if found is None:

@@ -12,6 +12,7 @@ import numpy as np
 
 from beeline.errors import BeelineError, reading
 from beeline.files.arrays import pack, unpack
+from beeline.files.names import EVALUATION
 from beeline.metrics.frechet import Gaussian, Statistics
 from beeline.metrics.measures import Reference
 from pipeline.shards import shard_count
@@ -19,6 +20,7 @@ from pipeline.storage import Folder
 
 KEPT = 50_000  # real images whose features are kept one by one
 GROUPS = 64  # of shards, at most
+REFERENCE = f"{EVALUATION}/reference"
 STATISTICS, FEATURES = "statistics.npz", "features.npz"
 
 
@@ -31,7 +33,7 @@ def groups(config: dict[str, Any]) -> list[range]:
 
 def reference_folder(network: str) -> str:
     """Where the real images' features in `network` are."""
-    return f"evaluation/reference/{network}"
+    return f"{REFERENCE}/{network}"
 
 
 def reference(workspace: Folder, network: str, given: Gaussian | None = None) -> Reference:

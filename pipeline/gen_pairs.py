@@ -28,6 +28,7 @@ from beeline.checkpoint import SOLVER, WEIGHTS, digest_of, solver_levels
 from beeline.config import PairsConfig, to_dict
 from beeline.denoiser import Denoiser
 from beeline.errors import BeelineError
+from beeline.files.names import PAIRS, TEACHER
 from beeline.labels import pair_labels
 from beeline.noise import X0_GENERATOR, crc32, unit_noise
 from beeline.pixels import rounded
@@ -85,7 +86,7 @@ def check_images(x1: np.ndarray, rows: range, config: PairsConfig, teacher_sha25
 
 def load_sampler(workspace: Folder, recipe: str, plan: dict[str, Any], config: PairsConfig) -> Denoiser:
     """Load the workspace's teacher for sampling by `plan`: its device (GPU if there is one), precision and noise levels."""
-    teacher = require_model(workspace, "teacher", recipe)[0].to("cuda" if torch.cuda.is_available() else "cpu")
+    teacher = require_model(workspace, TEACHER, recipe)[0].to("cuda" if torch.cuda.is_available() else "cpu")
     teacher.levels = tuple(plan["sigmas"])
     return prepare(
         teacher,
@@ -172,9 +173,9 @@ def gen_pairs(workspace: str, recipe: tyro.conf.Suppress[str], pairs: PairsConfi
         workspace: Local folder or s3://bucket/prefix.
     """
     place = Folder(workspace)
-    teacher, digest = require_model(place, "teacher", recipe)
-    levels = calibrated_levels(place / "teacher") if pairs.solver == "calibrated" else None
-    stage = Stage(place, "pairs", plan_of(pairs, teacher, digest, levels))
+    teacher, digest = require_model(place, TEACHER, recipe)
+    levels = calibrated_levels(place / TEACHER) if pairs.solver == "calibrated" else None
+    stage = Stage(place, PAIRS, plan_of(pairs, teacher, digest, levels))
     if not stage.begin():
         return
     found = survey(stage.folder, stage.plan, pairs.count, pairs.shard_size)

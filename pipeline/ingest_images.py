@@ -29,6 +29,7 @@ import tyro
 
 from beeline.config import ImagesConfig, to_dict
 from beeline.errors import BeelineError, one_line
+from beeline.files.names import IMAGES
 from beeline.noise import stream
 from beeline.settings import MAX_SHARDS
 from pipeline.command import run_command
@@ -64,7 +65,7 @@ class ImageShards:
     """Writes the shards of images/; each entry of `passes` lists the shards that are made together."""
 
     def __init__(self, workspace: Folder, plan: dict[str, Any], config: ImagesConfig, passes: Sequence[list[int]]) -> None:
-        self.folder = workspace / "images"
+        self.folder = workspace / IMAGES
         self.plan, self.config, self.passes = plan, config, passes
         self.source = open_source(config)
         self.order = shuffled(len(self.source.names))
@@ -151,7 +152,7 @@ def ingest_images(workspace: str, recipe: tyro.conf.Suppress[str], images: Image
         }
     }
     place = Folder(workspace)
-    stage = Stage(place, "images", plan)
+    stage = Stage(place, IMAGES, plan)
     if not stage.begin():
         return
     corrupt, seconds = _make(stage, place, source, images)

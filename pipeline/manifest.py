@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -114,3 +114,8 @@ def rows_of(data: bytes) -> list[dict[str, Any]]:
             raise ValueError(f"it unpacks to more than the allowed {MAX_BYTES:,} bytes")
         rows += batch.to_pylist()
     return rows
+
+
+def sampling_seconds(rows: Sequence[Mapping[str, Any]]) -> list[float]:
+    """The sampling time of each shard whose time is known, in seconds."""
+    return [row["sampling_seconds"] for row in rows if row.get("sampling_seconds") is not None]

@@ -12,6 +12,7 @@ from beeline.features import FeatureNetwork
 from beeline.features.backbones import weights_of, with_pooling_of
 from beeline.features.measuring import DinoV2, Inception
 from beeline.features.probe import Probe
+from beeline.files.names import PROBE, STUDENTS
 from beeline.weights import load_backbone, load_measuring
 from pipeline.stage import MADE_BY
 from pipeline.storage import Folder
@@ -27,7 +28,7 @@ def require_model(workspace: Folder, name: str, recipe: str) -> tuple[Denoiser, 
 
 def require_probe(workspace: Folder, which: str, recipe: str) -> tuple[Probe, str]:
     """The probe "losses" or "measure", and its `checkpoint.digest`."""
-    model, digest = _load(workspace, f"probe/{which}", recipe)
+    model, digest = _load(workspace, f"{PROBE}/{which}", recipe)
     if not isinstance(model, Probe):
         raise BeelineError(f"{workspace / 'probe' / which} holds a denoiser, not a probe")
     return model, digest
@@ -71,7 +72,7 @@ def _load(workspace: Folder, name: str, recipe: str) -> tuple[Denoiser | Probe, 
         files = {file: folder.read(file) for file in (WEIGHTS, CONFIG)}
     except FileNotFoundError as error:
         command = f"python {MADE_BY.get(name.split('/')[0], '...')} {recipe} --workspace {workspace}"
-        if name.startswith("students/"):
+        if name.startswith(f"{STUDENTS}/"):
             command += f" --student {name.split('/')[1]}"
         raise BeelineError(f"{folder} holds no model; make it with: {command}") from error
     return checkpoint.restore(files, str(folder)), checkpoint.digest(files)

@@ -16,6 +16,9 @@ from typing import Any
 
 from ray.util.metrics import Counter, Gauge
 
+from beeline.objectives.learner import SKIPPED
+from pipeline.training_log import DATA_WAIT, IMAGES_PER_S, PEAK_MB, SECONDS, STEP
+
 COUNTERS = {
     "pairs": "Noise-image pairs published",
     "images": "Real images published",
@@ -42,11 +45,11 @@ GAUGES = {
 TAGS = {"training": ("model",), "evaluation": ("model", "sampler", "metric"), "sweep": ("sweep", "state")}
 # Figures that the training loop adds to a row of train.jsonl: their gauge, and the factor to the gauge's unit.
 OF_THE_LOOP = {
-    "step": ("training_step", 1),
-    "images_per_s": ("training_images_per_second", 1),
-    "data_wait": ("training_waiting_ratio", 1),
-    "peak_mb": ("training_peak_bytes", 2**20),
-    "skipped": ("training_skipped", 1),
+    STEP: ("training_step", 1),
+    IMAGES_PER_S: ("training_images_per_second", 1),
+    DATA_WAIT: ("training_waiting_ratio", 1),
+    PEAK_MB: ("training_peak_bytes", 2**20),
+    SKIPPED: ("training_skipped", 1),
 }
 ZERO = sys.float_info.min  # Ray refuses to add 0, and a missing series looks like an unmonitored one
 
@@ -85,7 +88,7 @@ class TrainingGauges:
             if key in OF_THE_LOOP:
                 name, unit = OF_THE_LOOP[key]
                 gauge(name, value * unit, model=self.model)
-            elif key != "seconds":
+            elif key != SECONDS:
                 gauge("training_figure", value, model=self.model, figure=key)
 
     def close(self) -> None: ...

@@ -7,14 +7,17 @@ from typing import Any
 
 from beeline.errors import reading
 from beeline.files.layout import check_layout
+from beeline.files.names import IMAGES, PAIRS, PLAN, SUCCESS
 from pipeline.storage import Folder
 
-PLAN, SUCCESS, LOG = "plan.json", "_SUCCESS", "train.jsonl"
-FILES = {"seconds": float, "files": {}}
+FILES: dict[str, Any] = {"seconds": float, "files": {}}
+# What the report reads of a _SUCCESS in addition.
+PAIRS_DONE: dict[str, Any] = {"evaluations": 0, "pairs": 0, "shards": 0, "device_seconds?": {}}
+TRAINING_DONE: dict[str, Any] = {"images_seen?": 0}
 # What other stages read of a plan.
 LAYOUTS: dict[str, Any] = {
-    "images": {"images": {"count": 1, "num_classes": 0, "resolution": 1, "channels": 1, "shard_size": 1}},
-    "pairs": {
+    IMAGES: {"images": {"count": 1, "num_classes": 0, "resolution": 1, "channels": 1, "shard_size": 1}},
+    PAIRS: {
         "pairs": {"count": 1, "shard_size": 1, "num_steps": 1, "seed": 0, "dtype": str},
         "evaluations": 1,
         "num_classes": 0,
@@ -37,7 +40,7 @@ def plan_in(folder: Folder, layout: Any) -> dict[str, Any] | None:
         return plan
 
 
-def success_in(folder: Folder) -> dict[str, Any] | None:
+def success_in(folder: Folder, layout: Any = None) -> dict[str, Any] | None:
     """What _SUCCESS says of a finished stage, None where there is none. Raises BeelineError for another layout."""
     try:
         data = folder.read(SUCCESS)
@@ -47,4 +50,6 @@ def success_in(folder: Folder) -> dict[str, Any] | None:
         done = json.loads(data)
         check_layout(done, FILES)
         check_layout(list(done["files"].values()), [0], "files")
+        check_layout(done, layout or {})
+        check_layout(list((done.get("device_seconds") or {}).values()), [float], "device_seconds")
         return done

@@ -15,17 +15,18 @@ from typing import Any
 from beeline.checkpoint import WEIGHTS
 from beeline.config import NetworkConfig
 from beeline.errors import BeelineError
+from beeline.files.names import EVALUATION, IMAGES, PAIRS, PROBE, STUDENTS, SWEEPS, TEACHER
 from pipeline.records import LAYOUTS, PLAN, SUCCESS, plan_in, success_in
 from pipeline.storage import Folder
 
 MADE_BY = {
-    "images": "pipeline/ingest_images.py",
-    "probe": "trainers/train_probe.py",
-    "teacher": "trainers/train_teacher.py",
-    "pairs": "pipeline/gen_pairs.py",
-    "students": "trainers/train_lmm.py",
-    "sweeps": "trainers/sweep_lmm.py",
-    "evaluation": "evaluation/evaluate.py",
+    IMAGES: "pipeline/ingest_images.py",
+    PROBE: "trainers/train_probe.py",
+    TEACHER: "trainers/train_teacher.py",
+    PAIRS: "pipeline/gen_pairs.py",
+    STUDENTS: "trainers/train_lmm.py",
+    SWEEPS: "trainers/sweep_lmm.py",
+    EVALUATION: "evaluation/evaluate.py",
 }
 
 
@@ -117,7 +118,7 @@ def require(workspace: Folder, name: str, recipe: str) -> dict[str, Any]:
 def check_fits(workspace: Folder, images: Mapping[str, Any], network: NetworkConfig | None, what: str) -> None:
     """Raise BeelineError unless `network` takes what images/ (of plan `images`) holds: resolution, channels, classes."""
     assert network is not None
-    found, where = images["images"], workspace / "images"
+    found, where = images["images"], workspace / IMAGES
     if (found["resolution"], found["channels"]) != (network.img_resolution, network.img_channels):
         raise BeelineError(
             f"{where} has {found['channels']} channels at {found['resolution']} pixels; {what} takes {network.img_channels} "

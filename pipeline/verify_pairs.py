@@ -25,6 +25,7 @@ import tyro
 
 from beeline.config import PairsConfig, VerifyConfig, from_dict
 from beeline.errors import BeelineError, reading
+from beeline.files.names import PAIRS
 from beeline.labels import pair_labels
 from beeline.noise import crc32, stream, unit_noise
 from beeline.pixels import to_float
@@ -57,7 +58,7 @@ class CheckShards:
         resample: Mapping[int, int],
         shown: Mapping[int, list[int]],
     ) -> None:
-        self.folder, self.plan, self.crcs, self.shown = workspace / "pairs", plan, crcs, shown
+        self.folder, self.plan, self.crcs, self.shown = workspace / PAIRS, plan, crcs, shown
         self.remake, self.resample = remake, resample
         self.config = from_dict(PairsConfig, plan["pairs"])
         self.teacher = load_sampler(workspace, recipe, plan, self.config) if resample else None
@@ -124,7 +125,7 @@ def verify_pairs(workspace: str, recipe: tyro.conf.Suppress[str], verify: Verify
         workspace: Local folder or s3://bucket/prefix.
     """
     place = Folder(workspace)
-    folder = place / "pairs"
+    folder = place / PAIRS
     plan = plan_in(folder, LAYOUTS["pairs"])
     if plan is None:
         raise BeelineError(

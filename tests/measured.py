@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from beeline.config import StudentConfig, to_dict
+from beeline.files.names import CONFIG, LOG
 from evaluation.models import Figure, Model, Sampling
+from evaluation.results import METRICS, NEAREST, SAMPLES
+from evaluation.sweep_table import write_trials
 from pipeline.manifest import Manifest
 from pipeline.sheet import sheet_png
 from pipeline.stage import Stage
@@ -62,9 +62,9 @@ def measure(place: Folder, model: str, ways: Sequence[Way], metrics: Sequence[st
     }
     pixels = np.random.default_rng(len(model)).integers(0, 255, (40 * len(ways), 1, 8, 8), np.uint8)
     files = {
-        "metrics.json": json.dumps(found).encode(),
-        "samples.png": sheet_png(pixels, columns=40),
-        "nearest.png": sheet_png(pixels, columns=20),
+        METRICS: json.dumps(found).encode(),
+        SAMPLES: sheet_png(pixels, columns=40),
+        NEAREST: sheet_png(pixels, columns=20),
     }
     finished(place, f"evaluation/{model}", {"model": model}, files, samples=300, evaluations=300)
 
@@ -74,10 +74,10 @@ def trained(place: Folder, name: str, config: StudentConfig, loss: str = "lines"
     phases = list(config.running)
     log = [{"step": step, "phase": 0.0, loss: 1 / step, "skipped": 0, "data_wait": 0.01, "seconds": step} for step in (5, 10)]
     configs = {phase: json.dumps({"format": 1, "kind": "denoiser", "about": config.record(phase)}).encode() for phase in phases}
-    files = {"config.json": configs[phases[-1]], "train.jsonl": "\n".join(map(json.dumps, log)).encode()}
+    files = {CONFIG: configs[phases[-1]], LOG: "\n".join(map(json.dumps, log)).encode()}
     finished(place, f"students/{name}", {"student": to_dict(config, resources=False)}, files, images_seen=1280)
     for phase in phases[:-1]:
-        (place / f"students/{name}" / phase).write("config.json", configs[phase])
+        (place / f"students/{name}" / phase).write(CONFIG, configs[phase])
 
 
 def with_pairs(place: Folder, **facts: Any) -> None:
@@ -94,9 +94,8 @@ def with_sweep(place: Folder) -> None:
     first |= {"stopped": False, "metric": "fd_probe_losses_1797", "distance": 0.082, "std": 0.003}
     stopped = {"trial": 1, "lr": 1e-3, "step": 20, "stopped": True, "metric": None, "distance": None, "std": None}
     trials = [first, first | stopped, first | {"trial": 2, "steps": "0,8", "nfe": 2, "distance": 0.071}]
-    buffer = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(trials), buffer)
-    finished(place, "sweeps/sot", {"sweep": {"init": "students/lmm"}}, {"trials.parquet": buffer.getvalue()}, trials=2)
+    write_trials(place / "sweeps/sot", trials)
+    finished(place, "sweeps/sot", {"sweep": {"init": "students/lmm"}}, {}, trials=2)
 
 
 def made(name: str, ways: Sequence[Way], metrics: Sequence[str], config: StudentConfig | None = None) -> Model:

@@ -37,7 +37,8 @@ from beeline.metrics.frechet import Moments, Statistics
 from beeline.recipes import RECIPES
 from beeline.sampling.few_step import FewStep
 from beeline.weights import dump_backbone, load_backbone, read
-from evaluation import cost, models, sweeps
+from evaluation import models
+from evaluation.page import cost, provenance, sweeps, training
 from evaluation.report import report
 from pipeline.manifest import MANIFEST, read_manifest
 from pipeline.records import LAYOUTS, plan_in
@@ -201,9 +202,7 @@ def test_tables(tmp_path: Path) -> None:
     with contextlib.redirect_stdout(io.StringIO()):
         counts = outcomes(call, drawn("manifest", 200, lambda rng: mutated(manifest, rng)), writes=True)
     assert set(counts) == {"result"}, "nothing but sums depends on a manifest: a damaged one is none"
-    call = in_workspace(
-        tmp_path, "sweeps/sot/trials.parquet", lambda: (sweeps.trials_in(place / "sweeps/sot"), sweeps.sweeps(place))
-    )
+    call = in_workspace(tmp_path, "sweeps/sot/trials.parquet", lambda: sweeps.sweeps(place))
     tried("trials.parquet", call, drawn("trials", 60, lambda rng: mutated(trials, rng)), writes=True)
     (tmp_path / "trial").mkdir()
     call = in_workspace(tmp_path, "trial/rungs.json", lambda: rungs_in(place / "trial"))
@@ -293,6 +292,10 @@ def test_what_the_report_reads(workspace: Path, name: str) -> None:
         pairs = cost.pairs_cost(place)
         _ = pairs and pairs.sentences(1)
         models.disagreements(found)
+        training.trainings(place, found)
+        provenance.plans(place, found)
+        provenance.measurements(place, found)
+        provenance.facts(place, found[0])
 
     def whole_page() -> None:
         report(str(workspace), "digits")

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 
 from beeline.errors import BeelineError, StorageError
+from beeline.files.names import CHECKPOINTS
 from pipeline.storage import Folder
 
-CHECKPOINTS, INDEX = "checkpoints", "index.json"
+INDEX = "index.json"
 State = dict[str, Any]
 
 

@@ -1,8 +1,6 @@
-"""The log of a training, train.jsonl: a row every so many steps, with the means of the figures since the row before.
+"""Writing the log of a training, train.jsonl: a row every so many steps, with the means of the figures since the row before.
 
-A row holds `step`, the objective's figures, `grad_norm`, `skipped` (steps so far whose gradients were not finite),
-`images_per_s`, `data_wait` (share of the time), `peak_mb` and `seconds` (since this run started or resumed); a student's also
-`phase`, the number of the phase, from 0.
+pipeline/training_log.py names the columns. In a row "skipped" counts the steps so far whose gradients were not finite.
 """
 
 from __future__ import annotations
@@ -15,13 +13,15 @@ from typing import Any
 
 import torch
 
+from beeline.files.names import LOG, TENSORBOARD
+from beeline.objectives.learner import SKIPPED
 from pipeline.reader import ShardReader
-from pipeline.records import LOG
 from pipeline.storage import Folder
+from pipeline.training_log import DATA_WAIT, IMAGES_PER_S, PEAK_MB, SECONDS, STEP, read_log
 from trainers.checkpoints import State
 from trainers.tracking import tensorboard_events
 
-EVENTS = "tensorboard/events.out.tfevents.0000000000.beeline"
+EVENTS = f"{TENSORBOARD}/events.out.tfevents.0000000000.beeline"
 Figures = dict[str, Any]
 
 
@@ -37,8 +37,8 @@ class Log:
         self.start_row()
 
     def add(self, figures: Figures) -> None:
-        """Count a step. "skipped" is 1 for gradients that are not finite."""
-        bad = int(figures.pop("skipped"))
+        """Count a step. SKIPPED is 1 for gradients that are not finite."""
+        bad = int(figures.pop(SKIPPED))
         self.done += 1
         self.skipped, self.skipped_in_a_row = self.skipped + bad, self.skipped_in_a_row + 1 if bad else 0
         for key, value in figures.items():
@@ -49,11 +49,11 @@ class Log:
         """Append a row of the steps since the last one."""
         now = time.monotonic()
         means = {key: float(value) / self._counts[key] for key, value in self._sums.items()}
-        row = {"step": self.done, **means, "skipped": self.skipped}
-        row["images_per_s"] = self._images_per_step * (self.done - self._timed_from) / (now - self._row_began)
-        row["data_wait"] = (self._waited() - self._waited_before) / (now - self._row_began)
-        row["peak_mb"] = peak_memory(self._device)
-        row["seconds"] = now - self._began
+        row = {STEP: self.done, **means, SKIPPED: self.skipped}
+        row[IMAGES_PER_S] = self._images_per_step * (self.done - self._timed_from) / (now - self._row_began)
+        row[DATA_WAIT] = (self._waited() - self._waited_before) / (now - self._row_began)
+        row[PEAK_MB] = peak_memory(self._device)
+        row[SECONDS] = now - self._began
         self.rows.append(row)
         self._sums, self._counts = {}, {}
 
@@ -76,7 +76,7 @@ class Log:
         self.done = state["done"]
         self._sums, self._counts = dict(state["sums"]), dict(state["counts"])
         self.skipped, self.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
-        self.rows = [row for row in read_log(folder) if row["step"] <= self.done]
+        self.rows = [row for row in read_log(folder) if row[STEP] <= self.done]
         self.start_row()
 
     def _waited(self) -> float:
@@ -88,22 +88,6 @@ def peak_memory(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
-def read_log(folder: Folder) -> list[dict[str, Any]]:
-    """The rows of train.jsonl; [] where there is none. A damaged file gives the rows before the damage and prints a line."""
-    rows: list[dict[str, Any]] = []
-    try:
-        for line in folder.read(LOG).splitlines():
-            row = json.loads(line)
-            if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-                raise ValueError("not a row with a step")
-            rows.append(row)
-    except FileNotFoundError:
-        return []
-    except ValueError as error:
-        print(f"{folder}/{LOG} is damaged after row {len(rows)} ({error}); later rows are left out", flush=True)
-    return rows
 
 
 def write_log(folder: Folder, rows: Sequence[dict[str, Any]]) -> None:

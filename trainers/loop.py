@@ -21,6 +21,7 @@ from beeline.files.layout import check_layout
 from beeline.noise import stream_seed
 from pipeline.reader import ShardReader
 from pipeline.storage import Folder
+from pipeline.training_log import SECONDS, STEP
 from trainers import checkpoints
 from trainers.log import Figures, Log, write_log
 from trainers.tracking import Tracker
@@ -197,9 +198,9 @@ def run(task: Task, session: Session, cadence: Cadence) -> bool:
 def _show(task: Task, session: Session, row: dict[str, Any], judged: bool, left: float) -> None:
     """Print a row of the log, with the figures of a validation if it is `judged`, and give it to the trackers."""
     if judged:
-        row |= task.validate(row["step"])
-    shown = ", ".join(f"{key} {value:.4g}" for key, value in row.items() if key not in ("step", "seconds"))
-    print(f"{task.name}: step {row['step']} of {task.iterations}, {shown}, {left:.0f} s left", flush=True)
+        row |= task.validate(row[STEP])
+    shown = ", ".join(f"{key} {value:.4g}" for key, value in row.items() if key not in (STEP, SECONDS))
+    print(f"{task.name}: step {row[STEP]} of {task.iterations}, {shown}, {left:.0f} s left", flush=True)
     for tracker in session.trackers:
         tracker.log(row)
 

@@ -18,7 +18,6 @@ if __name__ == "__main__":
 
 import io
 import logging
-import math
 import os
 import tempfile
 from collections.abc import Mapping
@@ -31,25 +30,26 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
-import pandas as pd
 import ray.cloudpickle
 import tyro
 from ray import tune
 from ray.tune.trainable import wrap_function
 
-from beeline.checkpoint import CONFIG, WEIGHTS
 from beeline.config import EvaluateConfig, StudentConfig, SweepConfig, WorkersConfig, to_dict
+from beeline.config.student import student_folder
 from beeline.errors import BeelineError, StorageError, reading
 from beeline.files.layout import check_layout
+from beeline.files.names import CONFIG, EVALUATION, IMAGES, LOG, PAIRS, SWEEPS, WEIGHTS
+from beeline.metrics.measures import VALIDATION
 from beeline.objectives.lmm import LinesMatchingConfig
 from beeline.sampling.few_step import parse_steps
 from evaluation.evaluate import check_measurable, measure
 from evaluation.results import metrics_in
-from evaluation.sweeps import trials_in
+from evaluation.sweep_table import ENDED, is_judged, pareto, trials_in, write_trials
 from pipeline import prometheus
 from pipeline.command import run_command
 from pipeline.model_folders import publish_model, require_features, require_model, require_probe
-from pipeline.records import LOG, plan_in
+from pipeline.records import plan_in
 from pipeline.room import check_room
 from pipeline.runtime import ensure_ray, find_user_error
 from pipeline.stage import Stage, fingerprint, require
@@ -58,9 +58,8 @@ from trainers import checkpoints
 from trainers.launch import check_batch
 from trainers.train_lmm import check_resolution
 from trainers.trials import PerSchedule, config_of, folder_name, run_trial, rungs_in, settings
-from trainers.validation import METRIC
 
-TRIALS, PARETO = "trials.parquet", "pareto.png"
+PARETO = "pareto.png"
 
 
 def sweep_lmm(
@@ -73,7 +72,7 @@ def sweep_lmm(
     """
     place = Folder(workspace)
     check_sweep(sweep, student)
-    pairs, images = require(place, "pairs", recipe), require(place, "images", recipe)
+    pairs, images = require(place, PAIRS, recipe), require(place, IMAGES, recipe)
     check_measurable(place, recipe, judging(sweep, evaluate), images)
     tried = {number: settings(number, sweep, student.seed) for number in range(sweep.trials)}
     configs = {number: config_of(found, sweep, student) for number, found in tried.items()}
@@ -90,7 +89,7 @@ def sweep_lmm(
         "probe_sha256": require_probe(place, "losses", recipe)[1],
         "features_sha256": {name: require_features(place, name, recipe)[1] for name in names},
     }
-    stage = Stage(place, f"sweeps/{sweep.name}", plan)
+    stage = Stage(place, f"{SWEEPS}/{sweep.name}", plan)
     folder, there = stage.folder, stage.folder.sizes()
     left = [number for number in tried if _row_name(number) not in there]
     if stage.begin(more=bool(left)):
@@ -100,11 +99,9 @@ def sweep_lmm(
             _remove_checkpoints(folder, number)
         rows = [_row(folder, number) for number in tried]
         rows = _judge(place, recipe, sweep, evaluate, rows)
-        buffer = io.BytesIO()
-        pd.DataFrame(rows).to_parquet(buffer, index=False)
-        folder.write(TRIALS, buffer.getvalue())
+        write_trials(folder, rows)
         folder.write(PARETO, _pareto_plot(rows))
-        stage.finish(trials=len(rows), finished=len(judged(rows)))
+        stage.finish(trials=len(rows), finished=len(finished(rows)))
     if sweep.promote:
         _promote(place, sweep, trials_in(folder))
 
@@ -203,7 +200,8 @@ class _Rows(tune.Callback):
         self.ended.append(row)
         self._show()
         how = f"stopped at step {last['step']}" if row["stopped"] else "finished"
-        print(f"sweep: trial {number}, steps {row['steps']}, lr {row['lr']:g}: {how}, {METRIC} {row[METRIC]:.3f}", flush=True)
+        what = f"trial {number}, steps {row['steps']}, lr {row['lr']:g}"
+        print(f"sweep: {what}: {how}, {VALIDATION} {row[VALIDATION]:.3f}", flush=True)
 
 
 def _is_news(record: logging.LogRecord) -> bool:
@@ -222,14 +220,14 @@ def _judge(
 ) -> list[dict[str, Any]]:
     """The rows, and to those of finished trials what the evaluation pool finds: `distance` (mean over draws) and its `std`, of
     `metric`."""
-    names = {row["trial"]: f"sweeps/{sweep.name}/{folder_name(row['trial'])}" for row in rows if not row["stopped"]}
+    names = {row["trial"]: f"{SWEEPS}/{sweep.name}/{folder_name(row['trial'])}" for row in rows if not row["stopped"]}
     steps = {names[row["trial"]]: (row["steps"],) for row in rows if row["trial"] in names}
     measure(str(place), recipe, judging(sweep, evaluate), steps)
     made = []
     for row in rows:
         figures: dict[str, Any] = {"metric": None, "distance": None, "std": None}
         if row["trial"] in names:
-            found = metrics_in(place / "evaluation" / names[row["trial"]])
+            found = metrics_in(place / EVALUATION / names[row["trial"]])
             assert found is not None, "measure() leaves metrics of every trial"
             first = found["rows"][0]
             figures = {"metric": first["metric"], "distance": first["mean"], "std": first["std"]}
@@ -237,32 +235,22 @@ def _judge(
     return made
 
 
-def pareto(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The judged trials that no other beats with as few evaluations, by NFE."""
-    front: list[dict[str, Any]] = []
-    able = [row for row in judged(rows) if math.isfinite(row["distance"])]
-    for row in sorted(able, key=lambda row: (row["nfe"], row["distance"])):
-        if not front or row["distance"] < front[-1]["distance"]:
-            front.append(row)
-    return front
-
-
-def judged(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def finished(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows of trials that were not stopped."""
     return [row for row in rows if not row["stopped"]]
 
 
 def _promote(place: Folder, sweep: SweepConfig, rows: list[dict[str, Any]]) -> None:
     """The best trial of `sweep.promote_nfe` evaluations as a student."""
-    able = [row for row in judged(rows) if row["nfe"] == sweep.promote_nfe and math.isfinite(row["distance"])]
+    able = [row for row in rows if row["nfe"] == sweep.promote_nfe and is_judged(row)]
     if not able:
-        counts = ", ".join(map(str, sorted({row["nfe"] for row in judged(rows)})))
+        counts = ", ".join(map(str, sorted({row["nfe"] for row in finished(rows)})))
         raise BeelineError(f"no finished trial has {sweep.promote_nfe} evaluations; there are some of {counts}")
-    best, swept = min(able, key=lambda row: row["distance"]), place / "sweeps" / sweep.name
+    best, swept = min(able, key=lambda row: row["distance"]), place / SWEEPS / sweep.name
     source = swept / folder_name(best["trial"])
     files = {name: source.read(name) for name in (WEIGHTS, CONFIG)}
     origin = {"sweep": sweep.name, **{key: best[key] for key in ("trial", "metric", "distance")}}
-    stage = Stage(place, f"students/{sweep.promote}", {"promoted": origin, "sweep": plan_in(swept, {})})
+    stage = Stage(place, student_folder(sweep.promote), {"promoted": origin, "sweep": plan_in(swept, {})})
     if stage.begin():
         publish_model(stage.folder, files)
         stage.folder.write(LOG, source.read(LOG))
@@ -275,7 +263,7 @@ def _row(folder: Folder, number: int) -> dict[str, Any]:
     name = _row_name(number)
     with reading(f"{folder}/{name} is not as a trial leaves it", "remove it and sweep again"):
         row = folder.read_json(name)
-        check_layout(row, {"trial": 0, "steps": str, "nfe": 1, "step": 0, "stopped": bool, METRIC: float})
+        check_layout(row, ENDED)
         return row
 
 
@@ -292,7 +280,7 @@ def _row_name(number: int) -> str:
 def _pareto_plot(rows: list[dict[str, Any]]) -> bytes:
     """NFE against distance, a point for each judged trial, coloured by learning rate; the Pareto front joined."""
     figure, axes = plt.subplots(figsize=(5, 3.2), layout="constrained")
-    shown, front = judged(rows), pareto(rows)
+    shown, front = finished(rows), pareto(rows)
     nfe, distance = [row["nfe"] for row in shown], [row["distance"] for row in shown]
     points = axes.scatter(nfe, distance, c=[row["lr"] for row in shown], norm="log", s=40)
     figure.colorbar(points, label="learning rate")

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from beeline.errors import BeelineError
+from pipeline.training_log import SECONDS, STEP
 
 Row = Mapping[str, Any]
 RETRY = 600.0  # seconds: an attempt to reach a server that is gone can take most of a minute
@@ -46,10 +47,10 @@ def tensorboard_events(rows: Sequence[Row]) -> bytes:
     writer.write(Event(wall_time=0.0, file_version="brain.Event:2").SerializeToString())
     earlier = last = 0.0
     for row in rows:
-        seconds = row.get("seconds", last)
+        seconds = row.get(SECONDS, last)
         earlier, last = earlier + (last if seconds < last else 0.0), seconds
         values = [Summary.Value(tag=key, simple_value=value) for key, value in _figures(row).items()]
-        event = Event(wall_time=earlier + seconds, step=row["step"], summary=Summary(value=values))
+        event = Event(wall_time=earlier + seconds, step=row[STEP], summary=Summary(value=values))
         writer.write(event.SerializeToString())
     return file.getvalue()
 
@@ -105,7 +106,7 @@ class _Patient:
         self.told, self.not_before = False, 0.0
 
     def log(self, row: Row) -> None:
-        self.rows[row["step"]] = row
+        self.rows[row[STEP]] = row
         if time.monotonic() >= self.not_before:
             self.send()
 
@@ -199,7 +200,7 @@ SERVICES = {"mlflow": _Mlflow, "wandb": _Wandb}
 
 def _figures(row: Row) -> dict[str, float]:
     """The row's finite numbers but its step."""
-    numbers = {key: value for key, value in row.items() if isinstance(value, int | float) and key != "step"}
+    numbers = {key: value for key, value in row.items() if isinstance(value, int | float) and key != STEP}
     return {key: float(value) for key, value in numbers.items() if math.isfinite(value)}
 
 

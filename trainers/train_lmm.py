@@ -16,6 +16,8 @@ from typing import Any
 import tyro
 
 from beeline.config import StudentConfig, to_dict
+from beeline.config.student import student_folder
+from beeline.files.names import IMAGES, PAIRS
 from pipeline.command import run_command
 from pipeline.model_folders import require_features, require_model
 from pipeline.stage import Stage, check_fits, fingerprint, require
@@ -37,18 +39,18 @@ def train_lmm(workspace: str, recipe: tyro.conf.Suppress[str], student: StudentC
     plan: dict[str, Any] = {"student": to_dict(student, resources=False), "phases": list(student.running)}
     pairs = images = None
     if needs.pairs:
-        pairs = require(place, "pairs", recipe)
+        pairs = require(place, PAIRS, recipe)
         plan["pairs"] = fingerprint(pairs)
     init, plan["init_sha256"] = require_model(place, student.init, recipe)
     check_resolution(student, init.img_resolution)
     if needs.images or student.validate_every:
-        images = require(place, "images", recipe)
+        images = require(place, IMAGES, recipe)
         check_fits(place, images, init.network_config, student.init)
     if needs.images:
         plan["images"] = fingerprint(images)
     plan["models_sha256"] = {name: require_model(place, name, recipe)[1] for name in needs.models}
     plan["features_sha256"] = {name: require_features(place, name, recipe)[1] for name in needs.features}
-    stage = Stage(place, f"students/{student.name}", plan)
+    stage = Stage(place, student_folder(student.name), plan)
     if not stage.begin():
         return
     launch(

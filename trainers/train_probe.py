@@ -18,6 +18,7 @@ from beeline.checkpoint import dump
 from beeline.config import ProbeConfig, ProbeNetworkConfig, to_dict
 from beeline.errors import BeelineError
 from beeline.features.probe import Probe, train_probe
+from beeline.files.names import IMAGES, PROBE
 from beeline.networks.buildable import check_probe
 from beeline.noise import stream_seed
 from beeline.numerics import set_numerics
@@ -42,7 +43,7 @@ def train_probes(workspace: str, recipe: tyro.conf.Suppress[str], probe: ProbeCo
         workspace: Local folder or s3://bucket/prefix.
     """
     place = Folder(workspace)
-    images = require(place, "images", recipe)
+    images = require(place, IMAGES, recipe)
     if images["images"]["num_classes"] == 0:
         raise BeelineError(f"{place / 'images'} has no labels; a probe is a classifier and needs them")
     if images["images"]["count"] < FEWEST_IMAGES:
@@ -53,7 +54,7 @@ def train_probes(workspace: str, recipe: tyro.conf.Suppress[str], probe: ProbeCo
     for which in PROBES:
         network, classes = getattr(probe, which), images["images"]["num_classes"]
         check_probe(f"probe.{which}", network, channels=images["images"]["channels"], num_classes=classes)
-    stage = Stage(place, "probe", {"probe": to_dict(probe, resources=False), "images": fingerprint(images)})
+    stage = Stage(place, PROBE, {"probe": to_dict(probe, resources=False), "images": fingerprint(images)})
     if not stage.begin():
         return
     ensure_ray()
@@ -64,7 +65,7 @@ def train_probes(workspace: str, recipe: tyro.conf.Suppress[str], probe: ProbeCo
         stage.withdraw()
         raise
     for which in PROBES:
-        publish_model(place / "probe" / which, files[which])
+        publish_model(place / PROBE / which, files[which])
     stage.finish(accuracies=accuracies, iterations=len(PROBES) * probe.iterations)
 
 
@@ -91,7 +92,7 @@ def _train(workspace: Folder, network: ProbeNetworkConfig, config: ProbeConfig, 
     torch.set_num_threads(1)
     device = torch.device("cuda" if config.gpus else "cpu")
     torch.manual_seed(stream_seed(network.seed, "probe"))
-    pixels, labels = some_images(workspace / "images", images["images"], MOST_IMAGES)
+    pixels, labels = some_images(workspace / IMAGES, images["images"], MOST_IMAGES)
     probe = Probe(network, channels=pixels.shape[1], num_classes=images["images"]["num_classes"])
     probe.to(device)
     accuracy = train_probe(

@@ -21,6 +21,7 @@ from beeline.config import TeacherConfig, to_dict
 from beeline.denoiser import Denoiser
 from beeline.errors import BeelineError, reading
 from beeline.files.layout import check_layout
+from beeline.files.names import IMAGES, TEACHER
 from beeline.networks.buildable import check_network
 from beeline.noise import stream_seed
 from pipeline.command import run_command
@@ -39,12 +40,12 @@ def train_teacher(workspace: str, recipe: tyro.conf.Suppress[str], teacher: Teac
     """
     check_teacher(teacher)
     place = Folder(workspace)
-    images = require(place, "images", recipe)
+    images = require(place, IMAGES, recipe)
     check_fits(place, images, teacher.network, "teacher.network")
-    if imported := imported_from(place / "teacher"):
+    if imported := imported_from(place / TEACHER):
         print(f"teacher: imported from {imported}; it is used as it is", flush=True)
         return
-    stage = Stage(place, "teacher", {"teacher": to_dict(teacher, resources=False), "images": fingerprint(images)})
+    stage = Stage(place, TEACHER, {"teacher": to_dict(teacher, resources=False), "images": fingerprint(images)})
     if not stage.begin():
         return
     launch(

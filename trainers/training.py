@@ -13,21 +13,23 @@ from torch import nn
 
 from beeline.checkpoint import dump
 from beeline.config import OptimizerConfig, StudentConfig, TeacherConfig
+from beeline.config.student import BEST, SAMPLES, average_name
 from beeline.denoiser import Denoiser
 from beeline.features import Frozen
+from beeline.files.names import IMAGES, PAIRS
 from beeline.labels import as_one_hot, pair_labels
+from beeline.metrics.measures import VALIDATION
 from beeline.noise import stream_seed, unit_noise
 from beeline.objectives import Batch, Context
 from beeline.objectives.ema import ema_update
-from beeline.objectives.learner import Learner, compile_trunk
+from beeline.objectives.learner import GRAD_NORM, SKIPPED, Learner, compile_trunk
 from beeline.pixels import to_float
 from beeline.sampling.inference import DTYPES, prepare
 from pipeline.model_folders import publish_model, require_features, require_model
 from pipeline.storage import Folder
+from pipeline.training_log import CRITIC_GRAD_NORM, PHASE
 from trainers import loop
-from trainers.validation import METRIC, Validation
-
-BEST = "best"
+from trainers.validation import Validation
 
 
 class Training:
@@ -62,10 +64,10 @@ class Training:
         self.pairs = self.images = self.validation = None
         if needs.pairs:
             assert pairs is not None
-            self.pairs = session.read(workspace / "pairs", pairs["pairs"], config.seed)
+            self.pairs = session.read(workspace / PAIRS, pairs["pairs"], config.seed)
         if needs.images:
             assert images is not None
-            self.images = session.read(workspace / "images", images["images"], config.seed + needs.pairs)
+            self.images = session.read(workspace / IMAGES, images["images"], config.seed + needs.pairs)
         if validation is not None and session.rank == 0:
             self.validation = validation(device=session.device)
         self.best = float("inf")
@@ -134,22 +136,22 @@ class Training:
         local = step - self.phase_start
         turns = self.objective.turns(local)
         learners = [learner for learner in (self.student, self.critic) if learner is not None]
-        figures: loop.Figures = {"phase": float(self.number)}
+        figures: loop.Figures = {PHASE: float(self.number)}
         for batch, last in self._batches(step, local):
             with learners[0].accumulating(last=last), learners[-1].accumulating(last=last):
                 found = self.objective.backward(self.student, self.critic, batch, generator)
             for name, value in found.items():
                 figures[name] = figures.get(name, 0.0) + batch.weight * value
-        figures["skipped"] = 0.0
+        figures[SKIPPED] = 0.0
         if turns.student:
             figures |= self.student.update(local, self.phase.iterations)
             if self.weighting is not None:
                 self.session.average_gradients(self.weighting.parameters)
-                figures["skipped"] = max(figures["skipped"], self.weighting.update(local, self.phase.iterations)["skipped"])
+                figures[SKIPPED] = max(figures[SKIPPED], self.weighting.update(local, self.phase.iterations)[SKIPPED])
         if self.critic is not None and turns.critic:
             done = self.critic.update(local, self.phase.iterations)
-            figures["critic_grad_norm"] = done["grad_norm"]
-            figures["skipped"] = max(figures["skipped"], done["skipped"])
+            figures[CRITIC_GRAD_NORM] = done[GRAD_NORM]
+            figures[SKIPPED] = max(figures[SKIPPED], done[SKIPPED])
         if turns.student:
             for average, half_life in zip(self.averages, self.config.half_lives, strict=True):
                 ema_update(average, self.model, half_life, step + 1, self.config.ema_ramp)
@@ -196,9 +198,9 @@ class Training:
         """Write a sheet of samples, return their distance, and publish the best model so far."""
         assert self.validation is not None
         figures, sheet = self.validation.judge(self.average())
-        self.folder.write(f"samples/step-{step:08d}.png", sheet)
-        if figures and figures[METRIC] < self.best:
-            self.best = figures[METRIC]
+        self.folder.write(f"{SAMPLES}/step-{step:08d}.png", sheet)
+        if figures and figures[VALIDATION] < self.best:
+            self.best = figures[VALIDATION]
             self._publish(self.folder / BEST, about={"step": step, **figures})
         return figures
 
@@ -231,7 +233,7 @@ class Training:
         """Write the model, and its other averages into ema-<half-life>."""
         self._publish(self.folder)
         for average, half_life in list(zip(self.averages, self.config.half_lives, strict=True))[1:]:
-            self._publish(self.folder / f"ema-{half_life:g}", average)
+            self._publish(self.folder / average_name(half_life), average)
 
     def average(self, average: Denoiser | None = None) -> Denoiser:
         """The first average, or another, with a record of how it may be sampled."""

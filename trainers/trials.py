@@ -20,6 +20,7 @@ from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from beeline.config import StudentConfig, SweepConfig
 from beeline.errors import BeelineError, reading
 from beeline.files.layout import check_layout
+from beeline.metrics.measures import VALIDATION
 from beeline.noise import stream
 from beeline.numerics import set_numerics
 from beeline.objectives.lmm import LinesMatchingConfig
@@ -29,7 +30,6 @@ from pipeline.storage import Folder
 from trainers import checkpoints, loop
 from trainers.student import student_training
 from trainers.training import Training
-from trainers.validation import METRIC
 
 RUNGS = "rungs.json"
 REDUCTION = 2  # ASHA keeps the better half at each rung
@@ -108,7 +108,7 @@ def rungs_in(folder: Folder) -> list[dict[str, Any]]:
     """The measurements so far of the trial in `folder`."""
     with reading(f"{folder}/{RUNGS} is not as a trial leaves it", "remove it and sweep again"):
         rungs = folder.read_json(RUNGS) or []
-        check_layout(rungs, [{"step": 0, METRIC: float}])
+        check_layout(rungs, [{"step": 0, VALIDATION: float}])
         return rungs
 
 
@@ -121,9 +121,9 @@ class Trial(Training):
         figures, sheet = self.validation.judge(self.average())
         self.folder.write("samples.png", sheet)
         rungs = [rung for rung in rungs_in(self.folder) if rung["step"] < step]
-        self.folder.write_json(RUNGS, [*rungs, {"step": step, METRIC: figures[METRIC]}])
+        self.folder.write_json(RUNGS, [*rungs, {"step": step, VALIDATION: figures[VALIDATION]}])
         if step < self.iterations:  # the last one needs no decision: ASHA would stop the trial before it is published
-            tune.report({"step": step, METRIC: figures[METRIC]})
+            tune.report({"step": step, VALIDATION: figures[VALIDATION]})
         return figures
 
 
@@ -170,7 +170,7 @@ class PerSchedule(TrialScheduler):
         self.tried = tried
         self._of = {
             steps: ASHAScheduler(
-                time_attr="step", metric=METRIC, mode="min", max_t=sweep.iterations, grace_period=rung_of(sweep),
+                time_attr="step", metric=VALIDATION, mode="min", max_t=sweep.iterations, grace_period=rung_of(sweep),
                 reduction_factor=REDUCTION,
             )
             for steps in sweep.schedules
@@ -189,7 +189,7 @@ class PerSchedule(TrialScheduler):
         self._asha(trial).on_trial_add(tune_controller, trial)
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        if not math.isfinite(result[METRIC]):  # ASHA would let NaN pass: it is not below any bound
+        if not math.isfinite(result[VALIDATION]):  # ASHA would let NaN pass: it is not below any bound
             return TrialScheduler.STOP
         return self._asha(trial).on_trial_result(tune_controller, trial, result)
 

@@ -14,7 +14,9 @@ import torch
 
 from beeline.denoiser import Denoiser
 from beeline.features.measuring import Eye, MeasuringProbe
+from beeline.files.names import IMAGES, PROBE
 from beeline.metrics.frechet import Statistics, frechet_distance
+from beeline.metrics.measures import VALIDATION
 from beeline.noise import stream_seed
 from beeline.pixels import quantised
 from beeline.sampling import Sampling
@@ -24,7 +26,6 @@ from pipeline.reader import ShardReader
 from pipeline.sheet import sheet_png
 from pipeline.storage import Folder
 
-METRIC = "fd_probe_losses"
 SHOWN, COLUMNS = 40, 10
 BATCH = 256
 
@@ -39,11 +40,11 @@ class Validation:
         self, workspace: Folder, recipe: str, images: dict[str, Any], *, count: int, seed: int, device: torch.device
     ) -> None:
         count = min(count, images["images"]["count"])
-        rows = ShardReader(workspace / "images", images["images"], seed=0).batch(0, count)
+        rows = ShardReader(workspace / IMAGES, images["images"], seed=0).batch(0, count)
         self.labels: np.ndarray = rows["label"]
         self.seed = stream_seed(seed, "validation")
         self._eye: Eye | None = None
-        if not (workspace / "probe" / "losses").sizes():
+        if not (workspace / PROBE / "losses").sizes():
             return
         self._eye = Eye(MeasuringProbe(require_probe(workspace, "losses", recipe)[0]), device)
         self._real = self._statistics(torch.from_numpy(rows["image"]))
@@ -61,8 +62,8 @@ class Validation:
         if self._eye is None:
             return {}, sheet
         if not bool(images.isfinite().all()):
-            return {METRIC: math.nan}, sheet
-        return {METRIC: frechet_distance(self._statistics(quantised(images)), self._real)}, sheet
+            return {VALIDATION: math.nan}, sheet
+        return {VALIDATION: frechet_distance(self._statistics(quantised(images)), self._real)}, sheet
 
     def _statistics(self, images: torch.Tensor) -> Statistics:
         assert self._eye is not None

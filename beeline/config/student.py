@@ -7,13 +7,28 @@ from typing import Annotated, Any, Literal
 
 from beeline.config.serialization import resource, to_dict
 from beeline.config.training import PhaseConfig, TrainingConfig
+from beeline.files.names import CHECKPOINTS, CONFIG, LOG, PLAN, STUDENTS, SUCCESS, TENSORBOARD, WEIGHTS
 from beeline.settings import MAX_SIZE, HalfLife, ModelPath, Name, Range, Some, Whole
 
-RESERVED = (
-    *("best", "checkpoints", "samples", "tensorboard"),
-    *("config.json", "model.safetensors", "plan.json", "train.jsonl", "_SUCCESS"),
-)
+# Folders in a student's folder: the best of its validations, the validations' samples, and its other averages.
+BEST, SAMPLES, AVERAGE = "best", "samples", "ema-"
+RESERVED = (BEST, CHECKPOINTS, SAMPLES, TENSORBOARD, CONFIG, WEIGHTS, PLAN, LOG, SUCCESS)
 """Names that a student's folder already uses. No phase may have one of them."""
+
+
+def student_folder(name: str, part: str = "") -> str:
+    """The workspace folder of student `name`, or of a `part` of it: a phase, BEST or another average."""
+    return "/".join([STUDENTS, name, *([part] if part else [])])
+
+
+def average_name(half_life: float) -> str:
+    """The folder of the average with this half-life (iterations), within the student's folder."""
+    return f"{AVERAGE}{half_life:g}"
+
+
+def half_life_of(part: str) -> str | None:
+    """The half-life in an average's folder name; None for folders of other kinds."""
+    return part.removeprefix(AVERAGE) if part.startswith(AVERAGE) else None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,9 +58,10 @@ class StudentConfig(TrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        taken = [name for name in self.phases if name in RESERVED or name.startswith("ema-")]
-        self.require(not taken, "phases", f"other names than {', '.join(RESERVED)} and ema-..., which the student's folder has")
-        folders = {f"{half_life:g}" for half_life in self.ema_half_lives}
+        taken = [name for name in self.phases if name in RESERVED or name.startswith(AVERAGE)]
+        names = f"{', '.join(RESERVED)} and {AVERAGE}..."
+        self.require(not taken, "phases", f"other names than {names}, which the student's folder has")
+        folders = {average_name(half_life) for half_life in self.ema_half_lives}
         distinct = len(folders) == len(self.ema_half_lives)
         self.require(
             distinct, "ema_half_lives", "values that differ in their first six digits, since folders are named by them"
@@ -74,6 +90,6 @@ class StudentConfig(TrainingConfig):
     def models(self) -> dict[str, PhaseConfig]:
         """The published models by folder, each with the phase that made it. The last is the student itself; other averages and
         the best validation are left out."""
-        folder, running = f"students/{self.name}", list(self.running.items())
-        last = {folder: running[-1][1]} if running else {}
-        return {f"{folder}/{name}": phase for name, phase in running[:-1]} | last
+        running = list(self.running.items())
+        last = {student_folder(self.name): running[-1][1]} if running else {}
+        return {student_folder(self.name, name): phase for name, phase in running[:-1]} | last

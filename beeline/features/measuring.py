@@ -152,7 +152,8 @@ class MeasuringProbe(_Frozen):
         return self.probe.features(images.to(torch.float32) / 127.5 - 1), None
 
 
-PROBES = {"probe": "measure", "probe_losses": "losses"}  # names of measuring networks, and the probes that they are
+MEASURING_PROBE, LOSSES_PROBE = "probe", "probe_losses"  # the two probes as measuring networks
+PROBES = {MEASURING_PROBE: "measure", LOSSES_PROBE: "losses"}  # names of measuring networks, and the probes that they are
 RESIZES: dict[str, str] = {
     **dict.fromkeys(PROBES, MeasuringProbe.resize),
     Inception.name: Inception.resize,

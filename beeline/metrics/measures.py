@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from beeline.errors import BeelineError
-from beeline.features.measuring import Looks
+from beeline.features.measuring import LOSSES_PROBE, Looks
 from beeline.features.torchvision_shim import import_torchvision
 from beeline.files.arrays import spread
 from beeline.metrics.frechet import Gaussian, Statistics, frechet_distance
@@ -30,7 +30,29 @@ NEAREST_PR, NEAREST_DC = 3, 5
 KID_SUBSET = 1000
 SEED = 2020  # torch-fidelity's: of KID's subsets and of the order in which IS splits
 BLOCK = 1024  # rows of a matrix of distances that are in memory at once
-RISING = ("is", "precision", "recall", "density", "coverage", "authenticity")
+# The names of metrics, without networks and counts.
+FID, FRECHET, KID, INCEPTION_SCORE, PAIR_RMS = "fid", "fd", "kid", "is", "pair_rms"
+DIVERSITY = ("precision", "recall", "density", "coverage", "authenticity")
+RISING = (INCEPTION_SCORE, *DIVERSITY)
+
+
+def frechet_name(network: str) -> str:
+    """The name of the Fréchet distance in the features of `network`, without its count."""
+    return FID if network == "inception" else f"{FRECHET}_{network}"
+
+
+VALIDATION = frechet_name(LOSSES_PROBE)
+"""The figure of a training's validation. Its name has no count."""
+
+
+def is_frechet(metric: str) -> bool:
+    """Whether the metric is a Fréchet distance, in any features."""
+    return metric.split("_")[0] in (FID, FRECHET)
+
+
+def is_diversity(metric: str) -> bool:
+    """Whether the metric is a share or density of neighbourhoods, in any features."""
+    return metric.split("_")[0] in DIVERSITY
 
 
 def rises(metric: str) -> bool:
@@ -62,11 +84,11 @@ def measures(seen: Looks, real: Reference, network: str, *, neighbours: int) -> 
     """All figures of one set of samples, by name. Precision and its kin look at `neighbours` of them, evenly spread as the real
     ones are, since their cost grows with the square; KID is left out below 1000 samples, for which it is not defined."""
     n, inception = len(seen.features), network == "inception"
-    found = {counted("fid" if inception else f"fd_{network}", n): frechet_distance(Statistics.of(seen.features), real.moments)}
+    found = {counted(frechet_name(network), n): frechet_distance(Statistics.of(seen.features), real.moments)}
     if inception and min(n, len(real.features)) >= KID_SUBSET:
-        found[counted("kid", n)] = kernel_distance(seen.features, real.features)
+        found[counted(KID, n)] = kernel_distance(seen.features, real.features)
     if seen.logits is not None:
-        found[counted("is", n)] = inception_score(seen.logits)
+        found[counted(INCEPTION_SCORE, n)] = inception_score(seen.logits)
     chosen = seen.features[spread(min(neighbours, n), n)]  # samples are in the order of images/, often by class
     near = neighbourhoods(chosen, real.some(neighbours)[0])
     suffix = "" if inception else f"_{network}"
@@ -110,13 +132,14 @@ def neighbourhoods(samples: np.ndarray, real: np.ndarray) -> dict[str, float]:
         closest = torch.minimum(closest, distance.min(dim=0).values)
         least = distance.min(dim=1)
         authentic += int((least.values > nearest[least.indices]).sum())
-    return {
-        "precision": precise / len(fake),
-        "recall": float(reached.double().mean()),
-        "density": within / (NEAREST_DC * len(fake)),
-        "coverage": float((closest < wide).double().mean()),
-        "authenticity": authentic / len(fake),
-    }
+    values = (
+        precise / len(fake),
+        float(reached.double().mean()),
+        within / (NEAREST_DC * len(fake)),
+        float((closest < wide).double().mean()),
+        authentic / len(fake),
+    )
+    return dict(zip(DIVERSITY, values, strict=True))
 
 
 def nearest(samples: np.ndarray, real: np.ndarray) -> np.ndarray:

@@ -15,6 +15,9 @@ from beeline.denoiser import Denoiser
 from beeline.objectives.derivative import Derivative, rate
 from beeline.objectives.optimizer import OptimizerConfig, learning_rate, make_optimizer
 
+GRAD_NORM, SKIPPED = "grad_norm", "skipped"
+"""Figures of an update: the norm of the gradients, and 1 for a step without an update because they are not finite."""
+
 
 class Learner:
     """`model` as objectives see it: called, it runs under the precision's autocast and through `parallel`'s wrapper, which
@@ -77,7 +80,7 @@ class Learner:
 
     def update(self, step: int, total: int) -> dict[str, float]:
         """Apply the gradients at the schedule's rate for `step` of `total`, unless they are not finite: the figures
-        "grad_norm" (0 for such a step) and "skipped" (1). Gradients are the same on all ranks, so all skip together."""
+        GRAD_NORM (0 for such a step) and SKIPPED (1). Gradients are the same on all ranks, so all skip together."""
         config = self.config
         norm = float(nn.utils.clip_grad_norm_(self.parameters, config.clip or math.inf))
         if math.isfinite(norm):
@@ -85,7 +88,7 @@ class Learner:
                 group["lr"] = learning_rate(config, step, total)
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return {"grad_norm": norm if math.isfinite(norm) else 0.0, "skipped": float(not math.isfinite(norm))}
+        return {GRAD_NORM: norm if math.isfinite(norm) else 0.0, SKIPPED: float(not math.isfinite(norm))}
 
     def continue_with(self, config: OptimizerConfig) -> None:
         """Follow other settings of the same kind of optimiser, with the weights and moments as they are."""

@@ -11,8 +11,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable
-from typing import Annotated, Literal
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import nn
@@ -38,6 +38,14 @@ DISTANCES = {
     "lpips_avg": "perceptual distance (LPIPS, VGG16 with average pooling)",
     "johnson": "perceptual distance (Johnson et al., VGG16)",
 }
+LOSS = "lines"
+"""The figure of the distance in a log."""
+
+
+def loss_label(settings: Mapping[str, Any]) -> str:
+    """The loss of an objective with these settings (of a JSON file), so that losses of other kinds are told apart."""
+    distance, resize = settings["distance"], settings.get("resize")
+    return f"lines: {DISTANCES.get(distance, distance)}{f' at {resize}' if resize else ''}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -152,7 +160,7 @@ class LinesMatching(Objective):
         loss = self._distance(images, batch.x1).mean()
         if critic is None:
             (batch.weight * loss).backward()
-            return {"lines": loss.detach()}
+            return {LOSS: loss.detach()}
 
         assert self.discriminator is not None
         with critic.autocast():
@@ -171,7 +179,7 @@ class LinesMatching(Objective):
         of_real = critic(real, batch.real_labels)
         loss_of_critic = adversarial.hinge_discriminator(of_real, of_fake)
         (batch.weight * loss_of_critic).backward()
-        figures = {"lines": loss, "adversarial": fooling, "lambda": balance, "critic": loss_of_critic}
+        figures = {LOSS: loss, "adversarial": fooling, "lambda": balance, "critic": loss_of_critic}
         signs = {"real_positive": of_real, "fake_positive": of_fake}
         figures |= {name: torch.stack([(part > 0).float().mean() for part in of]).mean() for name, of in signs.items()}
         return {name: value.detach() for name, value in figures.items()}

@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from beeline.files.names import PAIRS
 from cluster.planning.workspace import Workspace
 from evaluation.evaluate import PER_EVALUATION, PER_LOOK
 from pipeline.manifest import read_manifest
 from pipeline.runtime import find_user_error
-from trainers.log import read_log
+from pipeline.training_log import DATA_WAIT, IMAGES_PER_S, PHASE, read_log
 from trainers.trials import folder_name
 
 # What `_SUCCESS` of a stage counts, the first that is there, and how one of it is called.
@@ -62,10 +63,10 @@ def with_figures(row: Outcome, folders: Sequence[str], here: Workspace) -> Outco
     if log:
         phases: dict[float, list[dict[str, Any]]] = {}
         for found in log:
-            phases.setdefault(found.get("phase", 0), []).append(found)
+            phases.setdefault(found.get(PHASE, 0), []).append(found)
         warm = [rows[1:] or rows for rows in phases.values()]  # a phase's first step compiles and allocates
-        each = [statistics.median(1 / found["images_per_s"] for found in rows) for rows in warm]
-        waits = statistics.fmean(found["data_wait"] for rows in warm for found in rows)
+        each = [statistics.median(1 / found[IMAGES_PER_S] for found in rows) for rows in warm]
+        waits = statistics.fmean(found[DATA_WAIT] for rows in warm for found in rows)
         note = f"phases {' and '.join(map(_seconds, each))}" if len(each) > 1 else row.note
         row = replace(row, seconds_per_unit=statistics.fmean(each), data_wait=waits, note=note)
         if key == "trials":
@@ -76,7 +77,7 @@ def with_figures(row: Outcome, folders: Sequence[str], here: Workspace) -> Outco
         row = replace(row, seconds_per_unit=each, note=f"{_seconds(looking)} to look at a sample")
     elif "reading_seconds" in done:  # of all actors, from opening images to published shards
         row = replace(row, seconds_per_unit=done["reading_seconds"] / done["images"])
-    elif row.stage == "pairs":
+    elif row.stage == PAIRS:
         each = [shard["sampling_seconds"] / shard["pairs"] for shard in read_manifest(folder) if shard["sampling_seconds"]]
         evaluations = done["evaluations"] / done["pairs"]
         row = replace(row, unit="pair", units=done["pairs"], seconds_per_unit=statistics.median(each),

@@ -11,6 +11,7 @@ from beeline.checkpoint import CONFIG, SOLVER, WEIGHTS
 from beeline.config import Recipe
 from beeline.features.backbones import build_backbone
 from beeline.features.measuring import MEASURING, build_measuring
+from beeline.files.names import TEACHER
 from beeline.weights import dump_backbone
 from cluster.planning.contents import needed_weights
 from cluster.planning.workspace import Workspace
@@ -39,7 +40,7 @@ def teacher(there: Workspace, here: Folder) -> Step | None:
     if not there.teacher:
         return None
     origin = f"imported from {there.imported}" if there.imported else "trained already"
-    return Step(name="teacher", run=partial(_copy, there.place / "teacher", here / "teacher", origin))
+    return Step(name=TEACHER, run=partial(_copy, there.place / TEACHER, here / TEACHER, origin))
 
 
 def _copy(source: Folder, target: Folder, note: str = "") -> str:

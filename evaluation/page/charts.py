@@ -1,6 +1,6 @@
 """Charts as inline SVG: sharp at any size, and in the colours of the page, light or dark.
 
-Matplotlib draws with colours that stand for others; in the SVG they become CSS variables. Text stays text.
+Matplotlib draws with placeholder colours, which become CSS variables in the SVG. Text stays text.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import io
 import math
 import re
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import matplotlib
@@ -19,10 +19,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-COLOURS = 10  # of series, --s0 to --s9 on the page; the teacher's is the first
-INK, GRID = "#5e00ff", "#5e00fe"
-MARKERS = "os^Dv"
-GLYPHS = {
+COLOURS = 10  # of series: --s0 to --s9 on the page; --s0 is the teacher's
+LARGEST = 1e100  # Matplotlib's margins overflow for values near the largest float
+INK, GRID = "#5e00ff", "#5e00fe"  # placeholders
+GLYPHS = {  # by Matplotlib's marker: the same as an SVG path in a 10 by 10 view box
     "o": "M5 1.6a3.4 3.4 0 1 0 .01 0z",
     "s": "M2 2h6v6H2z",
     "^": "M5 1.4 8.8 8.4H1.2z",
@@ -49,7 +49,7 @@ STYLE: dict[Any, Any] = {
 
 
 def colour(number: int) -> int:
-    """Of the page's colours that of model `number`; the first is the teacher's alone."""
+    """The page's colour of model `number`. Colour 0 is reserved for the teacher, model 0."""
     return 0 if number == 0 else 1 + (number - 1) % (COLOURS - 1)
 
 
@@ -71,17 +71,12 @@ class Series:
 
     @property
     def marker(self) -> str:
-        return MARKERS[self.number % len(MARKERS)]
-
-    @property
-    def glyph(self) -> str:
-        """The marker as an SVG path in a field of 10 by 10."""
-        return GLYPHS[self.marker]
+        return list(GLYPHS)[self.number % len(GLYPHS)]
 
 
 @dataclasses.dataclass(frozen=True)
 class Chart:
-    """An SVG, and the series its legend names."""
+    """An SVG, and the series of its legend."""
 
     svg: Markup
     keys: tuple[Series, ...]
@@ -97,72 +92,78 @@ def chart(
     ticks: Sequence[float] | None = None,
     least: float | None = None,
 ) -> Chart | None:
-    """Curves over `x`; `log` names the logarithmic axes ("x", "y", "xy"), `ticks` those of x, `least` the foot of y. What is
-    not finite, or cannot stand on a logarithmic axis, is left out. None where nothing is left."""
-    kept = [found for one in series if (found := _drawable(one, log)).x]
-    if not kept:
+    """Curves over `x`. `log` names the logarithmic axes ("x", "y", "xy"), `ticks` are the ticks of x, `least` is the lower end
+    of y. Points that are not finite, too large, or not positive on a logarithmic axis are left out. None if none is left."""
+    shown = [curve for curve in (_drawable(curve, log) for curve in series) if curve.x]
+    if not shown:
         return None
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(4.6, 3.0), layout="constrained")
         axes = figure.add_subplot()
-        for one in kept:
-            _draw(axes, one, log)
-        _scale(axes, kept, log, ticks, least)
+        for curve in shown:
+            _draw(axes, curve, log)
+        _scale(axes, shown, log, ticks, least)
         axes.set_xlabel(x)
         axes.set_ylabel(y)
         axes.grid(True, axis="y")
         axes.set_axisbelow(True)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    return Chart(_inline(buffer.getvalue(), alt), tuple(kept))
+    return Chart(_inline(buffer.getvalue(), alt), tuple(shown))
 
 
-def _drawable(one: Series, log: str) -> Series:
+def _drawable(curve: Series, log: str) -> Series:
+    """The curve without the points that the axes cannot show."""
+
     def fits(x: float, y: float) -> bool:
-        return math.isfinite(x) and math.isfinite(y) and (x > 0 or "x" not in log) and (y > 0 or "y" not in log)
+        return abs(x) < LARGEST and abs(y) < LARGEST and (x > 0 or "x" not in log) and (y > 0 or "y" not in log)
 
-    kept = [k for k, point in enumerate(zip(one.x, one.y, strict=True)) if fits(*point)]
-    pick: Callable[[Sequence[float]], list[float]] = lambda values: [values[k] for k in kept]  # noqa: E731
-    return dataclasses.replace(one, x=pick(one.x), y=pick(one.y), error=None if one.error is None else pick(one.error))
+    kept = [k for k, point in enumerate(zip(curve.x, curve.y, strict=True)) if fits(*point)]
+
+    def pick(values: Sequence[float]) -> list[float]:
+        return [values[k] for k in kept]
+
+    error = None if curve.error is None else pick(curve.error)
+    return dataclasses.replace(curve, x=pick(curve.x), y=pick(curve.y), error=error)
 
 
-def _draw(axes: Axes, one: Series, log: str) -> None:
+def _draw(axes: Axes, curve: Series, log: str) -> None:
     style = {
-        "color": f"#5e{one.colour:02x}01",
-        "marker": one.marker if one.marked else "",
+        "color": f"#5e{curve.colour:02x}01",
+        "marker": curve.marker if curve.marked else "",
         "markersize": 4.2,
         "linewidth": 1.3,
-        "linestyle": ("--" if one.number == 0 else "-") if one.joined and len(one.x) > 1 else "",
+        "linestyle": ("--" if curve.number == 0 else "-") if curve.joined and len(curve.x) > 1 else "",
     }
-    if one.error is None:
-        axes.plot(one.x, one.y, **style)
+    if curve.error is None:
+        axes.plot(curve.x, curve.y, **style)
         return
-    # On a logarithmic axis a bar that reaches below zero ends just above it.
-    down = [min(e, 0.95 * value) if "y" in log else e for e, value in zip(one.error, one.y, strict=True)]
-    axes.errorbar(one.x, one.y, [down, one.error], capsize=2.5, elinewidth=1, **style)
+    # On a logarithmic axis an error bar must end above zero.
+    down = [min(error, 0.95 * y) if "y" in log else error for error, y in zip(curve.error, curve.y, strict=True)]
+    axes.errorbar(curve.x, curve.y, [down, curve.error], capsize=2.5, elinewidth=1, **style)
 
 
-def _scale(axes: Axes, series: Sequence[Series], log: str, ticks: Sequence[float] | None, least: float | None) -> None:
+def _scale(axes: Axes, curves: Sequence[Series], log: str, ticks: Sequence[float] | None, least: float | None) -> None:
+    plain = FuncFormatter(lambda value, _: f"{value:g}")
     if least is not None:
-        lowest = min(value for one in series for value in one.y)
+        lowest = min(y for curve in curves for y in curve.y)
         axes.set_ylim(bottom=max(least, lowest / 1.5) if "y" in log else least)
-    for name, axis, values in (("x", axes.xaxis, "x"), ("y", axes.yaxis, "y")):
-        if name not in log:
-            continue
+    for name in log:
+        values = [value for curve in curves for value in (curve.x if name == "x" else curve.y)]
+        foot = max(min(values), least or 0) if name == "y" else min(values)
         (axes.set_xscale if name == "x" else axes.set_yscale)("log")
-        seen = [v for one in series for v in getattr(one, values)]
-        decades = math.log10(max(seen) / max(min(seen), least or 0))
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 2.2 else (1,)))
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis = axes.xaxis if name == "x" else axes.yaxis
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if math.log10(max(values) / foot) < 2.2 else (1,)))
+        axis.set_major_formatter(plain)
         axis.set_minor_locator(NullLocator())
         axis.set_minor_formatter(NullFormatter())
     if ticks is not None:
         axes.xaxis.set_major_locator(FixedLocator(list(ticks)))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.xaxis.set_major_formatter(plain)
 
 
 def _inline(text: str, alt: str) -> Markup:
-    """The SVG element alone: its names its own, colours those of the page, fonts those of the text around it."""
+    """The SVG element alone: with ids that are unique on the page, the page's colours and the fonts of the text around it."""
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", text, flags=re.DOTALL)
     text = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>c{zlib.crc32((alt + text).encode()):x}-", text)

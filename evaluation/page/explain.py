@@ -1,34 +1,42 @@
-"""What a metric is, in a sentence for those who read a report."""
+"""What a metric means, in one sentence for readers of the page."""
 
 from __future__ import annotations
 
-from evaluation.models import DIVERSITY
+from beeline.features.measuring import DINOV2, LOSSES_PROBE, MEASURING_PROBE
+from beeline.metrics.measures import FID, FRECHET, INCEPTION_SCORE, KID, PAIR_RMS, frechet_name, is_diversity
 
-FRECHET = "Fréchet distance between generated and real images in the features of"
+DISTANCE = "Fréchet distance between generated and real images in the features of"
+PROBE = "a probe, a small classifier trained on this data"
+OF_A_PROBE = "It is not FID and does not compare with the distance in another probe"
 TEXTS = {
-    "fid": f"{FRECHET} Inception v3 (FID)",
-    "fd_probe": f"{FRECHET} a probe trained on this data, which no loss has used. It is not FID, and does not compare with "
-    "another probe's",
-    "fd_dinov2": f"{FRECHET} DINOv2, which no loss has used. It is not FID",
-    "fd": f"{FRECHET} the network in its name. It is not FID",
-    "kid": "kernel distance in Inception's features",
-    "is": "Inception Score",
-    "precision": "share of samples that lie within the real images (k = 3 nearest neighbours)",
-    "recall": "share of real images that lie within the samples (k = 3): falls where diversity is lost",
-    "density": "how densely real images lie around samples (k = 5); can pass 1",
+    FID: f"{DISTANCE} Inception v3 (FID)",
+    frechet_name(MEASURING_PROBE): f"{DISTANCE} {PROBE}, which no loss uses. {OF_A_PROBE}",
+    frechet_name(LOSSES_PROBE): f"{DISTANCE} {PROBE}, which losses may use. {OF_A_PROBE}",
+    **{frechet_name(network): f"{DISTANCE} DINOv2, which no loss uses. It is not FID" for network in DINOV2},
+    FRECHET: f"{DISTANCE} the network in its name. It is not FID",
+    KID: "kernel distance in Inception's features",
+    INCEPTION_SCORE: "Inception Score",
+    "precision": "share of samples that lie among the real images (k = 3 nearest neighbours)",
+    "recall": "share of real images that lie among the samples (k = 3). It falls when diversity is lost",
+    "density": "how densely real images lie around the samples (k = 5). It can exceed 1",
     "coverage": "share of real images with a sample in their neighbourhood (k = 5)",
-    "authenticity": "share of samples farther from their nearest real image than that one from its own nearest: low where "
-    "training images are copied",
-    "pair_rms": "root mean square distance to the teacher's image of the same noise, in images of [-1, 1], on held-out pairs",
+    "authenticity": "share of samples that are farther from their nearest real image than that image is from its own nearest. "
+    "It is low when training images are copied",
+    PAIR_RMS: "root mean square distance to the teacher's image of the same noise, for images in [-1, 1], on held-out pairs",
 }
-
-NETWORKS = {"probe": "the measuring probe", "dinov2": "DINOv2"}
+NETWORKS = {
+    MEASURING_PROBE: "the measuring probe", LOSSES_PROBE: "the losses' probe", **dict.fromkeys(DINOV2, "DINOv2"),
+}  # fmt: skip
 
 
 def explain(metric: str) -> str:
-    """Of the longest name that begins the metric's; "" for one that is not known."""
-    known = [name for name in TEXTS if metric == name or metric.startswith((f"{name}_", f"{name}v"))]
-    known += ["fd_dinov2"] * metric.startswith("fd_dinov2")
-    text = TEXTS[max(known, key=len)] if known else ""
-    where = metric.split("_")[1] if metric.split("_")[0] in DIVERSITY and metric.count("_") > 1 else ""
-    return f"{text}, in the features of {NETWORKS.get(where, where)}" if where else text
+    """The text of the longest known name that the metric starts with; "" for an unknown metric."""
+    known = [name for name in TEXTS if metric == name or metric.startswith(f"{name}_")]
+    if not known:
+        return ""
+    name = max(known, key=len)
+    rest = metric.removeprefix(name).strip("_")  # "<network>_<count>", "<network>", "<count>" or ""
+    if not is_diversity(name) or "_" not in rest:
+        return TEXTS[name]
+    network = rest.rpartition("_")[0]
+    return f"in the features of {NETWORKS.get(network, network)}: {TEXTS[name]}"

@@ -1,7 +1,7 @@
-"""The paper's figures, and tables in its layout (Tables 7 to 9) with ours beside them.
+"""The paper's figures, and tables in its layout (Tables 7 to 9) with ours next to them.
 
-A figure of one kind never stands in the column of another: beside the paper's FID only fid_50k, in a column only students
-with the ingredients of that column, in a row only those that were trained and sampled as it says.
+Only comparable figures share a table: next to the paper's FID only fid_50k, in a column only students with the ingredients of
+that column, in a row only students that are trained and sampled at its steps.
 """
 
 from __future__ import annotations
@@ -9,7 +9,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-from evaluation.models import TEACHER, Figure, Model
+from beeline.files.names import TEACHER
+from evaluation.models import Figure, Model
+from evaluation.page.words import NONE
 
 Steps = tuple[int, ...]
 BACKBONES = {"tf_efficientnet_lite0", "deit_base_distilled_patch16_224"}
@@ -19,7 +21,7 @@ OWN = {L2: "L2", VGG: "perceptual", ADL: "perceptual + ADL", SOT: "perceptual + 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Published:
-    """Means over independent draws of 50,000 samples, in the metric that we call `metric`; `teacher` is (NFE, figure)."""
+    """The paper's means over independent draws of 50,000 samples, in our `metric`; `teacher` is (NFE, figure)."""
 
     what: str
     metric: str
@@ -71,7 +73,7 @@ PAPER: dict[str, tuple[Published, ...]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """The paper's figure and ours, "—" where there is none; `model` is whose ours is."""
+    """The paper's figure and ours, "—" for a missing one; `model` is our model."""
 
     paper: str
     ours: str
@@ -80,8 +82,8 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Table:
-    """`columns` are variants; `rows` are (steps, NFE, a cell for each column). `beside` says whether the paper's figures are
-    in it; `note` why they are not, or what is missing of ours."""
+    """`columns` are variants; `rows` are (steps, NFE, a cell for each column). `beside` says whether the table holds the
+    paper's figures; `note` says why it does not, or what we lack."""
 
     what: str
     metric: str
@@ -93,50 +95,49 @@ class Table:
 
 
 def tables(recipe: str, models: Sequence[Model], main: str) -> list[Table]:
-    """The paper's tables for its recipes, with ours where it is of the same kind; and ours in the same layout, where the
-    metric that we have is another."""
-    made = [_beside(published, models) for published in PAPER.get(recipe, ())]
-    if any(table.metric == main for table in made):
-        return made
+    """The paper's tables of this recipe with our comparable figures. If our main metric is another one, a table of ours alone
+    follows in the same layout."""
+    beside = [_beside(published, models) for published in PAPER.get(recipe, ())]
+    if any(table.metric == main for table in beside):
+        return beside
     why = (
-        f"The paper's figures are not in this table: they are FID over 50,000 samples (fid_50k), and {main} is another measure"
+        f"The paper's figures are not in this table: they are FID over 50,000 samples (fid_50k), and {main} is another metric"
         if recipe in PAPER
-        else f"The paper's figures are not beside these: it has none for {recipe}, and {main} on other data says nothing "
-        "about its FID"
+        else f"The paper has no figures for {recipe}, and {main} on other data does not compare with its FID"
     )
     own = _own(models, main, why + ".")
-    return [*made, own] if own.rows else made
+    return [*beside, own] if own.rows else beside
 
 
 def variant(model: Model, *, papers: bool) -> str | None:
-    """The column of a student, None where it has none; with `papers`, only for the paper's own networks (VGG16 in LPIPS, and
-    both backbones of the discriminator)."""
-    found = model.ingredients
-    if found is None or model.is_average:
+    """The column of a student, None if it fits none. With `papers`, it must use the paper's own networks: VGG16 in LPIPS, and
+    both backbones of the discriminator."""
+    used = model.ingredients
+    if used is None or model.is_average:
         return None
-    if found.distance == "l2":
-        return L2 if not found.adversarial and found.steps is None else None
-    if found.distance not in ("lpips", "probe") or (papers and found.distance != "lpips"):
+    if used.distance == "l2":
+        return L2 if not used.adversarial and used.steps is None else None
+    if used.distance not in ("lpips", "probe") or (papers and used.distance != "lpips"):
         return None
-    if not found.adversarial:
-        return VGG if found.steps is None else None
-    if papers and set(found.networks) != BACKBONES:
+    if not used.adversarial:
+        return VGG if used.steps is None else None
+    if papers and set(used.networks) != BACKBONES:
         return None
-    return ADL if found.steps is None else SOT
+    return ADL if used.steps is None else SOT
 
 
 def ours(models: Sequence[Model], column: str, steps: Steps, metric: str, *, papers: bool) -> Figure | None:
-    """The figure of our student of a column at `steps`, sampled by its own rule; of several the first by name. A student of
-    single levels counts only in the row of the very steps it was trained at."""
+    """The figure of our student of a column at `steps`, sampled by its own rule; of several students the first by name. A SOT
+    student counts only in the row of the steps that it is trained at."""
     for model in sorted(models, key=lambda model: model.name):
         if variant(model, papers=papers) != column:
             continue
         if column == SOT and model.ingredients is not None and model.ingredients.steps != steps:
             continue
-        ways = [way.label for way in model.samplings if way.plain and way.steps == steps]
-        found = [figure for label in ways if (figure := model.figure(label, metric)) is not None]
-        if found:
-            return found[0]
+        labels = [sampling.label for sampling in model.samplings if sampling.plain and sampling.steps == steps]
+        figures = [figure for label in labels if (figure := model.figure(label, metric)) is not None]
+        if figures:
+            return figures[0]
     return None
 
 
@@ -153,13 +154,11 @@ def _beside(published: Published, models: Sequence[Model]) -> Table:
     notes = []
     if not own:
         notes.append(
-            f"No student with the paper's ingredients is measured in {published.metric} here, so ours is empty: measure with "
+            f"No student with the paper's ingredients is measured in {published.metric}. To measure one: "
             "evaluation/evaluate.py --features inception --count 50000."
         )
     if OTHER in columns:
-        notes.append(
-            "Which of its variants these figures of the paper are of is not known to us: nothing of ours is beside them."
-        )
+        notes.append("The paper does not say which variant these figures belong to, so ours are not compared with them.")
     return Table(
         what=published.what, metric=published.metric, beside=True, columns=columns, rows=rows, teacher="; ".join(parts),
         note=" ".join(notes),
@@ -170,15 +169,18 @@ def _cell(published: Published, models: Sequence[Model], column: str, steps: Ste
     paper = published.rows.get(steps, {}).get(column)
     figure = ours(models, column, steps, published.metric, papers=True)
     digits = 3 if published.metric.startswith("fid") and column != OTHER else 2
-    return Cell("—" if paper is None else f"{paper:.{digits}f}", figure.text if figure else "—", figure.model if figure else "")
+    return Cell(
+        NONE if paper is None else f"{paper:.{digits}f}", figure.text if figure else NONE, figure.model if figure else ""
+    )
 
 
 def _own(models: Sequence[Model], metric: str, note: str) -> Table:
     columns = tuple(OWN)
     rows = []
     for steps in _schedules(models, columns, metric, papers=False):
-        found = [ours(models, column, steps, metric, papers=False) for column in columns]
-        rows.append((_label(steps), len(steps), tuple(Cell("—", f.text if f else "—", f.model if f else "") for f in found)))
+        figures = [ours(models, column, steps, metric, papers=False) for column in columns]
+        cells = tuple(Cell(NONE, f.text if f else NONE, f.model if f else "") for f in figures)
+        rows.append((_label(steps), len(steps), cells))
     teacher = "; ".join(f"{figure.text} at NFE {figure.nfe}" for figure in _teacher(models, metric))
     return Table(
         what=f"Ours in {metric}", metric=metric, beside=False, columns=tuple(OWN[column] for column in columns),
@@ -187,15 +189,15 @@ def _own(models: Sequence[Model], metric: str, note: str) -> Table:
 
 
 def _schedules(models: Sequence[Model], columns: Sequence[str], metric: str, *, papers: bool) -> list[Steps]:
-    """The step schedules at which any student of these columns is measured, by NFE."""
-    found = {
-        way.steps
+    """The step schedules at which students of these columns are measured, by NFE."""
+    schedules = {
+        sampling.steps
         for model in models
         if variant(model, papers=papers) in columns
-        for way in model.samplings
-        if way.plain and way.steps is not None and model.figure(way.label, metric)
+        for sampling in model.samplings
+        if sampling.plain and sampling.steps is not None and model.figure(sampling.label, metric)
     }
-    return sorted(found, key=lambda steps: (len(steps), steps))
+    return sorted(schedules, key=lambda steps: (len(steps), steps))
 
 
 def _any(models: Sequence[Model], column: str, metric: str, *, papers: bool) -> bool:
@@ -203,7 +205,7 @@ def _any(models: Sequence[Model], column: str, metric: str, *, papers: bool) -> 
 
 
 def _teacher(models: Sequence[Model], metric: str) -> list[Figure]:
-    """The teacher's figure at its most evaluations, in a list; [] where it has none."""
+    """The teacher's figure at the most evaluations, in a list; [] if there is none."""
     return [figure for model in models if model.name == TEACHER for figure in model.of(metric)[-1:]]
 
 

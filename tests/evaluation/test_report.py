@@ -19,11 +19,13 @@ from measured import FRESH, ONE, TEACHER_WAYS, TWO, finished, measure, trained, 
 from methods import JumpConfig
 from PIL import Image
 
+from beeline.config import to_dict
 from beeline.errors import BeelineError
 from beeline.recipes import RECIPES
 from evaluation.models import number
 from evaluation.page import paper
 from evaluation.page.strips import Sheet
+from evaluation.page.training import trainings
 from evaluation.report import report
 from pipeline.sheet import sheet_png
 from pipeline.storage import Folder
@@ -126,9 +128,9 @@ def test_everything_is_shown(workspace: Path, page: str, parsed: Parsed) -> None
         "300 + 200",
         "2,500 pairs of 35 evaluations: 87,500 evaluations of the teacher, in 34.5 actor-seconds",
         "paid back after 2,574 images",
-        "The paper's figures are not beside these: it has none for digits",
+        "The paper has no figures for digits",
         "unevenness",
-        "fd_probe_losses_1797, which is not a measure reported above",
+        "fd_probe_losses_1797, which is not a metric of the sections above",
         "20, stopped",
         "ab" * 32,
     ):
@@ -185,6 +187,24 @@ def test_a_method_of_ones_own_is_shown(tmp_path: Path) -> None:
     assert "jumps to level 0" in text
     assert "end points alone: knowledge distillation, L2" in text  # after its first phase
     assert "300 + 300 + 300" in text
+
+
+def test_losses_of_different_kinds_have_charts_of_their_own(tmp_path: Path) -> None:
+    """The promoted trial of a sweep says in its plan, within the sweep's, how it was trained."""
+    place, recipe = Folder(str(tmp_path)), RECIPES["digits"](0)
+    log = {"train.jsonl": b'{"step": 1, "phase": 0.0, "lines": 2.0, "skipped": 0, "seconds": 1}'}
+    finished(place, "teacher", {"teacher": {}}, {"train.jsonl": b'{"step": 9, "loss": 0.5, "seconds": 7}'}, images_seen=900)
+    trained(place, "kd", recipe.students["kd"], loss="distillation")
+    trained(place, "l2", recipe.students["l2"])
+    finished(place, "students/tuned", {"promoted": {}, "sweep": {"student": to_dict(recipe.students["l2"])}}, log)
+    finished(place, "students/own", {"promoted": {}}, log)
+    found = trainings(place, [])
+    assert found is not None
+    assert [row.head for row in found.table.rows] == ["teacher", "kd", "l2", "own", "tuned"]
+    names = {kind: [series.name for series in chart.keys] for kind, chart in found.losses}
+    assert names == {
+        "EDM loss": ["teacher"], "distillation": ["kd"], "lines: pixel distance (L2)": ["l2", "tuned"], "lines": ["own"],
+    }  # fmt: skip
 
 
 def test_models_that_were_measured_otherwise_are_named(tmp_path: Path) -> None:

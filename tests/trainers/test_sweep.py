@@ -21,9 +21,9 @@ from ray.tune.schedulers import TrialScheduler
 
 import beeline
 from beeline.config import SweepConfig
-from trainers.sweep_lmm import pareto
+from beeline.metrics.measures import VALIDATION
+from evaluation.sweep_table import pareto
 from trainers.trials import PerSchedule, rung_of, settings
-from trainers.validation import METRIC
 
 SMALL = [
     "--sweep.trials", "8", "--sweep.iterations", "16", "--sweep.rungs", "3", "--sweep.learning-rates", "1e-6", "3e-3",
@@ -144,7 +144,7 @@ def decide(asha: PerSchedule, number: int, distance: float) -> str:
     controller: Any = None
     trial: Any = SimpleNamespace(trial_id=f"trial-{number}", config={"trial": number})
     asha.on_trial_add(controller, trial)
-    return asha.on_trial_result(controller, trial, {"step": 2, METRIC: distance})
+    return asha.on_trial_result(controller, trial, {"step": 2, VALIDATION: distance})
 
 
 def test_asha_compares_trials_of_one_schedule_and_remembers_earlier_runs() -> None:
@@ -155,7 +155,7 @@ def test_asha_compares_trials_of_one_schedule_and_remembers_earlier_runs() -> No
     assert decide(fresh, 6, math.nan) == TrialScheduler.STOP
     assert decide(fresh, 8, math.inf) == TrialScheduler.STOP
     assert decide(fresh, 10, 0.9) == TrialScheduler.CONTINUE
-    again = scheduler({0: [{"step": 2, METRIC: 1.0}, {"step": 4, METRIC: math.nan}]})
+    again = scheduler({0: [{"step": 2, VALIDATION: 1.0}, {"step": 4, VALIDATION: math.nan}]})
     assert decide(again, 2, 2.0) == TrialScheduler.STOP  # as if the run had not been interrupted
     assert decide(again, 4, 0.5) == TrialScheduler.CONTINUE
 

@@ -1,0 +1,14 @@
+"""The names of a workspace's folders and of the files that several modules write or read. Each name is written here once."""
+
+# Folders of a workspace.
+IMAGES, PROBE, TEACHER, PAIRS = "images", "probe", "teacher", "pairs"
+STUDENTS, SWEEPS, EVALUATION = "students", "sweeps", "evaluation"
+
+# Files of a model's folder: weights, how to build the network, calibrated noise levels.
+WEIGHTS, CONFIG, SOLVER = "model.safetensors", "config.json", "solver.json"
+
+# Files of a stage's folder: its plan, and the marker of a complete stage.
+PLAN, SUCCESS = "plan.json", "_SUCCESS"
+
+# Contents of a training's folder: the log, checkpoints, the folder of TensorBoard's file.
+LOG, CHECKPOINTS, TENSORBOARD = "train.jsonl", "checkpoints", "tensorboard"
