@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 from beeline.config import PhaseConfig, Recipe, StudentConfig
 from beeline.errors import BeelineError
+from beeline.features.backbones import weights_of
 from beeline.features.measuring import PROBES
 from beeline.sampling.few_step import parse_steps
 from beeline.settings import Range, check
@@ -20,7 +21,7 @@ from trainers.sweep_lmm import check_sweep, sweep_lmm
 from trainers.train_lmm import check_resolution, check_student, train_lmm
 from trainers.train_probe import train_probes
 from trainers.train_teacher import check_teacher, train_teacher
-from trainers.trials import can_vary
+from trainers.trials import can_vary, trials_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,6 +99,14 @@ def models(recipe: Recipe) -> dict[str, tuple[str, ...]]:
     """The models to measure, and the step schedules of each student: several where it takes any level."""
     students = [found for student in recipe.students.values() for found in student.models().items()]
     return {"teacher": recipe.evaluate.steps} | {folder: _schedules(recipe, phase) for folder, phase in students}
+
+
+def needed_weights(recipe: Recipe) -> list[str]:
+    """The pretrained networks that losses, discriminators and measurements look through, in the order of their first use."""
+    trials = trials_of(recipe.sweep, recipe.main) if can_vary(recipe.main) else {}
+    names = [name for student in (*recipe.students.values(), *trials.values()) for name in student.needs().features]
+    names += [*recipe.evaluate.features, *([recipe.sweep.features] if trials else [])]
+    return [name for name in dict.fromkeys(map(weights_of, names)) if name not in PROBES]
 
 
 def _schedules(recipe: Recipe, phase: PhaseConfig) -> tuple[str, ...]:

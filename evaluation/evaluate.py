@@ -29,6 +29,7 @@ from beeline.config import EvaluateConfig, to_dict
 from beeline.errors import BeelineError
 from beeline.features.measuring import PROBES
 from beeline.metrics.frechet import Moments
+from beeline.sampling.few_step import FewStep
 from beeline.settings import ModelPath, Some, check
 from evaluation import results
 from evaluation.jobs import (
@@ -154,6 +155,11 @@ class Measurement:
         lines = [Lines(self.name, setup.pairs["pairs"]["num_steps"], count)] if self.straight else []
         return [*(Fidelity(self.name, row, count) for row in self.rows), *lines]
 
+    def evaluations(self, setup: Setup) -> int:
+        """Network evaluations of all its items."""
+        items = [*self.samples(setup), *self.sheets(setup), *self.comparisons(setup)]
+        return sum(item.evaluations for item in items)
+
     def publish(self, setup: Setup, seconds: Mapping[str, float]) -> None:
         """Metrics and sheets, and the `seconds` of its samples; then what was only needed for published rows goes. What another
         command still measures stays."""
@@ -230,12 +236,16 @@ def _measurement(setup: Setup, name: str, config: EvaluateConfig, networks: Mapp
         "reference_sha256": given,
         "images": fingerprint(setup.images),
     }
-    stage = Stage(setup.workspace, f"evaluation/{name}", plan)
-    measured = results.measured(stage.folder)
-    left = [row for row in rows if row.label not in measured]
+    return unpublished(Stage(setup.workspace, f"evaluation/{name}", plan), name, rows, model.few_step)
+
+
+def unpublished(stage: Stage, name: str, rows: Sequence[Row], few_step: FewStep | None) -> Measurement:
+    """The measurement of those `rows` of a model that its stage has not published yet. `few_step`: how a student is sampled,
+    None for a teacher. Reads the workspace and writes nothing."""
+    published = results.measured(stage.folder)
     # Students of single levels mean nothing at other levels.
-    straight = model.few_step is None or model.few_step.trained_steps is None
-    return Measurement(name, stage, left, straight)
+    straight = few_step is None or few_step.trained_steps is None
+    return Measurement(name, stage, [row for row in rows if row.label not in published], straight)
 
 
 def _prepare_and_sample(setup: Setup, work: Sequence[Measurement], networks: Mapping[str, str]) -> dict[str, dict[str, float]]:

@@ -12,7 +12,7 @@ from beeline.config import EvaluateConfig
 from beeline.denoiser import Denoiser
 from beeline.errors import BeelineError
 from beeline.noise import stream_seed
-from beeline.sampling.few_step import RuleName, parse_steps
+from beeline.sampling.few_step import FewStep, RuleName, parse_steps
 from beeline.sampling.samplers import Solver, batches, evaluations, sample
 
 
@@ -46,19 +46,28 @@ def slug_of(label: str) -> str:
 
 
 def rows_for(model: Denoiser, config: EvaluateConfig) -> list[Row]:
-    """The rows that `config` asks of this model. Raises BeelineError for steps that a student was not trained on, and for
-    evaluations that a solver cannot have."""
-    if model.few_step is None:
+    """The rows that `config` asks of this model. Raises BeelineError as `rows_of` does."""
+    return rows_of(model.few_step, config, levels=None if model.levels is None else len(model.levels))
+
+
+def rows_of(few_step: FewStep | None, config: EvaluateConfig, *, levels: int | None) -> list[Row]:
+    """The rows that `config` asks of a student that is sampled by `few_step`, or of a teacher (None) whose calibrated solver
+    has `levels` levels. Needs no network: planning counts the same rows.
+
+    Raises BeelineError for steps that a student was not trained on, for evaluations that a solver cannot have, and for a
+    calibrated solver that is missing.
+    """
+    if few_step is None:
         if config.solver == "calibrated":
-            if model.levels is None:
+            if levels is None:
                 raise BeelineError("this teacher has no calibrated levels; find them with: python -m beeline.calibrate FOLDER")
-            return [Row(len(model.levels), None, "calibrated", len(model.levels))]
+            return [Row(levels, None, "calibrated", levels)]
         return [teacher_row(nfe, config.solver) for nfe in dict.fromkeys(config.nfe)]
     rows = []
     for text in dict.fromkeys(config.steps):
-        steps = model.few_step.check(parse_steps(text))
-        rule = None if config.rule in ("trained", model.few_step.rule) else config.rule
-        rows.append(Row(len(steps), steps, None, model.few_step.num_steps, rule))
+        steps = few_step.check(parse_steps(text))
+        rule = None if config.rule in ("trained", few_step.rule) else config.rule
+        rows.append(Row(len(steps), steps, None, few_step.num_steps, rule))
     return rows
 
 

@@ -7,8 +7,9 @@ sizes are known, and nothing else. Nothing depends on it but sums: whether a sha
 from __future__ import annotations
 
 import io
+import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -79,6 +80,13 @@ class Manifest:
     def total(self, name: str) -> float:
         """The sum of a column over the shards whose making is known."""
         return sum(row.get(name) or 0 for row in self.rows.values())
+
+
+def seconds_per_pair(rows: Sequence[Mapping[str, Any]]) -> float | None:
+    """Seconds of one actor for a pair: the median over shards, since an actor's first one may compile. None where no row has
+    a time."""
+    timed = [row["sampling_seconds"] / row["pairs"] for row in rows if row.get("sampling_seconds") and row.get("pairs")]
+    return statistics.median(timed) if timed else None
 
 
 def read_manifest(folder: Folder) -> list[dict[str, Any]]:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import resource
+import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -104,6 +105,29 @@ def read_log(folder: Folder) -> list[dict[str, Any]]:
     except ValueError as error:
         print(f"{folder}/{LOG} is damaged after row {len(rows)} ({error}); later rows are left out", flush=True)
     return rows
+
+
+def images_per_second(rows: Sequence[Mapping[str, Any]]) -> dict[int, float]:
+    """Images per second of each phase in a log, all ranks together: the median over its rows."""
+    speeds: dict[int, list[float]] = {}
+    for row in _warm(rows):
+        if isinstance(row.get("images_per_s"), int | float) and row["images_per_s"] > 0:
+            speeds.setdefault(int(row.get("phase", 0)), []).append(row["images_per_s"])
+    return {phase: statistics.median(found) for phase, found in speeds.items()}
+
+
+def data_wait(rows: Sequence[Mapping[str, Any]]) -> float:
+    """Share of the time in which steps waited for data, the mean over a log's rows."""
+    return statistics.fmean(row["data_wait"] for row in _warm(rows))
+
+
+def _warm(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The rows without the first one of each phase, which compiles and allocates, unless it is the only one."""
+    phases: dict[Any, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        if isinstance(row.get("phase", 0), int | float):
+            phases.setdefault(row.get("phase", 0), []).append(row)
+    return [row for found in phases.values() for row in (found[1:] or found)]
 
 
 def write_log(folder: Folder, rows: Sequence[dict[str, Any]]) -> None:

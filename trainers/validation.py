@@ -17,6 +17,7 @@ from beeline.features.measuring import Eye, MeasuringProbe
 from beeline.metrics.frechet import Statistics, frechet_distance
 from beeline.noise import stream_seed
 from beeline.pixels import quantised
+from beeline.sampling.few_step import FewStep
 from evaluation.rows import Row, draw
 from pipeline.reader import ShardReader
 from pipeline.sheet import sheet_png
@@ -26,6 +27,11 @@ from pipeline.storage import Folder
 METRIC = "fd_probe_losses"
 SHOWN, COLUMNS = 40, 10
 BATCH = 256
+
+
+def schedule(few_step: FewStep) -> tuple[int, ...]:
+    """The steps that a student in training is sampled at: the levels it is trained on, or one step."""
+    return few_step.trained_steps or (0,)
 
 
 class Validation:
@@ -53,7 +59,7 @@ class Validation:
         `steps`: the schedule to sample at; left out, the levels that the student was trained on, or one step.
         """
         assert model.few_step is not None
-        steps = steps or model.few_step.trained_steps or (0,)
+        steps = steps or schedule(model.few_step)
         row = Row(len(steps), steps, None, model.few_step.num_steps)
         count = len(self.labels) if self._eye is not None else min(SHOWN, len(self.labels))
         images = draw(model, row, range(count), self.labels[:count], seed=self.seed, batch_size=BATCH)

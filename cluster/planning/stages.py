@@ -1,301 +1,373 @@
-"""What each stage of a recipe takes, before anything is said of machines: operations, processes, bytes."""
+"""What each stage of a recipe takes, before anything is said of machines: operations, processes, bytes.
+
+The stages say what they do: rows and work items of a measurement, the plan of pairs, published models, bytes. Here they are
+multiplied with the FLOPs of the recipe's networks.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
-from beeline.config import PhaseConfig, PoolConfig, Recipe, StudentConfig, WorkersConfig
-from beeline.sampling.few_step import parse_steps
-from beeline.schedule import edm_sigmas
+from beeline.config import EvaluateConfig, PhaseConfig, PoolConfig, Recipe, StudentConfig, TeacherConfig, WorkersConfig
+from beeline.metrics.measures import measures_flops
+from beeline.sampling.few_step import FewStep
 from cluster.planning import counting
-from cluster.planning.contents import figures, measured_models, needed_weights, pair_evaluations, store_bytes, trials
-from cluster.planning.speeds import Task
+from cluster.planning.nodes import Need
+from cluster.planning.speeds import IMAGES, Task
 from cluster.planning.workspace import Workspace
-from evaluation.reference import KEPT
-from pipeline.shards import shard_count
-from trainers.train_probe import MOST_IMAGES
-from trainers.trials import can_vary, rung_of, settings
+from cluster.steps import models, needed_weights, steps
+from evaluation.evaluate import unpublished
+from evaluation.jobs import HELD_OUT, HeldOut, Setup
+from evaluation.reference import KEPT, reference_bytes, reference_folder
+from evaluation.rows import rows_of
+from pipeline import stage as pipeline_stage
+from pipeline.gen_pairs import plan_of
+from pipeline.shards import shard_count, store_bytes
+from trainers.loop import Cadence
+from trainers.sizes import FLOAT, checkpoints_kept, published
+from trainers.sweep_lmm import judging
+from trainers.train_probe import MOST_IMAGES, PROBES
+from trainers.trials import folder_name, rung_of, trials_of
+from trainers.validation import schedule
 
-TEXT = 50_000  # bytes of a model folder's plan, config, logs and sheets
-IMAGES_PER_CORE = 200.0  # per second, decoded and resized: assumed
+TEXT, ROW, REPORT = 50_000, 200_000, 5_000_000  # bytes of a model's records, of a row with its sheets, of the page
+CALIBRATED = 12  # evaluations that are assumed of a solver that is not calibrated yet
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Job:
-    """Work of one kind in one stage: `count` gives its FLOPs, or `seconds` of a core where they cannot be counted.
+    """Work of one kind in a stage."""
 
-    It is done by at most `processes`, each with `gpus` and `threads`, in `parts` equal parts, 0 for any.
-    """
-
-    task: Task | None
-    count: Callable[[], float] = lambda: 0.0
-    """The operations; counting them may take seconds."""
-    seconds: float = 0.0
-    source: str = ""
-    """How the seconds are known."""
-    processes: int
-    gpus: float
-    threads: int
+    task: Task
+    need: Need
+    count: Callable[[], float]
+    """Operations. Counting them may take seconds."""
     parts: int = 0
+    """Equal parts that processes do one after another; 0 for any."""
     on_core: bool = False
-    """Done by a core of the process, its GPU idle meanwhile."""
-    gang: bool = False
-    """All processes at once, or none."""
-
-    @property
-    def flops(self) -> float:
-        """Operations."""
-        return self.count()
+    """Done by a core of each process. Its GPU is taken meanwhile, and idle."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stage:
-    """A stage, or one student of it. `stored` bytes stay; `passing` bytes are there only while it runs."""
+    """What is left of a stage."""
 
     name: str
     work: str
-    amount: int
+    amount: int = 0
     jobs: tuple[Job, ...] = ()
     stored: float = 0.0
+    """Bytes that stay."""
     passing: float = 0.0
+    """Bytes that are there only while it runs."""
     side_by_side: bool = False
-    """With the stages beside it that say so, as far as the machines have room."""
+    """It runs at the same time as its neighbours that say so, as far as the machines have room."""
     starts: int = 1
-    """Processes that start one after another, at a time as long as a stage's start."""
+    """Processes that start one after another, each in the time in which a stage starts."""
     note: str = ""
 
 
 def stages(recipe: Recipe, there: Workspace, teacher: str) -> list[Stage]:
-    """Of the recipe in the order of run_pipeline.py, less what `there` is finished already. `teacher` is "train" or
-    "import"."""
-    made = [_images(recipe, there), _probe(recipe, there), _teacher(recipe, there, teacher), _pairs(recipe, there)]
-    made += _students(recipe, there)
-    weights = [name for name in needed_weights(recipe) if not there.weights(name)]
-    if weights:
+    """What is left of the steps of run_pipeline.py, in their order, and of the weights to fetch before. `teacher` is "train" or
+    "import". Raises BeelineError for settings that a stage refuses."""
+    makers: dict[str, Callable[[], Stage]] = {
+        "images": lambda: _images(recipe, there),
+        "probe": lambda: _probe(recipe, there),
+        "teacher": lambda: _imported(recipe, there) if teacher == "import" else _teacher(recipe, there),
+        "pairs": lambda: _pairs(recipe, there),
+        "evaluation": lambda: _evaluation(recipe, there),
+        "report": lambda: Stage(name="report", work="one page", amount=1, stored=REPORT),
+        f"sweeps/{recipe.sweep.name}": lambda: _sweep(recipe, there),
+        **{f"students/{each.name}": functools.partial(_student, recipe, there, each) for each in recipe.students.values()},
+    }
+    found = []
+    if weights := [name for name in needed_weights(recipe) if not there.weights(name)]:
         stored, work = sum(map(counting.pretrained_bytes, weights)), f"{len(weights)} pretrained networks, fetched once"
-        made.insert(0, Stage(name="weights", work=work, amount=len(weights), stored=stored, starts=0))
-    made += [_sweep(recipe, there)] if can_vary(recipe.main) else []
-    made.append(_evaluation(recipe, there))
-    return [*made, Stage(name="report", work="one page", amount=1, stored=5e6)]
+        found.append(Stage(name="weights", work=work, amount=len(weights), stored=stored, starts=0))
+    for step in steps(str(there.place), recipe):
+        complete = there.complete(step.name) and not (step.name.startswith("sweeps/") and _trials_left(recipe, there))
+        stage = _complete(step.name) if complete else makers[step.name]()
+        found.append(replace(stage, side_by_side=step.side_by_side))
+    return found
+
+
+def _complete(name: str) -> Stage:
+    return Stage(name=name, work="complete", starts=0)
 
 
 def _images(recipe: Recipe, there: Workspace) -> Stage:
-    config, count = recipe.images, there.images
-    seen = there.rehearsed.get("images")
-    each, source = 1 / IMAGES_PER_CORE, f"assumed: {IMAGES_PER_CORE:g} images/s are decoded by a core"
-    if seen and seen.each:
-        each, source = seen.each, f"measured: {seen.source}, {1 / seen.each:,.0f} images/s for each actor"
-    job = replace(_pool(config, None, shard_count(count, config.shard_size)), seconds=count * each, source=source)
-    shape = (config.channels, config.resolution, config.resolution)
-    stored = store_bytes("image", shape, "uint8", count, config.shard_size, {"images": {}})
-    note = "" if count else f"how many there are in {config.source} is not known here: what depends on them is left out"
-    return _unless(there.complete("images"), Stage(name="images", work=f"{count:,} images{there.images_from}", amount=count,
-                   jobs=(job,), stored=stored, note=note))  # fmt: skip
+    config, (count, origin) = recipe.images, there.images
+    shards = shard_count(count, config.shard_size)
+    return Stage(
+        name="images",
+        work=f"{count:,} images{origin}",
+        amount=count,
+        jobs=(Job(task=IMAGES, need=_pool("images", "images", config), count=lambda: count, parts=shards),),
+        stored=store_bytes("image", _shape(recipe), "uint8", count, config.shard_size, {"images": {}}),
+        note="" if count else f"the number of images in {config.source} is not known: what depends on it is left out",
+    )
 
 
 def _probe(recipe: Recipe, there: Workspace) -> Stage:
-    config, size = recipe.probe, recipe.images
-    both = (config.losses, config.measure)
-    each = sum(counting.probe_step(which, size.channels, size.resolution) for which in both)
-    stored = sum(counting.probe_bytes(which, size.channels) + TEXT for which in both)
-    task = Task(kind="reconstruction", size=counting.evaluation(recipe.teacher.network), precision="fp32")
+    config, images = recipe.probe, recipe.images
+    networks = [getattr(config, which) for which in PROBES]
     seen = config.iterations * config.batch_size
-    job = Job(task=task, count=lambda: each * seen, processes=2, gpus=config.gpus, threads=1, parts=2)
-    images = min(there.images or MOST_IMAGES, MOST_IMAGES)
-    work = f"2 x {config.iterations:,} iterations of {config.batch_size} of {images:,} images"
-    stage = Stage(name="probe", work=work, amount=2 * config.iterations, jobs=(job,), stored=stored)
-    return _unless(there.complete("probe"), stage)
+    need = Need(stage="probe", option="--probe.gpus", least=1, most=len(PROBES), gpus=config.gpus, cpus=1)
+    task = Task(kind="reconstruction", size=counting.evaluation(recipe.teacher.network), precision="fp32")
+    shown = min(there.images[0] or MOST_IMAGES, MOST_IMAGES)
+    return Stage(
+        name="probe",
+        work=f"{len(PROBES)} x {config.iterations:,} iterations of {config.batch_size} of {shown:,} images",
+        amount=len(PROBES) * config.iterations,
+        jobs=(Job(task=task, need=need, parts=len(PROBES),
+                  count=lambda: seen * sum(counting.probe_flops(network, images) for network in networks)),),
+        stored=sum(counting.probe_bytes(network, images.channels) + TEXT for network in networks),
+    )  # fmt: skip
 
 
-def _teacher(recipe: Recipe, there: Workspace, how: str) -> Stage:
+def _imported(recipe: Recipe, there: Workspace) -> Stage:
+    weights = 0 if there.teacher else counting.weight_bytes(recipe.teacher.network)
+    return Stage(name="teacher", work="imported", stored=weights, starts=0)
+
+
+def _teacher(recipe: Recipe, there: Workspace) -> Stage:
     config = recipe.teacher
-    weights = counting.weight_bytes(config.network)
-    if how == "import":
-        return Stage(name="teacher", work="imported", amount=0, stored=0.0 if there.teacher else weights, starts=0)
     left = config.iterations - there.step("teacher")
     task = Task(kind="teacher", size=counting.evaluation(config.network), precision=config.precision)
-    job = _training(config.workers, task, lambda: counting.of_teacher(config) * left * config.batch_size)
-    stage = Stage(
-        name="teacher",
+    job = Job(
+        task=task, need=_ranks("teacher", config.workers),
+        count=lambda: counting.teacher_flops(config) * left * config.batch_size,
+    )  # fmt: skip
+    return _training(
+        "teacher", config, left, [job], weights=counting.weight_bytes(config.network), models=1, averages=1, kept=0
+    )
+
+
+def _student(recipe: Recipe, there: Workspace, student: StudentConfig) -> Stage:
+    folder, network = f"students/{student.name}", recipe.teacher.network
+    done, jobs, kept = there.step(folder), [], 0
+    left = student.iterations - done
+    for phase in student.running.values():
+        iterations = max(0, phase.iterations - done)
+        done = max(0, done - phase.iterations)
+        if iterations:
+            jobs.append(_phase(recipe, there, student, phase, iterations, _ranks(folder, student.workers)))
+            kept = max(kept, sum(counting.phase_bytes(network, recipe.probe.losses, phase.objective)))
+    return _training(
+        folder, student, left, jobs,
+        weights=counting.weight_bytes(network), models=published(student), averages=len(student.ema_half_lives), kept=kept,
+    )  # fmt: skip
+
+
+def _phase(recipe: Recipe, there: Workspace, student: StudentConfig, phase: PhaseConfig, iterations: int, need: Need) -> Job:
+    network, probe, objective = recipe.teacher.network, recipe.probe.losses, phase.objective
+    task = Task(
+        kind=counting.kind_of_phase(network, probe, objective), size=counting.evaluation(network),
+        precision=student.precision, compiled=student.compiled,
+    )  # fmt: skip
+    validated = 0.0
+    if student.validate_every:  # rank 0 samples, the others wait
+        samples = min(student.validate_count, there.images[0] or student.validate_count)
+        evaluations = samples * len(schedule(objective.sampling()))
+        validated = student.workers.count * iterations / student.validate_every * evaluations * task.size
+
+    def count() -> float:
+        return counting.phase_flops(network, probe, objective) * student.batch_size * iterations + validated
+
+    return Job(task=task, need=need, count=count)
+
+
+def _training(
+    folder: str, config: TeacherConfig | StudentConfig, left: int, jobs: Sequence[Job],
+    *, weights: int, models: int, averages: int, kept: int,
+) -> Stage:  # fmt: skip
+    """A training that publishes `models` of `weights` bytes. A checkpoint holds weights with Adam's two moments, `averages`,
+    and `kept` bytes of critic and objective. A new one is whole before the oldest goes."""
+    checkpoint = (3 + averages) * weights + kept
+    stay, most = (checkpoints_kept(config.iterations, config.checkpoint_every, config.keep + k) for k in (0, 1))
+    return Stage(
+        name=folder,
         work=f"{left:,} iterations of {config.batch_size:,}",
         amount=left,
-        jobs=(job,),
-        stored=weights + config.keep * 4 * weights * (config.iterations > config.checkpoint_every) + TEXT,
-        passing=4 * weights,  # a checkpoint is whole before the oldest goes
+        jobs=tuple(jobs),
+        stored=models * weights + stay * checkpoint + TEXT,
+        passing=(most - stay) * checkpoint,
     )
-    return _unless(there.complete("teacher"), stage)
 
 
 def _pairs(recipe: Recipe, there: Workspace) -> Stage:
-    config, network = recipe.pairs, recipe.teacher.network
-    each = pair_evaluations(config, there)
-    left = max(0, config.count - there.pairs(config))
-    task = Task(kind="sampling", size=counting.evaluation(network), precision=config.precision, compiled=config.compiled)
-    job = replace(_pool(config, task, shard_count(left, config.shard_size)), count=lambda: left * each * task.size)
-    shape = (network.img_channels, network.img_resolution, network.img_resolution)
-    plan = {"pairs": dataclasses.asdict(config), "sigmas": edm_sigmas(each).tolist(), "teacher_sha256": "0" * 64}
-    stored = store_bytes("x1", shape, config.dtype, config.count, config.shard_size, plan) if config.count else 0.0
-    known = config.solver == "heun" or there.calibrated
-    stage = Stage(
+    config, plan = recipe.pairs, _pairs_plan(recipe, there)
+    each, left = plan["evaluations"], config.count - there.pairs(config)
+    task = _sampling(recipe, config.precision, config.compiled)
+    job = Job(
+        task=task, need=_pool("pairs", "pairs", config), count=lambda: left * each * task.size,
+        parts=shard_count(left, config.shard_size),
+    )  # fmt: skip
+    assumed = config.solver == "calibrated" and not there.levels
+    return Stage(
         name="pairs",
         work=f"{left:,} pairs of {each} evaluations",
         amount=left,
         jobs=(job,),
-        stored=stored,
-        note="" if known else f"{each} evaluations are assumed of a solver that is still to be calibrated",
+        stored=store_bytes("x1", plan["shape"], config.dtype, config.count, config.shard_size, plan),
+        note=f"{each} evaluations are assumed: the solver is not calibrated yet" if assumed else "",
     )
-    return _unless(there.complete("pairs"), stage)
 
 
-def _students(recipe: Recipe, there: Workspace) -> Iterator[Stage]:
-    for student in recipe.students.values():
-        folder = f"students/{student.name}"
-        done, total = there.step(folder), student.iterations
-        skipped, jobs, kept = done, [], 0
-        for phase in student.running.values():
-            iterations = max(0, phase.iterations - skipped)
-            skipped = max(0, skipped - phase.iterations)
-            if iterations:
-                count, job = _phase(recipe, student, phase, iterations)
-                jobs.append(job)
-                kept = max(kept, count.critic_bytes + count.state_bytes)
-        weights = counting.weight_bytes(recipe.teacher.network)
-        averages = len(student.ema_half_lives)
-        published = averages + len(student.running) - 1 + bool(student.validate_every)
-        checkpoint = (3 + averages) * weights + kept
-        stage = Stage(
-            name=folder,
-            work=f"{total - done:,} iterations of {student.batch_size:,}",
-            amount=total - done,
-            jobs=tuple(jobs),
-            stored=published * weights + student.keep * checkpoint * (total > student.checkpoint_every) + TEXT,
-            passing=checkpoint,
-            side_by_side=student != recipe.main,
-        )
-        yield _unless(there.complete(folder), stage)
+def _pairs_plan(recipe: Recipe, there: Workspace) -> dict[str, Any]:
+    """The plan that gen_pairs.py will write, with a stand-in for the teacher's digest."""
+    levels = [0.0] * (there.levels or CALIBRATED) if recipe.pairs.solver == "calibrated" else None
+    return plan_of(recipe.pairs, counting.denoiser(recipe.teacher.network), "0" * 64, levels)
 
 
-def _phase(recipe: Recipe, student: StudentConfig, phase: PhaseConfig, iterations: int) -> tuple[counting.Phase, Job]:
-    network, objective = recipe.teacher.network, phase.objective
-    count = counting.of_phase(network, recipe.probe.losses, objective)
-    kind = "adversarial" if count.critic_bytes else "reconstruction"
-    task = Task(kind=kind, size=counting.evaluation(network), precision=student.precision, compiled=student.compiled)
-    judged = 0.0
-    if student.validate_every:  # rank 0 samples, the others wait
-        steps = len(objective.sampling().trained_steps or (0,))
-        judged = student.workers.count * iterations / student.validate_every * student.validate_count * steps * task.size
-    return count, _training(student.workers, task, lambda: count.flops * student.batch_size * iterations + judged)
-
-
-def _training(workers: WorkersConfig, task: Task, count: Callable[[], float]) -> Job:
-    return Job(task=task, count=count, processes=workers.count, gpus=workers.gpus, threads=workers.threads, gang=True)
+def _trials_left(recipe: Recipe, there: Workspace) -> dict[int, StudentConfig]:
+    ended = there.trials(f"sweeps/{recipe.sweep.name}")
+    return {k: trial for k, trial in trials_of(recipe.sweep, recipe.main).items() if k not in ended}
 
 
 def _sweep(recipe: Recipe, there: Workspace) -> Stage:
-    sweep, name = recipe.sweep, f"sweeps/{recipe.sweep.name}"
-    done = there.trials(name)
-    found = {k: student for k, student in trials(recipe).items() if k not in done}
-    jobs, size, critic = [], counting.evaluation(recipe.teacher.network), 0
-    for student in found.values():
-        alone = replace(student, workers=WorkersConfig(count=1, gpus=sweep.gpus, threads=sweep.threads))
-        (phase,) = alone.running.values()
-        count, job = _phase(recipe, alone, phase, sweep.iterations)
-        jobs.append(job)
-        critic = max(critic, count.critic_bytes)
-    side = min(sweep.max_concurrent or len(found), len(found))
-    total = functools.partial(_sum, jobs)
-    merged = [replace(job, processes=side, parts=len(found), gang=False, count=total) for job in jobs[:1]]
-    samples = recipe.evaluate.draws * _count(recipe, there)
-    nfe = [len(parse_steps(settings(k, sweep, 0)["steps"])) for k in found]
-    judged = Task(kind="sampling", size=size, precision=recipe.evaluate.precision, compiled=recipe.evaluate.compiled)
-    flops, dimensions = _look(recipe, sweep.features)
-    pool = _pool(recipe.evaluate, judged, 0)
-    merged += [
-        replace(pool, count=lambda: sum(nfe) * samples * size),
-        replace(pool, task=replace(judged, kind="looking", precision="fp32"), count=lambda: len(found) * samples * flops),
-        _figures(recipe, there, [sweep.features], len(found)),
-    ] if found else []  # fmt: skip
-    weights = counting.weight_bytes(recipe.teacher.network)
-    checkpoint = (4 * weights + critic) * (rung_of(sweep) < sweep.iterations)
-    stage = Stage(
+    sweep, name, network = recipe.sweep, f"sweeps/{recipe.sweep.name}", recipe.teacher.network
+    left = _trials_left(recipe, there)
+    side = min(sweep.max_concurrent or len(left), len(left))
+    need = Need(
+        stage=name, option="--sweep.gpus", least=1, most=side, gpus=sweep.gpus, cpus=sweep.threads, threads=sweep.threads
+    )
+    trials = [_trial(recipe, there, trial, need) for trial in left.values()]
+    merged = (
+        [  # with a discriminator, if any trial has one
+            replace(
+                max(trials, key=lambda job: job.task.kind == "adversarial"),
+                parts=len(left),
+                count=lambda: sum(job.count() for job in trials),
+            )
+        ]
+        if trials
+        else []
+    )
+    weights = counting.weight_bytes(network)
+    phases = [phase for trial in left.values() for phase in trial.running.values()]
+    checkpoint = 4 * weights + max(
+        (counting.phase_bytes(network, recipe.probe.losses, p.objective)[0] for p in phases), default=0
+    )
+    judged = left if there.complete(name) else trials_of(sweep, recipe.main)
+    samplings = {
+        f"{name}/{folder_name(k)}": next(iter(trial.running.values())).objective.sampling() for k, trial in judged.items()
+    }
+    measured = _measuring(
+        recipe, there, name, judging(sweep, recipe.evaluate),
+        {folder: (few_step, (",".join(map(str, schedule(few_step))),)) for folder, few_step in samplings.items()},
+    )  # fmt: skip
+    return Stage(
         name=name,
-        work=f"at most {len(found)} x {sweep.iterations:,} iterations of {recipe.main.batch_size:,}",
-        amount=len(found) * sweep.iterations,
-        jobs=tuple(merged),
-        stored=sweep.trials * (weights + checkpoint + 2 * TEXT),
-        passing=len(found) * samples * dimensions * 4.0,
-        starts=1 + -(-len(found) // max(1, side)),
+        work=f"at most {len(left)} x {sweep.iterations:,} iterations of {recipe.main.batch_size:,}",
+        amount=len(left) * sweep.iterations,
+        jobs=(*merged, *measured.jobs),
+        stored=sweep.trials * (weights + TEXT) + measured.stored,
+        # A trial's checkpoints go when it ends, and samples are drawn after that.
+        passing=max(side * checkpoints_kept(sweep.iterations, rung_of(sweep), Cadence.keep) * checkpoint, measured.passing),
+        starts=1 + -(-len(left) // max(1, side)),
         note="ASHA stops trials early; that saving is not counted",
     )
-    return _unless(there.complete(name) and not found, stage)
 
 
-def _sum(jobs: Sequence[Job]) -> float:
-    return sum(job.flops for job in jobs)
+def _trial(recipe: Recipe, there: Workspace, trial: StudentConfig, need: Need) -> Job:
+    (phase,) = trial.running.values()
+    return _phase(recipe, there, replace(trial, workers=WorkersConfig()), phase, phase.iterations, need)
 
 
 def _evaluation(recipe: Recipe, there: Workspace) -> Stage:
-    config, size = recipe.evaluate, counting.evaluation(recipe.teacher.network)
-    left = {name: rows for name, rows in measured_models(recipe).items() if not there.complete(f"evaluation/{name}")}
-    rows, samples = [nfe for model in left.values() for nfe in model], config.draws * _count(recipe, there)
-    lines = 3 * recipe.pairs.num_steps * config.held_out * sum(_any_level(recipe, name) for name in left)
-    sampled = (
-        sum(rows) * (samples + config.samples + config.held_out)
-        + lines
-        + config.held_out * pair_evaluations(recipe.pairs, there)
-    )
-    task = Task(kind="sampling", size=size, precision=config.precision, compiled=config.compiled)
-    jobs = [replace(_pool(config, task, len(rows) * config.draws * shard_count(_count(recipe, there), config.shard_size)),
-                    count=lambda: sampled * size)]  # fmt: skip
-    stored, passing = 0.0, 0.0
-    for name in config.features:
-        flops, dimensions = _look(recipe, name)
-        looked = len(rows) * samples + there.images
-        pool = _pool(config, replace(task, kind="looking", precision="fp32"), 0)
-        jobs.append(replace(pool, count=functools.partial(float, looked * flops)))
-        stored += min(KEPT, there.images) * (4 * dimensions + 8) + 8.0 * dimensions * (dimensions + 1)
-        passing += len(rows) * samples * 4.0 * (dimensions + (1008 if name == "inception" else 0))  # its logits, too
-    jobs.append(_figures(recipe, there, config.features, len(rows)))
-    stage = Stage(
+    config = recipe.evaluate
+    phases = {folder: phase for student in recipe.students.values() for folder, phase in student.models().items()}
+    samplings = {name: phases[name].objective.sampling() if name in phases else None for name in models(recipe)}
+    found = {name: (samplings[name], schedules) for name, schedules in models(recipe).items()}
+    measured = _measuring(recipe, there, "evaluation", config, found)
+    if not measured.models:
+        return _complete("evaluation")
+    samples = config.draws * (config.count or there.images[0])
+    return Stage(
         name="evaluation",
-        work=f"{len(rows)} rows of {config.draws} x {_count(recipe, there):,} samples, {sampled:,} evaluations",
-        amount=len(rows) * samples,
-        jobs=tuple(jobs),
-        stored=stored + len(rows) * 200_000,
-        passing=passing,
+        work=f"{measured.rows} rows of {config.draws} x {samples // config.draws:,} samples, "
+        f"{measured.evaluations:,} evaluations",
+        amount=measured.rows * samples,
+        jobs=measured.jobs,
+        stored=measured.stored,
+        passing=measured.passing,
     )
-    return _unless(not left, stage)
 
 
-def _any_level(recipe: Recipe, model: str) -> bool:
-    """Whether straightness is measured: of all models but those of single levels."""
-    published = {folder: phase for student in recipe.students.values() for folder, phase in student.models().items()}
-    return model not in published or published[model].objective.sampling().trained_steps is None
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Measuring:
+    """What is left of the measurement of some models."""
+
+    models: int
+    rows: int
+    evaluations: int
+    jobs: tuple[Job, ...]
+    stored: float
+    passing: float
 
 
-def _look(recipe: Recipe, name: str) -> tuple[float, int]:
-    return counting.look_at(name, recipe.probe, recipe.images)
+def _measuring(
+    recipe: Recipe, there: Workspace, stage: str, config: EvaluateConfig,
+    found: Mapping[str, tuple[FewStep | None, Sequence[str]]],
+) -> _Measuring:  # fmt: skip
+    """The measurement of models by their folder, each with its few-step sampling (None for a teacher) and its schedules."""
+    real = there.images[0]
+    plan, count = _pairs_plan(recipe, there), config.count or real
+    setup = Setup(workspace=there.place, recipe=recipe.name, config=config, images={}, pairs=plan, count=count)
+    left = []
+    for name, (few_step, schedules) in found.items():
+        folder = f"evaluation/{name}"
+        rows = rows_of(few_step, replace(config, steps=tuple(schedules)), levels=there.levels or CALIBRATED)
+        measurement = unpublished(pipeline_stage.Stage(there.place, folder, {}), name, rows, few_step)
+        left += [measurement] if measurement.rows or not there.complete(folder) else []
+    rows = sum(len(measurement.rows) for measurement in left)
+    evaluations = sum(measurement.evaluations(setup) for measurement in left)
+    if left and not there.complete(HELD_OUT):
+        evaluations += HeldOut(config.held_out, plan["evaluations"]).evaluations
+    samples, draws, need = rows * config.draws * count, rows * config.draws, _pool(stage, "evaluate", config)
+    task = _sampling(recipe, config.precision, config.compiled)
+    shards = sum(len(measurement.samples(setup)) for measurement in left)
+    jobs = [Job(task=task, need=need, count=lambda: evaluations * task.size, parts=shards)]
+    stored, passing, figures = float(rows * ROW), 0.0, 0.0
+    for network in config.features if left else ():
+        flops, dimensions, logits = counting.measuring(network, recipe.probe, recipe.images)
+        first = not there.complete(reference_folder(network))
+        seen = samples + first * real
+        jobs.append(
+            Job(task=replace(task, kind="looking", precision="fp32"), need=need, count=functools.partial(float, seen * flops))
+        )
+        stored += first * reference_bytes(real, dimensions)
+        passing += samples * FLOAT * (dimensions + logits)
+        figures += draws * measures_flops(count, min(KEPT, real), dimensions, network, neighbours=config.neighbours)
+    task_of_figures = Task(kind="figures", size=1.0, precision="fp64")
+    jobs.append(Job(task=task_of_figures, need=need, count=lambda: figures, parts=draws, on_core=True))
+    return _Measuring(
+        models=len(left), rows=rows, evaluations=evaluations, jobs=tuple(jobs) if left else (), stored=stored, passing=passing
+    )
 
 
-def _figures(recipe: Recipe, there: Workspace, features: Sequence[str], rows: int) -> Job:
-    config, count = recipe.evaluate, _count(recipe, there)
-    total = sum(figures(name, _look(recipe, name)[1], count, there.images, config.neighbours) for name in features)
-    task = Task(kind="figures", size=1.0, precision="fp64")
-    return replace(_pool(config, task, rows * config.draws), count=lambda: rows * config.draws * total, on_core=True)
+def _sampling(recipe: Recipe, precision: str, compiled: bool) -> Task:
+    return Task(kind="sampling", size=counting.evaluation(recipe.teacher.network), precision=precision, compiled=compiled)
 
 
-def _count(recipe: Recipe, there: Workspace) -> int:
-    return recipe.evaluate.count or there.images
+def _shape(recipe: Recipe) -> tuple[int, int, int]:
+    return recipe.images.channels, recipe.images.resolution, recipe.images.resolution
 
 
-def _pool(config: PoolConfig, task: Task | None, parts: int) -> Job:
-    processes = min(config.max_actors, parts) if parts else config.max_actors
-    return Job(task=task, processes=processes, gpus=config.gpus, threads=config.threads, parts=parts)
+def _pool(stage: str, section: str, config: PoolConfig) -> Need:
+    return Need(
+        stage=stage, option=f"--{section}.gpus", least=config.min_actors, most=config.max_actors,
+        gpus=config.gpus, cpus=config.cpus, threads=config.threads,
+    )  # fmt: skip
 
 
-def _unless(complete: bool, stage: Stage) -> Stage:
-    """The stage, or what is left of one that is finished: nothing."""
-    return Stage(name=stage.name, work="complete", amount=0, starts=0) if complete else stage
+def _ranks(folder: str, workers: WorkersConfig) -> Need:
+    return Need(
+        stage=folder, option=f"--{folder.replace('/', '.')}.workers.count", least=workers.min_count or workers.count,
+        most=workers.count, gpus=workers.gpus, cpus=workers.threads, threads=workers.threads,
+    )  # fmt: skip

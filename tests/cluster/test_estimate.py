@@ -33,14 +33,13 @@ from beeline.objectives.lmm import LinesMatchingConfig
 from beeline.recipes import cifar10, digits
 from cluster.estimate import Machines, Plan, estimate, plan
 from cluster.planning import counting, nodes, readiness, speeds
-from cluster.planning.contents import store_bytes
 from cluster.planning.nodes import Node, Surroundings
 from cluster.planning.readiness import Line, access, check_all
 from cluster.planning.stages import stages
 from cluster.planning.workspace import Workspace
 from pipeline.gen_pairs import plan_of
 from pipeline.manifest import SCHEMA
-from pipeline.shards import encode, shard_count, shard_rows
+from pipeline.shards import encode, shard_count, shard_rows, store_bytes
 from pipeline.stage import Stage
 from pipeline.storage import Folder
 
@@ -77,7 +76,7 @@ def test_the_cifar10_network_is_counted_exactly() -> None:
     network = cifar10().teacher.network
     assert counting.evaluation(network) == pytest.approx(42.4e9, rel=0.02)
     assert counting.weight_bytes(network) / 4 == pytest.approx(55.735e6, rel=1e-3)
-    assert counting.of_teacher(cifar10().teacher) == pytest.approx(3 * counting.evaluation(network), rel=0.02)
+    assert counting.teacher_flops(cifar10().teacher) == pytest.approx(3 * counting.evaluation(network), rel=0.02)
 
 
 def test_a_step_without_data_counts_as_a_real_one() -> None:
@@ -97,30 +96,34 @@ def test_a_step_without_data_counts_as_a_real_one() -> None:
     batch = Batch(size=4, step=0, total=1, noise=x, x1=x, labels=labels, real=x, real_labels=labels)
     with FlopCounterMode(display=False) as counter:
         objective.backward(student, critic, batch, torch.Generator())
-    found = counting.of_phase(network, recipe.probe.losses, phase.objective)
-    assert found.flops == counter.get_total_flops() / 4
+    arguments = network, recipe.probe.losses, phase.objective
+    assert counting.phase_flops(*arguments) == counter.get_total_flops() / 4
     state = sum(tensor.numel() * 4 for tensor in objective.critic.state_dict().values())
-    assert state < found.critic_bytes < 3 * state + 1
-    assert found.state_bytes == 0
+    critic_bytes, state_bytes = counting.phase_bytes(*arguments)
+    assert state < critic_bytes < 3 * state + 1
+    assert state_bytes == 0
 
 
 @pytest.mark.parametrize("weighted", [False, True])
 def test_what_an_objective_keeps_is_counted(weighted: bool) -> None:
     """A target network once, a learned weighting with the two moments of its optimiser."""
     recipe = digits()
-    found = counting.of_phase(recipe.teacher.network, recipe.probe.losses, ConsistencyConfig(weighted=weighted))
-    assert found.critic_bytes == 0
-    assert found.state_bytes == counting.weight_bytes(recipe.teacher.network) + 4 + 2 * 4 * weighted
-    assert found.flops > 0
+    arguments = recipe.teacher.network, recipe.probe.losses, ConsistencyConfig(weighted=weighted)
+    state_bytes = counting.weight_bytes(recipe.teacher.network) + 4 + 2 * 4 * weighted
+    assert counting.phase_bytes(*arguments) == (0, state_bytes)
+    assert counting.phase_flops(*arguments) > 0
 
 
 def test_steps_of_all_turns_are_counted() -> None:
     """The student's, and the critic's four times as often, with no more in the batch than is asked for."""
     network, probe = digits().teacher.network, digits().probe.losses
-    always, never, often = (counting.of_phase(network, probe, MatchingConfig(every=every)) for every in (1, 10_000, 5))
-    assert always.critic_bytes == often.critic_bytes > counting.weight_bytes(network)
-    assert never.flops > 0
-    assert min(always.flops, never.flops) < often.flops < max(always.flops, never.flops)
+    configs = [MatchingConfig(every=every) for every in (1, 10_000, 5)]
+    bytes_of_critics = {counting.phase_bytes(network, probe, config)[0] for config in configs}
+    assert len(bytes_of_critics) == 1
+    assert bytes_of_critics.pop() > counting.weight_bytes(network)
+    always, never, often = (counting.phase_flops(network, probe, config) for config in configs)
+    assert never > 0
+    assert min(always, never) < often < max(always, never)
 
 
 def test_phases_by_any_name_and_number_are_planned(on_gpus: Recipe, tmp_path: Path) -> None:
@@ -440,7 +443,7 @@ def test_what_an_autoscaler_may_bring_counts() -> None:
     for name, resources, most in (("head", {"CPU": 2}, 0), ("spot", {"CPU": 8, "GPU": 1}, 3), ("any", {"CPU": 4}, -1)):
         group = config.node_group_configs.add(name=name, max_count=most)
         group.resources.update(resources)
-    around = Surroundings(nodes=[Node(2, 0)], promised=nodes._promised(config))
+    around = Surroundings(nodes=[Node(2, 0)], promised=nodes.promised(config))
     assert "may make it 3 of 1 GPUs, 8 CPUs, any number of 0 GPUs, 4 CPUs" in str(around)
     need = nodes.Need(stage="teacher", option="", least=3, most=3, gpus=1, cpus=1)
     assert not readiness.room(need, around).fix
