@@ -27,7 +27,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
-from rich.table import Table
+from rich.filesize import decimal
+from rich.table import Column, Table
 
 from beeline.config import Recipe
 from beeline.errors import BeelineError
@@ -35,10 +36,11 @@ from beeline.settings import MAX_PROCESSES, MAX_THREADS, Amount, Range
 from beeline.settings import check as check_value
 from cluster.planning import speeds
 from cluster.planning.readiness import access, check_all, report
-from cluster.planning.speeds import CPU, Measured
+from cluster.planning.speeds import CPU, IMAGES, Measured, Speed, Task
 from cluster.planning.stages import Job, Stage, stages
 from cluster.planning.workspace import Workspace
 from pipeline.command import run_command
+from pipeline.progress import duration
 from pipeline.storage import Folder
 from trainers.student import check_phases
 
@@ -56,14 +58,25 @@ class Machines:
     gpus: int
     cores: int
 
-    @property
-    def has_gpus(self) -> bool:
-        return self.gpu != CPU
+    def on_gpu(self, job: Job) -> bool:
+        """Whether GPUs do a job."""
+        return job.need.gpus > 0 and self.gpus > 0 and not job.on_core
+
+    def units(self, job: Job) -> float:
+        """GPUs, or cores, that work on a job."""
+        need = job.need
+        processes = min(need.most, job.parts or need.most)
+        if self.on_gpu(job):
+            return min(processes * need.gpus, self.gpus)
+        if job.on_core and need.gpus and self.gpus:
+            processes = min(processes, math.floor(self.gpus / need.gpus))
+        return max(1, min(processes * (1 if job.on_core else need.threads), self.cores))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-    """A stage on machines. Hours are of devices that are taken, also while they wait for a CPU of the same process."""
+    """A stage on machines. Hours are of devices that are taken, also while they wait for a CPU of the same process. `sources`
+    has the speed of each kind of work, and its source."""
 
     stage: str
     work: str
@@ -76,17 +89,15 @@ class Row:
     passing_bytes: float
     money: float | None
     sources: dict[str, str]
-    """The speed of each kind of work, and its source."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """All rows, their wall time together, and notes."""
+    """All rows, their wall time together, and notes. `held_money` pays for the GPUs from start to end."""
 
     rows: list[Row]
     wall_hours: float
     held_money: float | None
-    """With the GPUs paid for from start to end, not only while stages take them."""
     notes: list[str]
 
     def total(self, name: str) -> float:
@@ -99,77 +110,59 @@ def plan(
     utilisation: float = speeds.UTILISATION,
 ) -> Plan:  # fmt: skip
     """The stages one after another on these machines; those that run side by side share them."""
-    start, start_source = speeds.starting()
-    rows, hours, notes = [], 0.0, [f"{start:.0f} s for each stage to start, {start_source}"]
+    start, source = speeds.starting()
+    speed_of = functools.partial(speeds.speed, measured=measured, utilisation=utilisation)
+    rows, hours, notes = [], 0.0, [f"{start:.0f} s for each stage to start, {source}"]
     for together, group in itertools.groupby(left, key=lambda stage: stage.side_by_side):
         walls, shares = [], []
         for stage in group:
-            row, share = _row(stage, machines, start, price, lambda job: _speed(job, machines, measured, utilisation))
+            row, share = _row(stage, machines, start, price, speed_of)
             rows.append(row)
             walls.append(row.wall_hours)
             shares.append(row.wall_hours * share)
             notes += _notes(stage, machines)
         hours += max(max(walls), sum(shares)) if together else sum(walls)
-    held = hours * machines.gpus * price if price and machines.has_gpus else None
+    held = hours * machines.gpus * price if price and machines.gpus else None
     return Plan(rows=rows, wall_hours=hours, held_money=held, notes=list(dict.fromkeys(notes)))
 
 
-def _row(
-    stage: Stage, machines: Machines, start: float, price: float, speed_of: Callable[[Job], tuple[float, str]]
-) -> tuple[Row, float]:
+def _row(stage: Stage, machines: Machines, start: float, price: float, speed_of: Callable[..., Speed]) -> tuple[Row, float]:
     """The row of a stage whose start takes `start` seconds, and the share of the machines that it can use."""
     gpu_seconds = core_seconds = flops = 0.0
-    wall, share, sources = start * stage.starts, 1.0, {}
+    wall, share, sources, running = start * stage.starts, 1.0, {}, []
     for job in stage.jobs:
-        operations, (rate, sources[job.task.kind]) = job.count(), speed_of(job)
-        seconds, units, on_gpu = operations / rate, _units(job, machines), _on_gpu(job, machines)
+        need, on_gpu, units = job.need, machines.on_gpu(job), machines.units(job)
+        operations, (rate, source) = job.count(), speed_of(job.task, machines.gpu if on_gpu else CPU)
+        seconds = operations / rate
         # 5 parts on 2 processes take as long as 6.
-        processes = max(1, round(units / (1 if job.on_core else job.need.gpus if on_gpu else job.need.threads)))
-        uneven = math.ceil(job.parts / processes) * processes / job.parts if job.parts else 1.0
-        wait = seconds / units * uneven
+        processes = max(1, round(units / (1 if job.on_core else need.gpus if on_gpu else need.threads)))
+        running.append(processes)
+        wait = seconds / units * (math.ceil(job.parts / processes) * processes / job.parts if job.parts else 1.0)
         wall += wait
-        flops += operations if job.task != speeds.IMAGES else 0.0
-        idle = min(machines.gpus, job.need.most * job.need.gpus) if job.on_core else 0.0
-        gpu_seconds += seconds if on_gpu else wait * idle
+        flops += operations if job.task != IMAGES else 0.0
+        gpu_seconds += seconds if on_gpu else wait * min(machines.gpus, need.most * need.gpus) * job.on_core
         core_seconds += 0.0 if on_gpu else seconds
         share = min(share, units / (machines.gpus if on_gpu else machines.cores))
+        sources[job.task.kind] = f"{_rate(rate, 'GPU' if on_gpu else 'core', job.task)}, {source}"
     row = Row(
         stage=stage.name, work=stage.work, amount=stage.amount, flops=flops, gpu_hours=gpu_seconds / 3600,
-        core_hours=core_seconds / 3600, wall_hours=wall / 3600, stored_bytes=stage.stored, passing_bytes=stage.passing,
+        core_hours=core_seconds / 3600, wall_hours=wall / 3600, stored_bytes=stage.stored,
+        passing_bytes=stage.peak(running[0] if running else 0),
         money=gpu_seconds / 3600 * price if price else None, sources=sources,
     )  # fmt: skip
     return row, share
 
 
-def _on_gpu(job: Job, machines: Machines) -> bool:
-    return job.need.gpus > 0 and machines.has_gpus and not job.on_core
-
-
-def _units(job: Job, machines: Machines) -> float:
-    """GPUs, or cores, that work on a job."""
-    need = job.need
-    processes = min(need.most, job.parts) if job.parts else need.most
-    if _on_gpu(job, machines):
-        return max(min(processes * need.gpus, machines.gpus), 1e-9)
-    if job.on_core and need.gpus and machines.has_gpus:
-        processes = min(processes, math.floor(machines.gpus / need.gpus))
-    return max(1, min(processes * (1 if job.on_core else need.threads), machines.cores))
-
-
-def _speed(job: Job, machines: Machines, measured: list[Measured], utilisation: float) -> tuple[float, str]:
-    """Operations per second of a GPU, or core, and a sentence about them."""
-    on_gpu, task = _on_gpu(job, machines), job.task
-    found = speeds.speed(task, machines.gpu if on_gpu else CPU, measured=measured, utilisation=utilisation)
-    per = "GPU" if on_gpu else "core"
-    if task == speeds.IMAGES:
-        return found.rate, f"{found.rate:,.0f} images/s per {per}, {found.source}"
-    figure = f"{found.rate / 1e12:,.0f} TFLOP/s" if found.rate >= 1e13 else f"{found.rate / 1e9:,.0f} GFLOP/s"
-    return found.rate, f"{figure} per {per} in {task.precision}, {found.source}"
+def _rate(rate: float, unit: str, task: Task) -> str:
+    if task == IMAGES:
+        return f"{rate:,.0f} images/s per {unit}"
+    figure = f"{rate / 1e12:,.0f} TFLOP/s" if rate >= 1e13 else f"{rate / 1e9:,.0f} GFLOP/s"
+    return f"{figure} per {unit} in {task.precision}"
 
 
 def _notes(stage: Stage, machines: Machines) -> list[str]:
-    """The stage's own note, and one for each kind of process that could never start."""
-    asked = {need.least * need.gpus: need.option for job in stage.jobs if _on_gpu(job, machines) for need in [job.need]}
+    """The stage's own note, and one for processes that could never start."""
+    asked = {job.need.least * job.need.gpus: job.need.option for job in stage.jobs if machines.on_gpu(job)}
     return [f"{stage.name}: {stage.note}"] * bool(stage.note) + [
         f"{stage.name} asks for {gpus:g} GPUs at once, of {machines.gpus}: it would wait forever. The estimate gives it "
         f"{machines.gpus}; ask for less ({option})"
@@ -241,28 +234,21 @@ def as_dict(made: Plan, recipe: Recipe, machines: Machines) -> dict[str, Any]:
 def as_text(made: Plan, recipe: Recipe, machines: Machines, there: Workspace) -> str:
     """The plan as a table, then the sources of its speeds, then notes."""
     priced = made.held_money is not None
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for name in ("stage", "work"):
-        table.add_column(name)
-    for name in ("PFLOP", "GPU-hours", "core-hours", "wall", "stored", *(["money"] if priced else [])):
-        table.add_column(name, justify="right")
-
-    def add(stage: str, work: str, wall_hours: float, value: Callable[[str], float | None]) -> None:
+    numbers = ("PFLOP", "GPU-hours", "core-hours", "wall", "stored", *(["money"] if priced else []))
+    columns = [Column(name, justify="right") for name in numbers]
+    table = Table("stage", "work", *columns, box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    names = ("flops", "gpu_hours", "core_hours", "stored_bytes", "passing_bytes", "money")
+    total = Row(
+        stage="total", work="", amount=0, wall_hours=made.wall_hours, sources={}, **{name: made.total(name) for name in names}
+    )
+    for row in [*made.rows, total]:
         cells = [
-            _number((value("flops") or 0.0) / 1e15),
-            *(_number(value(name) or 0.0) for name in ("gpu_hours", "core_hours")),
+            *map(_number, (row.flops / 1e15, row.gpu_hours, row.core_hours)),
+            _time(row.wall_hours),
+            _bytes(row.stored_bytes),
         ]
-        cells += [
-            _time(wall_hours),
-            _bytes(value("stored_bytes") or 0.0),
-            *([_number(value("money") or 0.0)] if priced else []),
-        ]
-        table.add_row(stage, work, *cells)
-
-    for row in made.rows:
-        add(row.stage, row.work, row.wall_hours, functools.partial(getattr, row))
-    add("total", "", made.wall_hours, made.total)
-    what = f"{machines.gpus} x {machines.gpu}" if machines.has_gpus else "CPU"
+        table.add_row(row.stage, row.work, *cells, *([_number(row.money or 0.0)] if priced else []))
+    what = f"{machines.gpus} x {machines.gpu}" if machines.gpus else "CPU"
     lines = [f"{recipe.name} on {what}, {machines.cores} cores; workspace {there.uri}", "", *_lines(table)]
     sources: dict[str, list[str]] = {}
     for row in made.rows:
@@ -296,19 +282,11 @@ def _number(value: float) -> str:
 
 
 def _time(hours: float) -> str:
-    if hours == 0:
-        return "–"
-    seconds = hours * 3600
-    return f"{hours / 24:.1f} d" if hours >= 48 else f"{hours:.1f} h" if hours >= 2 else (
-        f"{seconds / 60:.0f} min" if seconds >= 120 else f"{seconds:.0f} s"
-    )  # fmt: skip
+    return duration(hours * 3600) if hours else "–"
 
 
 def _bytes(value: float) -> str:
-    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
-        if value >= size:
-            return f"{value / size:.1f} {unit}"
-    return f"{value / 1e3:.0f} kB" if value else "–"
+    return decimal(round(value)) if value else "–"
 
 
 if __name__ == "__main__":

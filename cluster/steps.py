@@ -1,4 +1,5 @@
-"""The steps of a recipe in order, each a call of a stage's own function: run_pipeline.py runs them, rehearse.py tries them."""
+"""The steps of a recipe in order, each a call of a stage's own function. run_pipeline.py runs them, rehearse.py tries them, and
+estimate.py follows their order."""
 
 from __future__ import annotations
 
@@ -26,33 +27,33 @@ from trainers.trials import can_vary, trials_of
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Step:
-    """One call. `after` are the steps whose results it reads."""
+    """A call of a stage. `after` are the steps whose results it reads."""
 
     name: str
     """The folder that it writes."""
     folders: tuple[str, ...] = ()
-    """Those with a `_SUCCESS`, where they are others."""
+    """The folders with a `_SUCCESS`, where `name` is not one."""
     run: Callable[[], str | None]
-    """Returns what there is to say beyond that it works."""
+    """Returns a note, or None."""
     after: tuple[str, ...] = ()
     side_by_side: bool = False
-    """It may run at the same time as the steps before and after it that say so."""
+    """It may run at the same time as its neighbours that say so."""
 
 
 def steps(workspace: str, recipe: Recipe) -> Iterator[Step]:
-    """All of them."""
+    """All steps, in order."""
     name, main = recipe.name, recipe.main
 
-    def step(folder: str, call: Callable[..., Any], *arguments: object, after: tuple[str, ...], beside: bool = False) -> Step:
+    def step(folder: str, call: Callable[..., Any], *arguments: object, after: tuple[str, ...], together: bool = False) -> Step:
         run = functools.partial(call, workspace, name, *arguments)
-        return Step(name=folder, run=run, after=tuple(dict.fromkeys(after)), side_by_side=beside)
+        return Step(name=folder, run=run, after=tuple(dict.fromkeys(after)), side_by_side=together)
 
     yield step("images", ingest_images, recipe.images, after=())
     yield step("probe", train_probes, recipe.probe, after=("images",))
     yield step("teacher", train_teacher, recipe.teacher, after=("images",))
     yield step("pairs", gen_pairs, recipe.pairs, after=("teacher",))
     for student in recipe.students.values():
-        yield step(f"students/{student.name}", train_lmm, student, after=_inputs(student), beside=student != main)
+        yield step(f"students/{student.name}", train_lmm, student, after=_inputs(student), together=student != main)
     after = ("images", "probe", "pairs", made_by(recipe.sweep.init))
     if can_vary(main):
         yield step(f"sweeps/{recipe.sweep.name}", sweep_lmm, recipe.sweep, main, recipe.evaluate, after=after)

@@ -60,12 +60,6 @@ def evaluation(network: NetworkConfig) -> float:
 
 
 @functools.cache
-def weight_bytes(network: NetworkConfig) -> int:
-    """Bytes of the network's weights, float32."""
-    return state_bytes(denoiser(network))
-
-
-@functools.cache
 def teacher_flops(teacher: TeacherConfig) -> float:
     """FLOPs of a training step of a teacher: forward, backward, and the augmentation of images."""
     bare = denoiser(teacher.network)
@@ -182,15 +176,18 @@ def probe_flops(probe: ProbeNetworkConfig, images: ImagesConfig) -> float:
         return _counted(lambda: network(x).sum().backward())
 
 
-def probe_bytes(probe: ProbeNetworkConfig, channels: int) -> int:
-    """Bytes of a probe's weights."""
-    return state_bytes(_on_meta(lambda: _probe(probe, channels)))
-
-
 @functools.cache
-def pretrained_bytes(name: str) -> int:
-    """Bytes of the weights of a pretrained network."""
-    return state_bytes(_on_meta(lambda: build_measuring(name) if name in MEASURING else build_backbone(name)))
+def network_bytes(name: str | NetworkConfig | ProbeNetworkConfig, channels: int = 3) -> int:
+    """Bytes of the weights of a pretrained network (by name), a denoiser (float32) or a probe of images with `channels`."""
+
+    def make() -> torch.nn.Module:
+        if isinstance(name, NetworkConfig):
+            return build(name)
+        if isinstance(name, ProbeNetworkConfig):
+            return _probe(name, channels)
+        return build_measuring(name) if name in MEASURING else build_backbone(name)
+
+    return state_bytes(_on_meta(make))
 
 
 def _probe(config: ProbeNetworkConfig, channels: int) -> Probe:

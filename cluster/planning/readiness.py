@@ -220,7 +220,9 @@ def _images(recipe: Recipe, there: Workspace) -> Line:
 
 def _disk(place: Folder, left: Sequence[Stage]) -> Line:
     folder = next(path for path in (Path(place.uri), *Path(place.uri).parents) if path.exists())
-    needed = sum(stage.stored for stage in left) + max(stage.passing for stage in left)
+    needed = sum(stage.stored for stage in left) + max(
+        stage.peak(stage.jobs[0].need.most if stage.jobs else 0) for stage in left
+    )
     needed -= sum(file.stat().st_size for file in Path(place.uri, "pairs").glob("part-*"))
     free = shutil.disk_usage(folder).free
     text = f"{free / 1e9:,.1f} GB are free in {folder}, the remaining stages need {max(needed, 0.0) / 1e9:,.1f} GB"

@@ -15,7 +15,7 @@ import platform
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -31,28 +31,25 @@ CPU, ANY_GPU = "cpu", "gpu"
 TRAINING = ("teacher", "reconstruction", "adversarial")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Gpu:
-    """A kind of GPU: `half` (bf16, fp16) and `fp32` are the data sheet's dense peaks in TFLOP/s; `pattern` matches its name."""
+class Gpu(NamedTuple):
+    """A kind of GPU: the data sheet's name and its dense peaks in TFLOP/s, `half` for bf16 and fp16."""
 
     sheet: str
-    pattern: str
     half: float
     fp32: float
 
 
-GPUS: dict[str, Gpu] = {
-    "h200": Gpu(sheet="NVIDIA H200 SXM", pattern=r"\bH200\b", half=989, fp32=67),
-    "h100": Gpu(sheet="NVIDIA H100 SXM", pattern=r"\bH100\b", half=989, fp32=67),
-    "a100": Gpu(sheet="NVIDIA A100", pattern=r"\bA100\b", half=312, fp32=19.5),
-    "l40s": Gpu(sheet="NVIDIA L40S", pattern=r"\bL40S\b", half=362, fp32=91.6),
-    "l4": Gpu(sheet="NVIDIA L4", pattern=r"\bL4\b", half=121, fp32=30.3),
-    "rtx4090": Gpu(sheet="NVIDIA GeForce RTX 4090", pattern=r"\bRTX 4090\b", half=165, fp32=82.6),
+GPUS = {  # by the word in torch's name of the device
+    "h200": Gpu("NVIDIA H200 SXM", 989, 67),
+    "h100": Gpu("NVIDIA H100 SXM", 989, 67),
+    "a100": Gpu("NVIDIA A100", 312, 19.5),
+    "l40s": Gpu("NVIDIA L40S", 362, 91.6),
+    "l4": Gpu("NVIDIA L4", 121, 30.3),
+    "rtx4090": Gpu("NVIDIA GeForce RTX 4090", 165, 82.6),
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Speed:
+class Speed(NamedTuple):
     """Operations per second of one GPU, or of one core of a CPU, and a sentence about their source."""
 
     rate: float
@@ -183,7 +180,8 @@ def kind_of(machine: Mapping[str, Any]) -> str | None:
     name = machine.get("gpu")
     if not name:
         return CPU
-    return next((key for key, gpu in GPUS.items() if re.search(gpu.pattern, name)), None)
+    words = re.findall(r"\w+", name.lower().replace("rtx ", "rtx"))
+    return next((kind for kind in GPUS if kind in words), None)
 
 
 def where(machine: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from beeline.checkpoint import CONFIG, SOLVER, WEIGHTS
-from beeline.config import PairsConfig, Recipe
+from beeline.config import EvaluateConfig, PairsConfig, PoolConfig, Recipe, WorkersConfig
 from beeline.errors import BeelineError, reading
 from beeline.files.layout import check_layout
 from beeline.recipes import RECIPES
@@ -124,10 +124,9 @@ class Workspace:
     def speeds(self, stage: str) -> list[Measured]:
         """Speeds in a stage's own records."""
         kind, _, name = stage.partition("/")
-        makers = {"pairs": self._of_pairs, "evaluation": lambda: self._of_evaluation(name)}
-        if kind in ("teacher", "students"):
-            return list(self._of_log(stage))
-        return list(makers[kind]()) if kind in makers else []
+        if kind == "evaluation":
+            return list(self._of_evaluation(name))
+        return list(self._of_pairs() if kind == "pairs" else self._of_log(stage) if kind in ("teacher", "students") else ())
 
     def _of_rehearsal(self) -> Iterator[Measured]:
         """Speeds that a rehearsal measured (cluster/rehearse.py), on the kind of device that it ran on."""
@@ -151,68 +150,65 @@ class Workspace:
     def _of_evaluation(self, name: str) -> Iterator[Measured]:
         """Speeds of sampling a model, and of looking at its samples."""
         config, done = self.recipe.evaluate, self.complete(f"evaluation/{name}")
-        size, units = self._size, config.gpus or config.threads
-        looking = sum(counting.measuring(each, self.recipe.probe, self.recipe.images)[0] for each in config.features if done)
-        for kind, flops, key, precision in (
-            ("sampling", size, PER_EVALUATION, config.precision),
-            ("looking", looking, PER_LOOK, "fp32"),
-        ):
-            if done.get(key):
-                task = Task(kind=kind, size=size, precision=precision, compiled=config.compiled)
-                source = f"{self.place}/evaluation/{name}/{SUCCESS}, {_each(config.gpus, config.threads)} for each actor"
-                rate = functools.partial(float, flops / done[key] / units)
-                yield Measured(task=task, rate=rate, source=source, device=_device(config.gpus))
+        source = f"{self.place}/evaluation/{name}/{SUCCESS}, {_each(config)} for each actor"
+        if done.get(PER_EVALUATION):
+            yield self._speed("sampling", config, lambda: self._size / done[PER_EVALUATION], source)
+        if done.get(PER_LOOK):
+            looks = [counting.measuring(each, self.recipe.probe, self.recipe.images)[0] for each in config.features]
+            yield self._speed("looking", config, lambda: sum(looks) / done[PER_LOOK], source, precision="fp32")
 
     def _of_pairs(self) -> Iterator[Measured]:
         """The speed of sampling pairs."""
         rows, plan, config = read_manifest(self.place / "pairs"), self.plan("pairs"), self.recipe.pairs
         seconds = seconds_per_pair(rows)
-        if not seconds or not plan:
-            return
-        made, shards = plan["pairs"], sum(bool(row.get("sampling_seconds")) for row in rows)
-        task = Task(kind="sampling", size=self._size, precision=made.get("precision"), compiled=made.get("compiled"))
-        source = (
-            f"{self.place}/pairs/manifest.parquet, {1 / seconds:,.2f} pairs per actor-second over {shards} shards, "
-            f"assuming that each actor had {_each(config.gpus, config.threads)}"
-        )
-        rate = functools.partial(float, plan["evaluations"] * self._size / seconds / (config.gpus or config.threads))
-        yield Measured(task=task, rate=rate, source=source, device=_device(config.gpus))
+        if seconds and plan:
+            shards = sum(bool(row.get("sampling_seconds")) for row in rows)
+            source = f"{self.place}/pairs/manifest.parquet, {1 / seconds:,.2f} pairs per actor-second over {shards} shards, "
+            source += f"assuming {_each(config)} for each actor"
+            made = {name: plan["pairs"].get(name) for name in ("precision", "compiled")}
+            yield self._speed("sampling", config, lambda: plan["evaluations"] * self._size / seconds, source, **made)
 
     def _of_log(self, folder: str) -> Iterator[Measured]:
         """The speed of each phase of a training."""
-        recipe, network = self.recipe, self.recipe.teacher.network
-        config = {"teacher": recipe.teacher, **{f"students/{each.name}": each for each in recipe.students.values()}}[folder]
-        workers = config.workers
-        units = workers.count * (workers.gpus or workers.threads)
+        recipe = self.recipe
+        student = recipe.students.get(folder.partition("/")[2])
+        config = student or recipe.teacher
+        phases = list(student.running.values()) if student else [None]
         for number, images in images_per_second(read_log(self.place / folder)).items():
-            phases = [] if folder == "teacher" else list(recipe.students[folder.partition("/")[2]].running.values())
-            if not 0 <= number < max(1, len(phases)):
+            if not 0 <= number < len(phases):
                 continue
-            kind, count = "teacher", functools.partial(counting.teacher_flops, recipe.teacher)
-            if phases:
-                arguments = network, recipe.probe.losses, phases[number].objective
+            kind, count, phase = "teacher", functools.partial(counting.teacher_flops, recipe.teacher), phases[number]
+            if phase:
+                arguments = recipe.teacher.network, recipe.probe.losses, phase.objective
                 kind, count = counting.kind_of_phase(*arguments), functools.partial(counting.phase_flops, *arguments)
-            task = Task(kind=kind, size=self._size, precision=config.precision, compiled=getattr(config, "compiled", False))
-            source = (
-                f"{self.place}/{folder}/{LOG}, {images:,.1f} images/s, assuming {workers.count} workers of "
-                f"{_each(workers.gpus, workers.threads)}"
-            )
-            rate = functools.partial(_times, count, images / units)
-            yield Measured(task=task, rate=rate, source=source, device=_device(workers.gpus))
+            ranks = config.workers.count
+            source = f"{self.place}/{folder}/{LOG}, {images:,.1f} images/s, assuming {ranks} workers of {_each(config.workers)}"
+            flops = functools.partial(_product, count, images / ranks)
+            yield self._speed(kind, config.workers, flops, source, precision=config.precision,
+                              compiled=getattr(config, "compiled", False))  # fmt: skip
+
+    def _speed(
+        self, kind: str, processes: PairsConfig | EvaluateConfig | WorkersConfig, flops: Callable[[], float], source: str,
+        **task: Any,
+    ) -> Measured:  # fmt: skip
+        """The speed of processes that each do `flops` per second. Records do not say which kind of GPU they had."""
+        units = processes.gpus or processes.threads
+        if not isinstance(processes, WorkersConfig):
+            task = {"precision": processes.precision, "compiled": processes.compiled} | task
+        device = ANY_GPU if processes.gpus else CPU
+        return Measured(
+            task=Task(kind=kind, size=self._size, **task), rate=lambda: flops() / units, source=source, device=device
+        )
 
     @property
     def _size(self) -> float:
         return counting.evaluation(self.recipe.teacher.network)
 
 
-def _times(count: Callable[[], float], factor: float) -> float:
+def _product(count: Callable[[], float], factor: float) -> float:
     return count() * factor
 
 
-def _device(gpus: float) -> str:
-    """Logs do not say which kind of GPU they had."""
-    return ANY_GPU if gpus else CPU
-
-
-def _each(gpus: float, threads: int) -> str:
+def _each(processes: PoolConfig | WorkersConfig) -> str:
+    gpus, threads = processes.gpus, processes.threads
     return f"{gpus:g} GPU of the kind asked for" if gpus else f"{threads} thread{'s' * (threads != 1)}"
