@@ -35,8 +35,9 @@ from beeline.config.student import student_folder
 from beeline.errors import BeelineError
 from beeline.files.names import EVALUATION, PAIRS, STUDENTS, SUCCESS, TEACHER
 from beeline.machine import describe
-from cluster.planning.nodes import Surroundings, look_at_cluster, needs
-from cluster.planning.readiness import room
+from cluster.planning.nodes import Surroundings, look_at_cluster
+from cluster.planning.readiness import needs, room
+from cluster.planning.stages import stages
 from cluster.planning.workspace import RECORD, REHEARSAL, Workspace
 from cluster.rehearsal import substitutes
 from cluster.rehearsal.memory import Memory
@@ -127,13 +128,13 @@ class Rehearsal:
         self.there, self.here, self.recipe = there, here, recipe
         self.rows: list[Outcome] = []
         how = "import" if there.teacher else "train"
-        self.asked = {need.stage: need for need in needs(recipe, Workspace(here.uri, recipe), how)}
+        self.asked = needs(stages(recipe, Workspace(here.uri, recipe), how))
         self.about: dict[str, Any] = {"recipe": recipe.name, "mode": mode, "complete": False}
         self.about["machine"] = describe(torch.device("cpu"))
         self._write()
         ensure_ray()
         self.around = look_at_cluster(ray.get_runtime_context().gcs_address)
-        self.about["machine"] = machine(self.around, max(need.gpus for need in self.asked.values()))
+        self.about["machine"] = machine(self.around, max(need.gpus for need in self.asked))
         self.memory = Memory()
 
     def attempt(self, step: Step) -> None:
@@ -164,9 +165,9 @@ class Rehearsal:
 
     def _no_room(self, name: str) -> str:
         """Why the cluster could never run the stage, or ""."""
-        need = next((need for stage, need in self.asked.items() if name == stage or name.startswith(f"{stage}/")), None)
-        line = room(need, self.around) if need else None
-        return f"{line.found}. {line.fix}" if line and line.fix else ""
+        asked = [need for need in self.asked if name == need.stage or name.startswith(f"{need.stage}/")]
+        lines = [line for need in asked if (line := room(need, self.around)).fix]
+        return f"{lines[0].found}. {lines[0].fix}" if lines else ""
 
     def finish(self) -> None:
         """Print all lines. Raises BeelineError if a stage failed."""

@@ -1,4 +1,5 @@
-"""The steps of a recipe in order, each a call of a stage's own function: run_pipeline.py runs them, rehearse.py tries them."""
+"""The steps of a recipe in order, each a call of a stage's own function. run_pipeline.py runs them, rehearse.py tries them, and
+estimate.py follows their order."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from typing import Annotated, Any
 from beeline.config import PhaseConfig, Recipe, StudentConfig
 from beeline.config.student import student_folder
 from beeline.errors import BeelineError
+from beeline.features.backbones import weights_of
 from beeline.features.measuring import PROBES
 from beeline.files.names import EVALUATION, IMAGES, PAIRS, PROBE, SWEEPS, TEACHER
 from beeline.sampling.few_step import parse_steps
@@ -22,38 +24,38 @@ from trainers.sweep_lmm import check_sweep, sweep_lmm
 from trainers.train_lmm import check_resolution, check_student, train_lmm
 from trainers.train_probe import train_probes
 from trainers.train_teacher import check_teacher, train_teacher
-from trainers.trials import can_vary
+from trainers.trials import can_vary, trials_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Step:
-    """One call. `after` are the steps whose results it reads."""
+    """A call of a stage. `after` are the steps whose results it reads."""
 
     name: str
     """The folder that it writes."""
     folders: tuple[str, ...] = ()
-    """Those with a `_SUCCESS`, where they are others."""
+    """The folders with a `_SUCCESS`, where `name` is not one."""
     run: Callable[[], str | None]
-    """Returns what there is to say beyond that it works."""
+    """Returns a note, or None."""
     after: tuple[str, ...] = ()
     side_by_side: bool = False
-    """It may run at the same time as the steps before and after it that say so."""
+    """It may run at the same time as its neighbours that say so."""
 
 
 def steps(workspace: str, recipe: Recipe) -> Iterator[Step]:
-    """All of them."""
+    """All steps, in order."""
     name, main = recipe.name, recipe.main
 
-    def step(folder: str, call: Callable[..., Any], *arguments: object, after: tuple[str, ...], beside: bool = False) -> Step:
+    def step(folder: str, call: Callable[..., Any], *arguments: object, after: tuple[str, ...], together: bool = False) -> Step:
         run = functools.partial(call, workspace, name, *arguments)
-        return Step(name=folder, run=run, after=tuple(dict.fromkeys(after)), side_by_side=beside)
+        return Step(name=folder, run=run, after=tuple(dict.fromkeys(after)), side_by_side=together)
 
     yield step(IMAGES, ingest_images, recipe.images, after=())
     yield step(PROBE, train_probes, recipe.probe, after=(IMAGES,))
     yield step(TEACHER, train_teacher, recipe.teacher, after=(IMAGES,))
     yield step(PAIRS, gen_pairs, recipe.pairs, after=(TEACHER,))
     for student in recipe.students.values():
-        yield step(student_folder(student.name), train_lmm, student, after=_inputs(student), beside=student != main)
+        yield step(student_folder(student.name), train_lmm, student, after=_inputs(student), together=student != main)
     after = (IMAGES, PROBE, PAIRS, made_by(recipe.sweep.init))
     if can_vary(main):
         yield step(f"{SWEEPS}/{recipe.sweep.name}", sweep_lmm, recipe.sweep, main, recipe.evaluate, after=after)
@@ -100,6 +102,14 @@ def models(recipe: Recipe) -> dict[str, tuple[str, ...]]:
     """The models to measure, and the step schedules of each student: several where it takes any level."""
     students = [found for student in recipe.students.values() for found in student.models().items()]
     return {TEACHER: recipe.evaluate.steps} | {folder: _schedules(recipe, phase) for folder, phase in students}
+
+
+def needed_weights(recipe: Recipe) -> list[str]:
+    """The pretrained networks that losses, discriminators and measurements look through, in the order of their first use."""
+    trials = trials_of(recipe.sweep, recipe.main) if can_vary(recipe.main) else {}
+    names = [name for student in (*recipe.students.values(), *trials.values()) for name in student.needs().features]
+    names += [*recipe.evaluate.features, *([recipe.sweep.features] if trials else [])]
+    return [name for name in dict.fromkeys(map(weights_of, names)) if name not in PROBES]
 
 
 def _schedules(recipe: Recipe, phase: PhaseConfig) -> tuple[str, ...]:

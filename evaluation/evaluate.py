@@ -30,6 +30,7 @@ from beeline.errors import BeelineError
 from beeline.features.measuring import PROBES
 from beeline.metrics.frechet import Moments
 from beeline.sampling import Sampling
+from beeline.sampling.few_step import FewStep
 from beeline.settings import ModelPath, Some, check
 from evaluation import results
 from evaluation.bench import HELD_OUT, Bench, Setup, sampled_model
@@ -142,6 +143,11 @@ class Measurement:
         lines = [Lines(self.name, setup.pairs["pairs"]["num_steps"], count)] if self.straight else []
         return [*(Fidelity(self.name, sampling, count) for sampling in self.samplings), *lines]
 
+    def evaluations(self, setup: Setup) -> int:
+        """Network evaluations of all its items."""
+        items = [*self.samples(setup), *self.sheets(setup), *self.comparisons(setup)]
+        return sum(item.evaluations for item in items)
+
     def publish(self, setup: Setup, seconds: Mapping[str, float]) -> None:
         """Write metrics and sheets, and the `seconds` that samples took. Remove files that were only needed for published
         figures; what another command still measures stays."""
@@ -218,11 +224,16 @@ def _measurement(setup: Setup, name: str, config: EvaluateConfig, networks: Mapp
         "reference_sha256": given,
         "images": fingerprint(setup.images),
     }
-    stage = Stage(setup.workspace, f"evaluation/{name}", plan)
-    measured = results.measured(stage.folder)
-    left = [sampling for sampling in samplings if sampling.label not in measured]
+    return unpublished(Stage(setup.workspace, f"evaluation/{name}", plan), name, samplings, model.few_step)
+
+
+def unpublished(stage: Stage, name: str, samplings: Sequence[Sampling], few_step: FewStep | None) -> Measurement:
+    """The measurement of those `samplings` of a model that its stage has not published yet. `few_step`: how a student is
+    sampled, None for a teacher. Reads the workspace and writes nothing."""
+    published = results.measured(stage.folder)
     # Students of single levels mean nothing at other levels.
-    straight = model.few_step is None or model.few_step.trained_steps is None
+    straight = few_step is None or few_step.trained_steps is None
+    left = [sampling for sampling in samplings if sampling.label not in published]
     return Measurement(name, stage, left, straight)
 
 

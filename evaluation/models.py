@@ -179,7 +179,7 @@ def _figure(row: Mapping[str, Any]) -> Figure:
 
 
 def _training(place: Folder, name: str) -> Mapping[str, Any]:
-    """What the config.json of a student says of its training, as trainers/student.py writes it; {} for a teacher."""
+    """What the config.json of a student says of its training, as trainers/training.py writes it; {} for a teacher."""
     config = None if name == TEACHER else (place / name).read_json(CONFIG)
     if config is None:
         return {}

@@ -36,6 +36,12 @@ def reference_folder(network: str) -> str:
     return f"{REFERENCE}/{network}"
 
 
+def reference_bytes(images: int, dimensions: int) -> int:
+    """Bytes of what stays of `images` real images in `dimensions` features: rows (int64) and features (float32) of those that
+    are kept, mean and second moment (float64) of all."""
+    return min(KEPT, images) * (8 + 4 * dimensions) + 8 * dimensions * (dimensions + 1)
+
+
 def reference(workspace: Folder, network: str, given: Gaussian | None = None) -> Reference:
     """The real images as `network` sees them, from files that RealImages and `merge_reference` have made. What is `given` takes
     the place of their statistics in Inception's features; BeelineError if it is of another network."""

@@ -12,21 +12,30 @@ from beeline.denoiser import Denoiser
 from beeline.errors import BeelineError
 from beeline.noise import stream_seed
 from beeline.sampling import Sampling, batches, sample
-from beeline.sampling.few_step import parse_steps
+from beeline.sampling.few_step import FewStep, parse_steps
 from beeline.sampling.solvers import Solver
 
 
 def samplings_for(model: Denoiser, config: EvaluateConfig) -> list[Sampling]:
-    """The samplings that `config` asks for. Raises BeelineError for steps that a student was not trained on, and for numbers of
-    evaluations that a solver cannot have."""
-    if model.few_step is None:
+    """The samplings that `config` asks for. Raises BeelineError like `samplings_of`."""
+    return samplings_of(model.few_step, config, levels=None if model.levels is None else len(model.levels))
+
+
+def samplings_of(few_step: FewStep | None, config: EvaluateConfig, *, levels: int | None) -> list[Sampling]:
+    """The samplings that `config` asks for, of a student that is sampled by `few_step`, or of a teacher (None) whose calibrated
+    solver has `levels` levels. Needs no network: planning counts the same samplings.
+
+    Raises BeelineError for steps that a student was not trained on, for numbers of evaluations that a solver cannot have,
+    and for a calibrated solver that is missing.
+    """
+    if few_step is None:
         if config.solver == "calibrated":
-            if model.levels is None:
+            if levels is None:
                 raise BeelineError("this teacher has no calibrated levels; find them with: python -m beeline.calibrate FOLDER")
-            return [Sampling(solver="calibrated", num_steps=len(model.levels))]
+            return [Sampling(solver="calibrated", num_steps=levels)]
         return [teacher_sampling(nfe, config.solver) for nfe in dict.fromkeys(config.nfe)]
-    steps = [model.few_step.check(parse_steps(text)) for text in dict.fromkeys(config.steps)]
-    rule = None if config.rule in ("trained", model.few_step.rule) else config.rule
+    steps = [few_step.check(parse_steps(text)) for text in dict.fromkeys(config.steps)]
+    rule = None if config.rule in ("trained", few_step.rule) else config.rule
     return [Sampling(steps=each, rule=rule) for each in steps]
 
 

@@ -7,6 +7,7 @@ only their sizes are known. The manifest is used for totals only: each shard fil
 from __future__ import annotations
 
 import io
+import statistics
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -79,6 +80,13 @@ class Manifest:
     def total(self, name: str) -> float:
         """Sum a column over the shards whose value is known."""
         return sum(row.get(name) or 0 for row in self.rows.values())
+
+
+def seconds_per_pair(rows: Sequence[Mapping[str, Any]]) -> float | None:
+    """Seconds of one actor for a pair: the median over shards, since an actor's first one may compile. None where no row has
+    a time."""
+    timed = [row["sampling_seconds"] / row["pairs"] for row in rows if row.get("sampling_seconds") and row.get("pairs")]
+    return statistics.median(timed) if timed else None
 
 
 def read_manifest(folder: Folder) -> list[dict[str, Any]]:

@@ -108,14 +108,18 @@ def import_own_recipe() -> None:
     importlib.import_module(os.environ[RECIPE].partition(":")[0])
 
 
+def logical_cpus() -> int:
+    """CPUs that our own Ray has: at least 4. Pools reserve whole CPUs, and Ray Data needs some of its own to make progress."""
+    return max(4, os.cpu_count() or 1)
+
+
 def _start(variables: dict[str, str]) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     _keep_to_loopback()
     port = os.environ.setdefault(ray_constants.GCS_PORT_ENVIRONMENT_VARIABLE, str(_free_port()))
     ray.init(
         address="local",
-        # At least 4 logical CPUs: pools reserve whole CPUs, and Ray Data needs some of its own to make progress.
-        num_cpus=max(4, os.cpu_count() or 1),
+        num_cpus=logical_cpus(),
         object_store_memory=300 * 2**20,
         include_dashboard=True,  # Ray Train asks it whether its controller is alive
         logging_level=logging.WARNING,

@@ -13,7 +13,7 @@ from __future__ import annotations
 import io
 import json
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -30,6 +30,7 @@ ROW_GROUP_BYTES = 6 * 2**20
 MAX_SHARD_BYTES = 128 * 2**20
 READERS = 32  # footers read at once
 OWN_CRC = "metadata_crc32"
+GROUP_BYTES = 400  # of a row group's entry in the footer, measured
 
 
 def shard_name(k: int) -> str:
@@ -94,6 +95,16 @@ def encode(
         write_page_checksum=True,
     )  # fmt: skip
     return sink.getvalue()
+
+
+def store_bytes(column: str, shape: Sequence[int], dtype: str, count: int, shard_size: int, plan: Mapping[str, Any]) -> int:
+    """Bytes of a store of `count` images of `shape` (C, H, W) before it is made, to about 3 %: its rows, and the footers with
+    the plan."""
+    image = np.zeros((1, *shape), dtype)
+    row = image.nbytes + 8 + 4  # index and label
+    footer = len(encode(column, image, np.zeros(1, np.int32), [0], plan, x0_generator="", x0_crc32=0)) - row
+    groups = -(-min(count, shard_size) // group_rows(image.nbytes))
+    return count * row + shard_count(count, shard_size) * (footer + (groups - 1) * GROUP_BYTES)
 
 
 class Columns(NamedTuple):

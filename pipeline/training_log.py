@@ -7,6 +7,7 @@ figure of a validation, and the columns named here.
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -68,3 +69,26 @@ def seconds_of(rows: Sequence[Mapping[str, Any]]) -> float:
         now = float(last if row.get(SECONDS) is None else row[SECONDS])
         total, last = total + (now if now < last else now - last), now
     return total
+
+
+def images_per_second(rows: Sequence[Mapping[str, Any]]) -> dict[int, float]:
+    """Images per second of each phase in a log, all ranks together: the median over its rows."""
+    speeds: dict[int, list[float]] = {}
+    for row in _warm(rows):
+        if isinstance(row.get(IMAGES_PER_S), int | float) and row[IMAGES_PER_S] > 0:
+            speeds.setdefault(int(row.get(PHASE, 0)), []).append(row[IMAGES_PER_S])
+    return {phase: statistics.median(rates) for phase, rates in speeds.items()}
+
+
+def data_wait(rows: Sequence[Mapping[str, Any]]) -> float:
+    """Share of the time in which steps waited for data, the mean over a log's rows."""
+    return statistics.fmean(row[DATA_WAIT] for row in _warm(rows))
+
+
+def _warm(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The rows without the first one of each phase, which compiles and allocates, unless it is the only one."""
+    phases: dict[Any, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        if isinstance(row.get(PHASE, 0), int | float):
+            phases.setdefault(row.get(PHASE, 0), []).append(row)
+    return [row for found in phases.values() for row in (found[1:] or found)]

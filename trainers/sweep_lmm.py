@@ -57,7 +57,7 @@ from pipeline.storage import Folder
 from trainers import checkpoints
 from trainers.launch import check_batch
 from trainers.train_lmm import check_resolution
-from trainers.trials import PerSchedule, config_of, folder_name, run_trial, rungs_in, settings
+from trainers.trials import PerSchedule, config_of, folder_name, run_trial, rungs_in, settings, trials_of
 
 PARETO = "pareto.png"
 
@@ -75,14 +75,14 @@ def sweep_lmm(
     pairs, images = require(place, PAIRS, recipe), require(place, IMAGES, recipe)
     check_measurable(place, recipe, judging(sweep, evaluate), images)
     tried = {number: settings(number, sweep, student.seed) for number in range(sweep.trials)}
-    configs = {number: config_of(found, sweep, student) for number, found in tried.items()}
+    configs = trials_of(sweep, student)
     names = dict.fromkeys(name for config in configs.values() for name in config.needs().features)
     init, init_sha256 = require_model(place, sweep.init, recipe)
     for config in configs.values():
         check_resolution(config, init.img_resolution)
     plan = {
         "sweep": to_dict(sweep, resources=False),
-        "student": to_dict(config_of(tried[0], sweep, student), resources=False),
+        "student": to_dict(configs[0], resources=False),
         "pairs": fingerprint(pairs),
         "images": fingerprint(images),
         "init_sha256": init_sha256,

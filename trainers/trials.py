@@ -99,6 +99,11 @@ def config_of(found: Mapping[str, Any], sweep: SweepConfig, student: StudentConf
     )
 
 
+def trials_of(sweep: SweepConfig, student: StudentConfig) -> dict[int, StudentConfig]:
+    """The student of each trial, by number. Raises BeelineError as `config_of` does."""
+    return {k: config_of(settings(k, sweep, student.seed), sweep, student) for k in range(sweep.trials)}
+
+
 def rung_of(sweep: SweepConfig) -> int:
     """Iterations between measurements: ASHA's first rung, the others are its doublings."""
     return max(1, sweep.iterations // REDUCTION ** (sweep.rungs - 1))

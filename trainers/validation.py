@@ -20,6 +20,7 @@ from beeline.metrics.measures import VALIDATION
 from beeline.noise import stream_seed
 from beeline.pixels import quantised
 from beeline.sampling import Sampling
+from beeline.sampling.few_step import FewStep
 from evaluation.samplings import draw
 from pipeline.model_folders import require_probe
 from pipeline.reader import ShardReader
@@ -28,6 +29,11 @@ from pipeline.storage import Folder
 
 SHOWN, COLUMNS = 40, 10
 BATCH = 256
+
+
+def sampling_of(few_step: FewStep | None) -> Sampling:
+    """The sampling of a model in training: the levels that a student is trained on, or one step; Heun's 18 for a teacher."""
+    return Sampling() if few_step is None else Sampling(steps=few_step.trained_steps or (0,))
 
 
 class Validation:
@@ -54,8 +60,7 @@ class Validation:
 
         `steps`: the schedule to sample at; left out, the levels that the student was trained on, or one step.
         """
-        trained = None if model.few_step is None else model.few_step.trained_steps or (0,)
-        sampling = Sampling(steps=steps or trained)
+        sampling = Sampling(steps=steps) if steps else sampling_of(model.few_step)
         count = len(self.labels) if self._eye is not None else min(SHOWN, len(self.labels))
         images = draw(model, sampling, range(count), self.labels[:count], seed=self.seed, batch_size=BATCH)
         sheet = sheet_png(images[:SHOWN], columns=COLUMNS)

@@ -27,7 +27,7 @@ from beeline.files.arrays import spread
 from beeline.metrics.frechet import Gaussian, Statistics, frechet_distance
 
 NEAREST_PR, NEAREST_DC = 3, 5
-KID_SUBSET = 1000
+KID_SUBSET, KID_SUBSETS = 1000, 100  # images of a subset; the number of subsets is torch-fidelity's default
 SEED = 2020  # torch-fidelity's: of KID's subsets and of the order in which IS splits
 BLOCK = 1024  # rows of a matrix of distances that are in memory at once
 # The names of metrics, without networks and counts.
@@ -93,6 +93,16 @@ def measures(seen: Looks, real: Reference, network: str, *, neighbours: int) -> 
     near = neighbourhoods(chosen, real.some(neighbours)[0])
     suffix = "" if inception else f"_{network}"
     return found | {counted(f"{name}{suffix}", min(n, neighbours)): value for name, value in near.items()}
+
+
+def measures_flops(n: int, kept: int, dimensions: int, network: str, *, neighbours: int) -> float:
+    """FLOPs of `measures` for `n` samples, `kept` real images and `dimensions` features: covariance and matrix square roots,
+    distances between neighbours, kernels."""
+    fake, true = min(neighbours, n), min(neighbours, kept)
+    products = n * dimensions + fake**2 + true**2 + fake * true
+    if network == "inception" and min(n, kept) >= KID_SUBSET:
+        products += KID_SUBSETS * 3 * KID_SUBSET**2
+    return 2.0 * dimensions * products + 10.0 * dimensions**3
 
 
 def kernel_distance(a: np.ndarray, b: np.ndarray) -> float:

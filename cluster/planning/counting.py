@@ -1,14 +1,13 @@
-"""How many floating-point operations a recipe's networks take: counted by running the code itself on tensors without data.
+"""Floating-point operations and bytes of a recipe's networks, counted by running the code itself on tensors without data.
 
-A multiply-add counts as two. Convolutions, matrix products and attention count; norms, activations and the copying that
-compiled code saves do not. Networks are built on the meta device, so that the largest takes a second and no memory.
+A multiply-add counts as two operations. Convolutions, matrix products and attention count; norms and activations do not.
+Networks are built on the meta device: the largest takes a second and no memory. FLOPs are per image.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
 import functools
 import warnings
 from collections import Counter
@@ -17,128 +16,110 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from beeline.augmentation import augment
 from beeline.checkpoint import build
-from beeline.config import (
-    ImagesConfig,
-    NetworkConfig,
-    OptimizerConfig,
-    ProbeConfig,
-    ProbeNetworkConfig,
-    TeacherConfig,
-)
+from beeline.config import ImagesConfig, NetworkConfig, OptimizerConfig, ProbeConfig, ProbeNetworkConfig, TeacherConfig
+from beeline.denoiser import Denoiser
 from beeline.features.backbones import build_backbone
 from beeline.features.measuring import MEASURING, PROBES, MeasuringProbe, build_measuring
 from beeline.features.probe import Probe
 from beeline.objectives import Batch, Context, Objective, ObjectiveConfig
 from beeline.objectives.edm import edm_loss
 from beeline.objectives.learner import Learner
+from trainers.sizes import learner_bytes, state_bytes
 
-BATCH = 2  # images that are counted at once: batch norms want two
+BATCH = 2  # images that are counted at once: batch norms need two
 CYCLE = 60  # steps over which the turns of student and critic are averaged
-FLOAT = 4  # bytes
 STUDENT = ""  # among the modules of a phase, which have names
 ANY_CLASSES = 10  # of a probe: its last layer hardly counts
 
 
-@dataclasses.dataclass(frozen=True)
-class Phase:
-    """A phase of student training: bytes that a checkpoint keeps of the critic and of the objective's own state."""
-
-    critic_bytes: int
-    state_bytes: int
-    count: Callable[[], float]
-
-    @property
-    def flops(self) -> float:
-        """Of a step, per image. Counting them takes seconds."""
-        return self.count()
-
-
 class _Bare(Learner):
-    """A learner whose denoiser does without preconditioning, which looks at noise levels; they have no values here."""
+    """A learner without preconditioning, which reads noise levels: they have no values here."""
 
     def __call__(self, *inputs: Any) -> Any:
         x, sigma, *labels = inputs
         return self.model.model(x, sigma, *labels)  # pyright: ignore[reportCallIssue]
 
 
+def denoiser(network: NetworkConfig) -> Denoiser:
+    """The network on the meta device: shapes without data."""
+    return _on_meta(lambda: build(network))
+
+
 @functools.cache
 def evaluation(network: NetworkConfig) -> float:
-    """FLOPs of one evaluation of one image."""
-    bare = _on_meta(lambda: build(network)).model
+    """FLOPs of one network evaluation."""
+    bare = denoiser(network).model
     with _without_data(), torch.inference_mode():
         model, (x, labels) = _empty(bare), _inputs(network)
         return _counted(lambda: model(x, torch.ones(BATCH), labels))
 
 
 @functools.cache
-def weight_bytes(network: NetworkConfig) -> int:
-    """Bytes of the network's weights, float32."""
-    return state_bytes(_on_meta(lambda: build(network)))
-
-
-@functools.cache
-def teacher_step(network: NetworkConfig, augmented: bool) -> float:
-    """FLOPs per image of a training step of a teacher: forward and backward, and the images' augmentation."""
-    bare = _on_meta(lambda: build(network))
+def teacher_flops(teacher: TeacherConfig) -> float:
+    """FLOPs of a training step of a teacher: forward, backward, and the augmentation of images."""
+    bare = denoiser(teacher.network)
     with _without_data():
-        learner = _Bare(_empty(bare).train(), OptimizerConfig())
-        x, labels = _inputs(network)
-        generator = torch.Generator()
+        learner, (x, labels), generator = (
+            _Bare(_empty(bare).train(), OptimizerConfig()),
+            _inputs(teacher.network),
+            torch.Generator(),
+        )
 
         def step() -> None:
-            images, found = augment(x, 0.1, generator) if augmented else (x, None)
-            edm_loss(learner, images, labels, generator, found).backward()
+            images, augmented = augment(x, teacher.augment, generator) if teacher.augment else (x, None)
+            edm_loss(learner, images, labels, generator, augmented).backward()
 
         return _counted(step)
 
 
-def of_teacher(teacher: TeacherConfig) -> float:
-    """FLOPs per image of a training step."""
-    return teacher_step(teacher.network, teacher.augment > 0)
+def phase_flops(network: NetworkConfig, probe: ProbeNetworkConfig, objective: ObjectiveConfig) -> float:
+    """FLOPs of a training step of `objective`, its own code: student, losses, critic and frozen networks, the mean over the
+    turns of student and critic. `probe`: the losses' probe. Takes seconds."""
+    return _phase_flops(replace(network, dropout=0.0), probe, objective.representative())
 
 
-def of_phase(network: NetworkConfig, probe: ProbeNetworkConfig, objective: ObjectiveConfig) -> Phase:
-    """A step of `objective`, its own code: student, losses and critic, frozen networks included."""
-    arguments = (replace(network, dropout=0.0), probe, objective.representative())
-    return Phase(*_kept_bytes(*arguments), functools.partial(_phase_flops, *arguments))
+def phase_bytes(network: NetworkConfig, probe: ProbeNetworkConfig, objective: ObjectiveConfig) -> tuple[int, int]:
+    """Bytes in a checkpoint of the critic, and of the objective's own state."""
+    return _phase_bytes(replace(network, dropout=0.0), probe, objective.representative())
+
+
+def kind_of_phase(network: NetworkConfig, probe: ProbeNetworkConfig, objective: ObjectiveConfig) -> str:
+    """The kind of work that a phase is (speeds.py): "adversarial" if it trains a critic, else "reconstruction"."""
+    return "adversarial" if phase_bytes(network, probe, objective)[0] else "reconstruction"
 
 
 @functools.cache
-def _kept_bytes(network: NetworkConfig, probe: ProbeNetworkConfig, config: ObjectiveConfig) -> tuple[int, int]:
-    """Bytes in a checkpoint of the critic and of the objective's state, each with Adam's two moments of what learns."""
+def _phase_bytes(network: NetworkConfig, probe: ProbeNetworkConfig, config: ObjectiveConfig) -> tuple[int, int]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        made = _on_meta(lambda: _objective(_modules(network, probe, config), config))
-    return _with_moments(made.critic), _with_moments(made.state())
-
-
-def _with_moments(module: nn.Module | None) -> int:
-    if module is None:
-        return 0
-    return state_bytes(module) + 2 * FLOAT * sum(part.numel() for part in module.parameters() if part.requires_grad)
+        objective = _on_meta(lambda: _objective(_modules(network, probe, config), config))
+    return learner_bytes(objective.critic), learner_bytes(objective.state())
 
 
 @functools.cache
 def _phase_flops(network: NetworkConfig, probe: ProbeNetworkConfig, config: ObjectiveConfig) -> float:
-    modules = _on_meta(lambda: _modules(network, probe, config))  # outside of what has no data: building reads values
+    modules = _on_meta(lambda: _modules(network, probe, config))  # not in the other mode: building reads values
     with _without_data():
         modules = {name: _empty(module) for name, module in modules.items()}
-        made, model = _objective(modules, config), modules[STUDENT].train()
-        student = _Bare(model, OptimizerConfig())
-        critic = None if made.critic is None else Learner(made.critic, made.critic_optimizer or OptimizerConfig())
-        steps = {made.turns(step): step for step in range(CYCLE)}
-        shares = Counter(made.turns(step) for step in range(CYCLE))
-        counted = {
-            turns: _counted(lambda step=step: made.backward(student, critic, _batch(network, config, step), torch.Generator()))
-            for turns, step in steps.items()
-        }
-    return sum(count * counted[turns] for turns, count in shares.items()) / CYCLE
+        objective = _objective(modules, config)
+        student = _Bare(modules[STUDENT].train(), OptimizerConfig())
+        critic = (
+            None if objective.critic is None else Learner(objective.critic, objective.critic_optimizer or OptimizerConfig())
+        )
+
+        def step(number: int) -> float:
+            batch = _batch(network, config, number)
+            return _counted(lambda: objective.backward(student, critic, batch, torch.Generator()))
+
+        examples = {objective.turns(number): number for number in range(CYCLE)}
+        flops = {turns: step(number) for turns, number in examples.items()}
+        shares = Counter(objective.turns(number) for number in range(CYCLE))
+    return sum(count * flops[turns] for turns, count in shares.items()) / CYCLE
 
 
 def _batch(network: NetworkConfig, config: ObjectiveConfig, step: int) -> Batch:
@@ -153,10 +134,10 @@ def _batch(network: NetworkConfig, config: ObjectiveConfig, step: int) -> Batch:
 
 
 def _modules(network: NetworkConfig, probe: ProbeNetworkConfig, config: ObjectiveConfig) -> dict[str, Any]:
-    """The student, and the networks that the phase looks through, by name."""
+    """The student, and the feature networks of the phase, by name."""
     names = config.needs().features
-    seen = {name: _probe(probe, network.img_channels) if name == "probe" else build_backbone(name) for name in names}
-    return {STUDENT: build(replace(network, second_level=config.needs().second_level))} | seen
+    features = {name: _probe(probe, network.img_channels) if name == "probe" else build_backbone(name) for name in names}
+    return {STUDENT: build(replace(network, second_level=config.needs().second_level))} | features
 
 
 def _objective(modules: dict[str, Any], config: ObjectiveConfig) -> Objective:
@@ -174,43 +155,39 @@ def _objective(modules: dict[str, Any], config: ObjectiveConfig) -> Objective:
 
 
 @functools.cache
-def look(name: str, probe: ProbeNetworkConfig, channels: int, resolution: int) -> tuple[float, int]:
-    """FLOPs per image of a measuring network, and its features; `probe` is the one it is, where it is a probe."""
-    bare = _on_meta(lambda: MeasuringProbe(_probe(probe, channels)) if name in PROBES else build_measuring(name))
+def measuring(name: str, probe: ProbeConfig, images: ImagesConfig) -> tuple[float, int, int]:
+    """FLOPs of measuring network `name`, its features, and its logits (0 for none)."""
+    config = getattr(probe, PROBES.get(name, "measure"))
+    bare = _on_meta(lambda: MeasuringProbe(_probe(config, images.channels)) if name in PROBES else build_measuring(name))
     with _without_data(), torch.inference_mode():
         network: Any = _empty(bare)
-        images = torch.zeros(BATCH, channels, resolution, resolution, dtype=torch.uint8)
-        return _counted(lambda: network.look(images)), network.dimensions
-
-
-def look_at(name: str, probe: ProbeConfig, images: ImagesConfig) -> tuple[float, int]:
-    """FLOPs per image of a recipe's measuring network `name`, and its features."""
-    return look(name, getattr(probe, PROBES.get(name, "measure")), images.channels, images.resolution)
+        batch = torch.zeros(BATCH, images.channels, images.resolution, images.resolution, dtype=torch.uint8)
+        _, logits = network.look(batch)
+        return _counted(lambda: network.look(batch)), network.dimensions, 0 if logits is None else logits.shape[1]
 
 
 @functools.cache
-def probe_step(probe: ProbeNetworkConfig, channels: int, resolution: int) -> float:
-    """FLOPs per image of a training step of a probe."""
-    bare = _on_meta(lambda: _probe(probe, channels))
+def probe_flops(probe: ProbeNetworkConfig, images: ImagesConfig) -> float:
+    """FLOPs of a training step of a probe."""
+    bare = _on_meta(lambda: _probe(probe, images.channels))
     with _without_data():
         network = _empty(bare)
-        return _counted(lambda: network(torch.zeros(BATCH, channels, resolution, resolution)).sum().backward())
-
-
-def probe_bytes(probe: ProbeNetworkConfig, channels: int) -> int:
-    """Bytes of a probe's weights."""
-    return state_bytes(_on_meta(lambda: _probe(probe, channels)))
+        x = torch.zeros(BATCH, images.channels, images.resolution, images.resolution)
+        return _counted(lambda: network(x).sum().backward())
 
 
 @functools.cache
-def pretrained_bytes(name: str) -> int:
-    """Bytes of the weights of a pretrained network."""
-    return state_bytes(_on_meta(lambda: build_measuring(name) if name in MEASURING else build_backbone(name)))
+def network_bytes(name: str | NetworkConfig | ProbeNetworkConfig, channels: int = 3) -> int:
+    """Bytes of the weights of a pretrained network (by name), a denoiser (float32) or a probe of images with `channels`."""
 
+    def make() -> torch.nn.Module:
+        if isinstance(name, NetworkConfig):
+            return build(name)
+        if isinstance(name, ProbeNetworkConfig):
+            return _probe(name, channels)
+        return build_measuring(name) if name in MEASURING else build_backbone(name)
 
-def state_bytes(network: nn.Module) -> int:
-    """Bytes of what a checkpoint keeps of a module."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in network.state_dict().values())
+    return state_bytes(_on_meta(make))
 
 
 def _probe(config: ProbeNetworkConfig, channels: int) -> Probe:
@@ -223,7 +200,7 @@ def _on_meta(make: Callable[[], Any]) -> Any:
 
 
 def _empty(module: Any) -> Any:
-    """The module of the meta device as one of the CPU whose tensors have no data."""
+    """A module of the meta device as one of the CPU; within `_without_data` its tensors have no data."""
     return module.to_empty(device="cpu")
 
 
@@ -235,6 +212,7 @@ def _without_data() -> Iterator[None]:
 
 
 def _inputs(network: NetworkConfig) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Images and one-hot labels."""
     x = torch.zeros(BATCH, network.img_channels, network.img_resolution, network.img_resolution)
     return x, torch.zeros(BATCH, network.label_dim) if network.label_dim else None
 

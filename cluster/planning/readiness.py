@@ -1,7 +1,7 @@
 """Whether a recipe can start: workspace, credentials, settings, weights, images, disk, machines. Nothing expensive is run.
 
-Each check is a line, "ok" or "FAILED" with what to do. RAY_ADDRESS says which cluster; without it the commands start a Ray of
-their own, and this machine is looked at. No Ray is started.
+Each check is a line, "ok", or "FAILED" with a fix. With RAY_ADDRESS the cluster is checked, without it this machine. No Ray is
+started.
 """
 
 from __future__ import annotations
@@ -12,29 +12,32 @@ import os
 import shutil
 import threading
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from beeline.checkpoint import SOLVER
+from beeline.checkpoint import CONFIG, SOLVER
 from beeline.config import Recipe, to_dict
-from beeline.errors import BeelineError
-from cluster.planning.contents import needed_weights
-from cluster.planning.nodes import Need, Node, Surroundings, alike, fitting, look_at_cluster, needs
-from cluster.planning.stages import stages
+from beeline.errors import BeelineError, reading
+from beeline.files.layout import check_layout
+from cluster.planning.nodes import Need, Node, Surroundings, look_at_cluster
+from cluster.planning.stages import Stage, stages
 from cluster.planning.workspace import Workspace
+from cluster.steps import needed_weights
+from pipeline.runtime import logical_cpus
 from pipeline.stage import differences
 from pipeline.storage import Folder
 from trainers.tracking import check_trackers
 
 PATIENCE = 12.0  # seconds for the workspace to answer
+SHARED = "every machine of the cluster must see it under this path"
 
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """What was looked at and found; `fix` is empty where it is as it should be."""
+    """A check, what it found, and the fix: "" where all is well."""
 
     what: str
     found: str
@@ -54,27 +57,29 @@ def report(lines: Sequence[Line]) -> None:
 
 
 def check_all(recipe: Recipe, there: Workspace, teacher: str) -> list[Line]:
-    """Every check. `there.trouble` is what `access` found; `teacher` is "train" or "import"."""
-    place = there.place
+    """Every check. `there.trouble` is the result of `access`; `teacher` is "train" or "import". Raises BeelineError for
+    settings that a stage refuses."""
+    place, left = there.uri, stages(recipe, there, teacher)
     if there.trouble:
         lines = [Line("workspace", f"{place}: {there.trouble}", _cure(there.trouble, place))]
     else:
-        shared = place.is_local and bool(os.environ.get("RAY_ADDRESS"))
-        note = "; every machine of the cluster must see it under this path" if shared else ""
+        note = f"; {SHARED}" if place.is_local and os.environ.get("RAY_ADDRESS") else ""
         lines = [Line("workspace", f"{place} can be written, listed, read and emptied{note}")]
         lines += [_progress(recipe, there), _settings(recipe, there), _weights(recipe, there), _teacher(recipe, there, teacher)]
-        lines += [_images(recipe, there)]
-        if place.is_local:
-            lines.append(_disk(recipe, there, teacher))
-    trackers = dict.fromkeys(name for lmm in recipe.students.values() for name in lmm.trackers)
-    if trackers:
-        lines.append(_tried("trackers", lambda: check_trackers(list(trackers)), f"{', '.join(trackers)} are installed"))
-    return [*lines, *_machines(recipe, there, teacher)]
+        lines += [_images(recipe, there), *([_disk(place, left)] if place.is_local else [])]
+    if trackers := list(dict.fromkeys(name for student in recipe.students.values() for name in student.trackers)):
+        try:
+            check_trackers(trackers)
+            lines.append(Line("trackers", f"{', '.join(trackers)} are installed"))
+        except BeelineError as error:
+            lines.append(Line("trackers", str(error), "See the message"))
+    return [*lines, *_machines(needs(left))]
 
 
 def access(place: Folder) -> str:
-    """Write, list, read and remove a small file of a name of its own; what went wrong, or "". Folders made for it go."""
-    made = _missing(Path(place.uri)) if place.is_local else []
+    """Write, list, read and remove a small file. Returns what went wrong, or "". Removes the folders that it made."""
+    path = Path(place.uri)
+    made = [folder for folder in (path, *path.parents) if not folder.exists()] if place.is_local else []  # the deepest first
     trouble: list[str] = []
 
     def attempt() -> None:
@@ -88,7 +93,7 @@ def access(place: Folder) -> str:
                     trouble.append("a file that was written comes back with other bytes")
             finally:
                 place.remove(name)
-        except Exception as error:  # whatever a client of object storage raises is to be told, not to end the check
+        except Exception as error:  # clients of object storage raise many kinds
             trouble.append(" ".join(_root(error).split()).rstrip("."))
 
     thread = threading.Thread(target=attempt, daemon=True)
@@ -97,18 +102,13 @@ def access(place: Folder) -> str:
     if thread.is_alive():
         return f"no answer within {PATIENCE:.0f} s"
     for folder in made:
-        with contextlib.suppress(OSError):  # somebody else uses it by now
+        with contextlib.suppress(OSError):  # another process uses it by now
             folder.rmdir()
     return "; ".join(trouble)
 
 
-def _missing(folder: Path) -> list[Path]:
-    """The folder and those above it that do not exist, the deepest first."""
-    return [path for path in (folder, *folder.parents) if not path.exists()]
-
-
 def _root(error: BaseException) -> str:
-    """What is at the bottom of an error, with its kind, where causes are given."""
+    """The first cause of an error, with its kind."""
     root = error
     while root.__cause__ is not None:
         root = root.__cause__
@@ -116,23 +116,32 @@ def _root(error: BaseException) -> str:
 
 
 def _cure(trouble: str, place: Folder) -> str:
-    """In plain words, what to do about a workspace that cannot be used."""
-    found = trouble.lower()
+    """The fix for a workspace that cannot be used."""
     if place.is_local:
         return "Give --workspace a folder that may be written, with space left"
-    keys = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or a role of the machine"
-    if "nocredentials" in found or "locate credentials" in found:
-        return f"There are no credentials: set {keys}"
-    if any(word in found for word in ("invalidaccesskey", "access key id", "signature", "expired", "token")):
-        return f"The credentials are wrong or have expired: set {keys} anew"
-    if any(word in found for word in ("nosuchbucket", "bucket does not exist", "filenotfound")):
-        return "There is no such bucket: make it, or mend the name"
-    if any(word in found for word in ("denied", "forbidden", "403", "permission")):
-        return "The credentials are not let in: check them, and that they may list, get, put and delete objects of this bucket"
-    if any(word in found for word in ("endpoint", "connect", "no answer", "timed out", "timeout")):
-        endpoint = os.environ.get("AWS_ENDPOINT_URL", "not set")
-        return f"Nobody answers: check AWS_ENDPOINT_URL ({endpoint}), region, network and proxy"
-    return "Check the URI, AWS_ENDPOINT_URL, AWS_DEFAULT_REGION and the credentials"
+    return next((cure for words, cure in CURES if any(word in trouble.lower() for word in words)), UNKNOWN).format(
+        keys="AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or a role of the machine",
+        endpoint=os.environ.get("AWS_ENDPOINT_URL", "not set"),
+    )
+
+
+CURES = (  # words in the message of a client of object storage, and the fix
+    (("nocredentials", "locate credentials"), "There are no credentials: set {keys}"),
+    (
+        ("invalidaccesskey", "access key id", "signature", "expired", "token"),
+        "The credentials are wrong or have expired: set {keys} again",
+    ),
+    (("nosuchbucket", "bucket does not exist", "filenotfound"), "There is no such bucket: create it, or correct the name"),
+    (
+        ("denied", "forbidden", "403", "permission"),
+        "Access is denied: the credentials need permission to list, get, put and delete objects of this bucket",
+    ),
+    (
+        ("endpoint", "connect", "no answer", "timed out", "timeout"),
+        "Nobody answers: check AWS_ENDPOINT_URL ({endpoint}), region, network and proxy",
+    ),
+)
+UNKNOWN = "Check the URI, AWS_ENDPOINT_URL, AWS_DEFAULT_REGION and the credentials"
 
 
 def _progress(recipe: Recipe, there: Workspace) -> Line:
@@ -142,7 +151,7 @@ def _progress(recipe: Recipe, there: Workspace) -> Line:
 
 
 def _settings(recipe: Recipe, there: Workspace) -> Line:
-    """What is there must have been made with these settings, or its stage would refuse to go on."""
+    """Existing plans must have these settings, or their stages would refuse to continue."""
     wanted: dict[str, tuple[str, Any]] = {
         "images": ("images", recipe.images),
         "probe": ("probe", recipe.probe),
@@ -160,8 +169,8 @@ def _settings(recipe: Recipe, there: Workspace) -> Line:
             made = {key: plan[section].get(key) for key in settings}
             found += differences(made, settings, f"{folder}: {section}")
     if found:
-        return Line("settings", f"made with others: {'; '.join(found)}", "Use those that are there, or another --workspace")
-    return Line("settings", "agree with those of what is there")
+        return Line("settings", f"the workspace has others: {'; '.join(found)}", "Use those settings, or another --workspace")
+    return Line("settings", "agree with those in the workspace")
 
 
 def _weights(recipe: Recipe, there: Workspace) -> Line:
@@ -178,20 +187,22 @@ def _weights(recipe: Recipe, there: Workspace) -> Line:
 
 
 def _teacher(recipe: Recipe, there: Workspace, how: str) -> Line:
-    network, place = recipe.teacher.network, there.place / "teacher"
+    place = there.place / "teacher"
     target = place if place.is_local else f"FOLDER, and copy FOLDER to {place}"
     by_hand = f"python -m beeline.edm_import FILE.pkl --out {target}"
     if not there.teacher:
         if how == "import":
             return Line("teacher", f"none in {place}", f"Import one with: {by_hand}")
         return Line("teacher", f"will be trained; a released one may be imported instead: {by_hand}")
-    made = there.network
-    asked = {name: getattr(network, name) for name in ("img_resolution", "img_channels", "label_dim")}
-    other = differences({name: made.get(name) for name in asked}, asked)
+    with reading(f"{place}/{CONFIG} does not describe a network", "make or copy the model again"):
+        config = place.read_json(CONFIG)
+        check_layout(config, {"network": {}})
+    asked = {name: getattr(recipe.teacher.network, name) for name in ("img_resolution", "img_channels", "label_dim")}
+    other = differences({name: config["network"].get(name) for name in asked}, asked)
     if other:
         fix = "Import or train one that fits, or change teacher.network"
         return Line("teacher", f"the one in {place} does not fit: {'; '.join(other)}", fix)
-    if recipe.pairs.solver == "calibrated" and not there.calibrated:
+    if recipe.pairs.solver == "calibrated" and not there.levels:
         return Line("teacher", f"{place}/{SOLVER} is missing", f"Make it with: python -m beeline.calibrate {place}")
     return Line("teacher", f"imported from {there.imported}" if there.imported else f"in {place}")
 
@@ -199,37 +210,31 @@ def _teacher(recipe: Recipe, there: Workspace, how: str) -> Line:
 def _images(recipe: Recipe, there: Workspace) -> Line:
     source = recipe.images.source
     if there.complete("images"):
-        return Line("images", f"{there.images:,} are there")
+        return Line("images", f"{there.images[0]:,} are there")
     if source == "digits":
         return Line("images", "scikit-learn's digits, built in")
     if os.path.exists(source) and os.access(source, os.R_OK):
-        where = "; every machine of the cluster must see it under this path" if os.environ.get("RAY_ADDRESS") else ""
-        return Line("images", f"{source} is there{where}")
+        return Line("images", f"{source} is there{f'; {SHARED}' if os.environ.get('RAY_ADDRESS') else ''}")
     return Line("images", f"{source} is not there, or may not be read", "Give --images.source a path (README: Your own images)")
 
 
-def _disk(recipe: Recipe, there: Workspace, teacher: str) -> Line:
-    folder = Path(there.place.uri)
-    while not folder.exists():
-        folder = folder.parent
-    found = stages(recipe, there, teacher)
-    needed = sum(stage.stored for stage in found) + max(stage.passing for stage in found)
-    needed -= sum(file.stat().st_size for file in Path(there.place.uri, "pairs").glob("part-*"))
+def _disk(place: Folder, left: Sequence[Stage]) -> Line:
+    folder = next(path for path in (Path(place.uri), *Path(place.uri).parents) if path.exists())
+    needed = sum(stage.stored for stage in left) + max(
+        stage.peak(stage.jobs[0].need.most if stage.jobs else 0) for stage in left
+    )
+    needed -= sum(file.stat().st_size for file in Path(place.uri, "pairs").glob("part-*"))
     free = shutil.disk_usage(folder).free
-    text = f"{free / 1e9:,.1f} GB are free in {folder}, {max(needed, 0.0) / 1e9:,.1f} GB are needed by what is left"
+    text = f"{free / 1e9:,.1f} GB are free in {folder}, the remaining stages need {max(needed, 0.0) / 1e9:,.1f} GB"
     return Line("disk", text, "" if free > needed else "Free some, or give --workspace a larger place")
 
 
-def _tried(what: str, call: Callable[[], Any], found: str) -> Line:
-    try:
-        call()
-    except BeelineError as error:
-        return Line(what, str(error), "See the message")
-    return Line(what, found)
+def needs(left: Sequence[Stage]) -> list[Need]:
+    """The processes that stages ask for."""
+    return list(dict.fromkeys(job.need for stage in left for job in stage.jobs))
 
 
-def _machines(recipe: Recipe, there: Workspace, teacher: str) -> list[Line]:
-    asked = list(needs(recipe, there, teacher))
+def _machines(asked: Sequence[Need]) -> list[Line]:
     address = os.environ.get("RAY_ADDRESS")
     if address:
         try:
@@ -239,11 +244,16 @@ def _machines(recipe: Recipe, there: Workspace, teacher: str) -> list[Line]:
         lines = [Line("cluster", f"{address}: {around}"), Line("versions", around.versions, around.mismatch)]
     else:
         gpus = torch.cuda.device_count()
-        cpus = max(4, os.cpu_count() or 1)  # as pipeline.runtime tells Ray
-        around = Surroundings(nodes=[Node(cpus, gpus)])
+        around = Surroundings(nodes=[Node(logical_cpus(), gpus)])
         lines = [Line("machine", f"this one, {os.cpu_count()} cores, {gpus} GPUs")]
-    lines += [line for need in alike(asked) if (line := room(need, around)).fix]
-    if all(not line.fix for line in lines):
+    same: dict[tuple[float, ...], list[Need]] = {}
+    for need in asked:
+        same.setdefault((need.least, need.gpus, need.cpus), []).append(need)
+    for group in same.values():  # stages that ask for the same are one line
+        stage, option = (separator.join(dict.fromkeys(getattr(n, name) for n in group))
+                         for name, separator in (("stage", ", "), ("option", " ")))  # fmt: skip
+        lines += [line for line in [room(dataclasses.replace(group[0], stage=stage, option=option), around)] if line.fix]
+    if asked and all(not line.fix for line in lines):
         most = max(asked, key=lambda need: need.gpus * need.most)
         wish = f"; {most.stage} could use up to {most.gpus * most.most:g} GPUs" if most.gpus else "; no stage asks for GPUs"
         lines.append(Line("room", f"for every stage{wish}"))
@@ -251,12 +261,11 @@ def _machines(recipe: Recipe, there: Workspace, teacher: str) -> list[Line]:
 
 
 def room(need: Need, around: Surroundings) -> Line:
-    """Whether the processes that must run at once fit on the nodes, those included that an autoscaler may add."""
-    fits = sum(fitting(need, node) for node in around.nodes)
-    later = sum(fitting(need, node) * node.count for node in around.promised)
+    """Whether the processes that must run at once fit on the nodes, or on those that an autoscaler may bring."""
+    now = sum(need.fitting(node) for node in around.nodes)
+    later = sum(need.fitting(node) * node.count for node in around.promised)  # nodes that run already are among them
     each = f"{need.gpus:g} GPU and {need.cpus:g} CPU" if need.gpus else f"{need.cpus:g} CPU"
-    room = max(fits, later)  # what runs already is among what the autoscaler may bring
-    if room >= need.least:
+    if max(now, later) >= need.least:
         return Line(need.stage, f"{need.least} x {each} have room")
-    found = f"{need.least} x {each} are asked for at once; {around} has room for {room}"
-    return Line(need.stage, found, f"It would wait for ever: add machines, or ask for less ({need.option})")
+    found = f"{need.least} x {each} are asked for at once; {around} has room for {max(now, later)}"
+    return Line(need.stage, found, f"It would wait forever: add machines, or ask for less ({need.option})")

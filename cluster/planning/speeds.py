@@ -1,7 +1,7 @@
-"""How fast machines compute, and who says so: this workspace, a benchmark of ours, or a share of a data sheet's peak.
+"""How fast machines compute: measured in this workspace, by a benchmark, or a share of a data sheet's peak.
 
-What was measured in the workspace, or in its rehearsal, comes first, then benchmarks/results of the same kind of device, of the
-network that is nearest in size. Only where there is neither is a speed assumed, and then it says that it is.
+Measurements in the workspace, or its rehearsal, come first. Then come benchmarks/results of the same kind of device, for the
+network nearest in size. Only where there is neither is a speed assumed. Each speed says its source.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import platform
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -26,67 +26,68 @@ from cluster.planning import counting
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 UTILISATION = 0.3
-CPU = "cpu"
+IMAGES_PER_CORE = 200.0  # per second, decoded and resized
+CPU, ANY_GPU = "cpu", "gpu"
+TRAINING = ("teacher", "reconstruction", "adversarial")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Gpu:
-    """A kind of GPU as its vendor's data sheet gives it: peak TFLOP/s without sparsity."""
+class Gpu(NamedTuple):
+    """A kind of GPU: the data sheet's name and its dense peaks in TFLOP/s, `half` for bf16 and fp16."""
 
     sheet: str
-    pattern: str
-    """A regular expression of its name as torch tells it."""
     half: float
-    """bf16 and fp16, summed in float32."""
     fp32: float
 
 
-GPUS: dict[str, Gpu] = {
-    "h200": Gpu(sheet="NVIDIA H200 SXM", pattern=r"\bH200\b", half=989, fp32=67),
-    "h100": Gpu(sheet="NVIDIA H100 SXM", pattern=r"\bH100\b", half=989, fp32=67),
-    "a100": Gpu(sheet="NVIDIA A100", pattern=r"\bA100\b", half=312, fp32=19.5),
-    "l40s": Gpu(sheet="NVIDIA L40S", pattern=r"\bL40S\b", half=362, fp32=91.6),
-    "l4": Gpu(sheet="NVIDIA L4", pattern=r"\bL4\b", half=121, fp32=30.3),
-    "rtx4090": Gpu(sheet="NVIDIA GeForce RTX 4090", pattern=r"\bRTX 4090\b", half=165, fp32=82.6),
+GPUS = {  # by the word in torch's name of the device
+    "h200": Gpu("NVIDIA H200 SXM", 989, 67),
+    "h100": Gpu("NVIDIA H100 SXM", 989, 67),
+    "a100": Gpu("NVIDIA A100", 312, 19.5),
+    "l40s": Gpu("NVIDIA L40S", 362, 91.6),
+    "l4": Gpu("NVIDIA L4", 121, 30.3),
+    "rtx4090": Gpu("NVIDIA GeForce RTX 4090", 165, 82.6),
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Speed:
-    """FLOP/s of one GPU, or of one core of a CPU; `source` is the sentence that says where it is from."""
+class Speed(NamedTuple):
+    """Operations per second of one GPU, or of one core of a CPU, and a sentence about their source."""
 
-    flops: float
+    rate: float
     source: str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Task:
-    """What is to be computed: which networks, in which precision. `size`: FLOPs per evaluation of the denoiser."""
+    """A kind of work. Operations are FLOPs, but for "images" they are images."""
 
     kind: str
-    """"sampling", "teacher", "reconstruction", "adversarial", "looking" (through measuring networks) or "figures"."""
+    """"sampling", "teacher", "reconstruction", "adversarial", "looking" (through measuring networks), "figures" or "images"."""
     size: float
+    """FLOPs per evaluation of the denoiser: speeds of networks of like size are compared."""
     precision: str
     compiled: bool = False
 
-    @property
-    def trains(self) -> bool:
-        """Whether it is forward and backward."""
-        return self.kind in ("teacher", "reconstruction", "adversarial")
+
+IMAGES = Task(kind="images", size=1.0, precision="uint8")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Measured:
-    """A throughput that was measured. `rate` gives FLOP/s per unit; counting what it takes may take seconds."""
+    """A measured speed."""
 
     task: Task
     rate: Callable[[], float]
+    """Operations per second and GPU or core. May take seconds: it counts FLOPs."""
     source: str
-    ours: bool
-    """In the user's workspace, rather than by a benchmark."""
-    on_gpu: bool
-    device: str = ""
-    """The kind of device; "" where it is not on record."""
+    device: str
+    """CPU, a name in GPUS, or ANY_GPU where the kind is not on record."""
+    ours: bool = True
+    """In the user's workspace, not by a benchmark."""
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether a GPU had this speed."""
+        return self.device != CPU
 
 
 def known(gpu: str) -> str:
@@ -106,97 +107,85 @@ def here() -> str:
 
 
 def speed(task: Task, device: str, *, measured: list[Measured], utilisation: float = UTILISATION) -> Speed:
-    """Of `task` on one `device`, from the measurement that is nearest to it, or assumed."""
+    """The speed of `task` on one `device`, from the nearest measurement, or assumed. Raises BeelineError for a precision that
+    no CPU was measured in."""
     if task.kind == "figures":
         return _figures()
-    alike = [m for m in measured if m.on_gpu == (device != CPU) and m.device in ("", device)] + benchmarks(device)
-    strict = task.kind == "looking" and device != CPU  # measuring networks say nothing about denoisers, nor these of them
-    kinds = [m for m in alike if m.task.kind == task.kind or not (strict or m.task.kind == "looking")]
-    candidates = [m for m in kinds if m.task.precision == task.precision]
+    devices = (device,) if device == CPU else (device, ANY_GPU)
+    same = [m for m in [*measured, *benchmarks(device)] if m.device in devices and m.task.precision == task.precision]
+    # Images per second are no FLOPs. On a GPU, speeds of measuring networks and of denoisers say nothing about each other.
+    borrows = task.kind not in (("images",) if device == CPU else ("images", "looking"))
+    candidates = [m for m in same if m.task.kind == task.kind or (borrows and m.task.kind not in ("images", "looking"))]
     if candidates:
         best = min(candidates, key=lambda m: _distance(m, task))
-        note = "" if best.task.kind == task.kind else f"; of {best.task.kind}, taken for this too"
+        note = "" if best.task.kind == task.kind else f"; of {best.task.kind}, used for this too"
         return Speed(best.rate(), f"measured: {best.source}{note}")
+    if task.kind == "images":
+        return Speed(IMAGES_PER_CORE, "assumed")
     if device == CPU:
         raise BeelineError(f"no speed of a CPU in {task.precision} is in {RESULTS}; measure: python -m benchmarks.sampling")
     gpu = GPUS[device]
     peak = gpu.half if task.precision in ("bf16", "fp16") else gpu.fp32
-    said = f"assumed, not measured: {100 * utilisation:g} % of the data sheet's {peak:g} TFLOP/s dense {task.precision}"
-    return Speed(utilisation * peak * 1e12, f"{said} ({gpu.sheet})")
+    source = f"assumed, not measured: {100 * utilisation:g} % of the data sheet's {peak:g} TFLOP/s dense {task.precision}"
+    return Speed(utilisation * peak * 1e12, f"{source} ({gpu.sheet})")
 
 
 def _distance(found: Measured, task: Task) -> tuple[Any, ...]:
-    """How far a measurement is from a task: the workspace's first, then the size of the network, then what it did with it."""
+    """How far a measurement is from a task: the workspace's own first, then size of network, kind, compilation."""
     orders = round(abs(math.log10(found.task.size / task.size)), 1)
-    kinds = 0 if found.task.kind == task.kind else 1 if found.task.trains == task.trains else 2
+    kinds = 0 if found.task.kind == task.kind else 1 if (found.task.kind in TRAINING) == (task.kind in TRAINING) else 2
     return not found.ours, orders, kinds, found.task.compiled != task.compiled
 
 
 def benchmarks(device: str) -> list[Measured]:
-    """What benchmarks/results tell of a kind of device."""
+    """The speeds in benchmarks/results of a kind of device."""
     found = []
     for path in sorted(RESULTS.glob("*.json")):
-        try:
-            result = json.loads(path.read_text())
-        except ValueError:
+        result = _result(path)
+        rows = result.get("phases") or ({"sampling": result["policies"]} if "policies" in result else {})
+        if "model" not in result or kind_of(result["machine"]) != device or not rows:
             continue
-        if "model" not in result or kind_of(result["machine"]) != device:
-            continue
-        if "policies" in result:
-            found += _of_sampling(path, result)
-        elif "phases" in result:
-            found += _of_training(path, result)
+        network = from_dict(NetworkConfig, result["model"]["network"])
+        size, units = counting.evaluation(network), 1 if device != CPU else int(result["machine"]["threads"])
+        source = f"{_named(path)}, {where(result['machine'])}"
+        for kind, policies in rows.items():
+            for policy, row in policies.items():
+                if policy == "plain":
+                    continue
+                task = Task(kind=kind, size=size, precision=policy.split()[0], compiled="compiled" in policy)
+                rate = functools.partial(_rate, kind, row, network, units)
+                found.append(Measured(task=task, rate=rate, source=source, device=device, ours=False))
     return found
 
 
+def _rate(kind: str, row: Mapping[str, float], network: NetworkConfig, units: int) -> float:
+    """FLOP/s of a row of a benchmark, per GPU or thread."""
+    if kind == "sampling":
+        return row["evaluations_per_s"] * counting.evaluation(network) / units
+    recipe = RECIPES["cifar10"](0)  # whose losses the benchmark trains with
+    objective = recipe.main.phases[kind].objective
+    return row["images_per_s"] * counting.phase_flops(network, recipe.probe.losses, objective) / units
+
+
+def _result(path: Path) -> dict[str, Any]:
+    """The JSON of a benchmark; {} where it is damaged."""
+    try:
+        return json.loads(path.read_text())
+    except ValueError:
+        return {}
+
+
 def kind_of(machine: Mapping[str, Any]) -> str | None:
-    """The kind of device that a machine's description names, None for a GPU of which no speed is known."""
+    """The kind of device in a machine's description (beeline/machine.py); None for a GPU of which no speed is known."""
     name = machine.get("gpu")
     if not name:
         return CPU
-    return next((key for key, gpu in GPUS.items() if re.search(gpu.pattern, name)), None)
-
-
-def _of_sampling(path: Path, result: dict[str, Any]) -> list[Measured]:
-    flops, units, place = result["gflop_per_evaluation"] * 1e9, _units(result["machine"]), where(result["machine"])
-    made, gpu = [], bool(result["machine"].get("gpu"))
-    for policy, row in result["policies"].items():
-        if policy != "plain":
-            task = Task(kind="sampling", size=flops, precision=policy.split()[0], compiled="compiled" in policy)
-            rate = row["evaluations_per_s"] * flops / units
-            made.append(
-                Measured(task=task, rate=lambda rate=rate: rate, source=f"{_named(path)}, {place}", ours=False, on_gpu=gpu)
-            )
-    return made
-
-
-def _of_training(path: Path, result: dict[str, Any]) -> list[Measured]:
-    network = from_dict(NetworkConfig, result["model"]["network"])
-    size, units, place = counting.evaluation(network), _units(result["machine"]), where(result["machine"])
-    recipe = RECIPES["cifar10"](0)  # whose losses the benchmark trains with
-    phases = recipe.main.phases
-    made, gpu = [], bool(result["machine"].get("gpu"))
-    for phase, rows in result["phases"].items():
-        for policy, row in rows.items():
-            if policy == "plain":
-                continue
-
-            def rate(phase: str = phase, images: float = row["images_per_s"]) -> float:
-                return images * counting.of_phase(network, recipe.probe.losses, phases[phase].objective).flops / units
-
-            task = Task(kind=phase, size=size, precision=policy.split()[0], compiled="compiled" in policy)
-            made.append(
-                Measured(task=task, rate=functools.cache(rate), source=f"{_named(path)}, {place}", ours=False, on_gpu=gpu)
-            )
-    return made
-
-
-def _units(machine: dict[str, Any]) -> int:
-    return 1 if machine.get("gpu") else int(machine["threads"])
+    words = re.findall(r"\w+", name.lower().replace("rtx ", "rtx"))
+    return next((kind for kind in GPUS if kind in words), None)
 
 
 def where(machine: Mapping[str, Any]) -> str:
-    """What a speed holds for, in words."""
+    """The device of a speed, in words."""
     if machine.get("gpu"):
         return f"on one {machine['gpu']}"
     other = "" if machine["cpu"] in _cpu() else " (this machine has another)"
@@ -214,26 +203,21 @@ def _named(path: Path) -> str:
     return f"benchmarks/results/{path.name}"
 
 
-@functools.cache
 def starting() -> tuple[float, str]:
-    """Seconds from a stage's start to its first result beyond the work itself, and the source."""
+    """Seconds from the start of a stage's command to its first result beyond the work itself, and their source."""
     path = RESULTS / "pairs-startup.json"
     if not path.exists():
         return 15.0, "assumed"
-    rows = json.loads(path.read_text())["startup"]
-    return float(rows[0]["seconds_to_the_first"]), f"measured: {_named(path)}, a fresh Ray on two cores"
+    seconds = _result(path)["startup"][0]["seconds_to_the_first"]
+    return float(seconds), f"measured: {_named(path)}, a fresh Ray on two cores"
 
 
-@functools.cache
 def _figures() -> Speed:
-    """Distances and neighbourhoods: float64 products on one core, whatever the GPU."""
-    best, source = 0.0, ""
-    for path in sorted(RESULTS.glob("sampling-cpu-*.json")):
-        result = json.loads(path.read_text())
-        rate = result["ceilings_tflops"]["fp32"] * 1e12 / result["machine"]["threads"]
-        if rate > best:
-            best, source = rate, _named(path)
-    return Speed(best / 2, f"assumed: float64 at half of the fp32 ceiling of a core in {source}")
+    """Speed of distances and neighbourhoods: float64 products on one core, whatever the GPU."""
+    found = [(path, _result(path)) for path in sorted(RESULTS.glob("sampling-cpu-*.json"))]
+    rates = {_named(path): result["ceilings_tflops"]["fp32"] * 1e12 / result["machine"]["threads"] for path, result in found}
+    best = max(rates, key=lambda name: rates[name])
+    return Speed(rates[best] / 2, f"assumed: float64 at half of the fp32 ceiling of a core in {best}")
 
 
 def cores() -> int:

@@ -1,4 +1,4 @@
-"""What a workspace tells a plan: what is there already, and how fast it was made."""
+"""What is in a workspace: finished stages, parts of others, and how fast they were made."""
 
 from __future__ import annotations
 
@@ -6,77 +6,72 @@ import dataclasses
 import functools
 import os
 import re
-import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from beeline.checkpoint import CONFIG, SOLVER, WEIGHTS
-from beeline.config import PairsConfig, Recipe
+from beeline.config import EvaluateConfig, PairsConfig, PoolConfig, Recipe, WorkersConfig
 from beeline.errors import BeelineError, reading
 from beeline.files.layout import check_layout
+from beeline.files.names import LOG
 from beeline.recipes import RECIPES
-from beeline.sampling.solvers import evaluations
 from cluster.planning import counting
-from cluster.planning.speeds import CPU, Measured, Task, kind_of, where
+from cluster.planning.speeds import ANY_GPU, CPU, IMAGES, Measured, Task, kind_of, where
 from cluster.steps import models
 from evaluation.evaluate import PER_EVALUATION, PER_LOOK
-from pipeline.manifest import read_manifest
+from pipeline.manifest import read_manifest, seconds_per_pair
 from pipeline.records import LAYOUTS, SUCCESS, plan_in, success_in
 from pipeline.shards import shard_count, shard_name, shard_rows
 from pipeline.sources import open_source
 from pipeline.storage import Folder
+from pipeline.training_log import images_per_second, read_log
 from trainers import checkpoints
-from trainers.log import LOG, read_log
 from trainers.train_teacher import imported_from
 
 PUBLISHED = {"cifar10": 50_000, "cifar10_uncond": 50_000, "cifar10_small": 50_000, "afhqv2": 15_803, "imagenet64": 1_281_167}
 REHEARSAL, RECORD = "rehearsal", "rehearsal.json"
 SPEED = {"kind": str, "size": float, "precision": str, "compiled": bool, "flops_per_s": float, "on_gpu": bool}
-LAYOUT = {  # of a rehearsal's record (beeline/files/layout.py), as far as plans use it
+LAYOUT = {  # of a rehearsal's record (beeline/files/layout.py), as far as estimates use it
     "machine": {"cpu": str, "threads": 1, "gpu?": str},
     "stages": [{"stage": str, "ok": bool, "seconds_per_unit?": float, "speeds": [SPEED]}],
 }
-CALIBRATED = 12  # evaluations of a calibrated solver that is yet to be found
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Rehearsed:
-    """A stage that works in a rehearsal: seconds for each unit, if known, speeds, and the kind of device that had them."""
-
-    each: float | None
-    speeds: tuple[dict[str, Any], ...]
-    device: str
-    source: str
+NOWHERE = "/dev/null/workspace"  # a folder that cannot be
 
 
 class Workspace:
-    """A workspace as it is found. Nothing is written; a workspace that does not exist, or cannot be read, is empty."""
+    """A workspace, which is read and never written. One that does not exist, or cannot be read, is empty.
+
+    `uri` is its place; `place` is the folder that is read. `trouble` says why `uri` cannot be read, "" where it can.
+    """
 
     def __init__(self, uri: str, recipe: Recipe, trouble: str = "") -> None:
-        self.place, self.recipe, self.trouble = Folder(uri), recipe, trouble
-        """`trouble`: why it cannot be read; "" where it can."""
+        self.uri, self.recipe, self.trouble = Folder(uri), recipe, trouble
         try:
-            _ = trouble or self.place.sizes()
+            _ = trouble or self.uri.sizes()
         except BeelineError as error:
             self.trouble = str(error)
+        self.place = Folder(NOWHERE) if self.trouble else self.uri
 
     def plan(self, folder: str) -> dict[str, Any] | None:
         """The plan of a stage, or None."""
-        return None if self.trouble else plan_in(self.place / folder, LAYOUTS.get(folder, {}))
-
-    def success(self, folder: str) -> dict[str, Any]:
-        """What a finished stage says of itself; {} of others."""
-        return (None if self.trouble else success_in(self.place / folder)) or {}
+        return plan_in(self.place / folder, LAYOUTS.get(folder, {}))
 
     @functools.cache  # noqa: B019  (a workspace lives as long as the command)
-    def complete(self, folder: str) -> bool:
-        """Whether the stage says that it is finished."""
-        return bool(self.success(folder))
+    def complete(self, folder: str) -> dict[str, Any]:
+        """What a finished stage says of itself; {} of others."""
+        return success_in(self.place / folder) or {}
 
     @functools.cached_property
     def teacher(self) -> bool:
         """Whether there is a teacher, trained or imported."""
-        return not self.trouble and {WEIGHTS, CONFIG} <= (self.place / "teacher").sizes().keys()
+        return self._model("teacher")
+
+    def weights(self, name: str) -> bool:
+        """Whether a pretrained network is there."""
+        return self._model(f"weights/{name}")
+
+    def _model(self, folder: str) -> bool:
+        return {WEIGHTS, CONFIG} <= (self.place / folder).sizes().keys()
 
     @functools.cached_property
     def imported(self) -> str | None:
@@ -84,26 +79,8 @@ class Workspace:
         return imported_from(self.place / "teacher") if self.teacher else None
 
     @functools.cached_property
-    def network(self) -> dict[str, Any]:
-        """What the teacher's config.json says of its network."""
-        folder = self.place / "teacher"
-        with reading(f"{folder}/{CONFIG} does not describe a network", "make or copy the model again"):
-            config = folder.read_json(CONFIG)
-            check_layout(config, {"network": {}})
-            return config["network"]
-
-    @functools.cached_property
-    def images(self) -> int:
-        """Real images: of images/, or of the source; 0 where neither says."""
-        return self._images[0]
-
-    @functools.cached_property
-    def images_from(self) -> str:
-        """How that number is known, as a note."""
-        return self._images[1]
-
-    @functools.cached_property
-    def _images(self) -> tuple[int, str]:
+    def images(self) -> tuple[int, str]:
+        """The number of real images, in images/ or in the source, and a note on its origin. 0 where neither says."""
         plan, config = self.plan("images"), self.recipe.images
         if plan:
             return int(plan["images"]["count"]), ""
@@ -117,163 +94,122 @@ class Workspace:
         return 0, ""
 
     @functools.cached_property
-    def calibrated(self) -> bool:
-        """Whether the teacher has a calibrated solver."""
-        return self.levels_found is not None
-
-    @property
     def levels(self) -> int:
-        """Evaluations of the calibrated solver, found or assumed."""
-        return self.levels_found or CALIBRATED
-
-    @functools.cached_property
-    def levels_found(self) -> int | None:
-        """Evaluations of the calibrated solver, if there is one."""
+        """Levels of the teacher's calibrated solver, one evaluation each; 0 where there is none."""
         folder = self.place / "teacher"
         with reading(f"{folder}/{SOLVER} is damaged", f"make it again: python -m beeline.calibrate {folder}"):
-            found = None if self.trouble else folder.read_json(SOLVER)
-            return None if found is None else len(found["levels"])
-
-    def weights(self, name: str) -> bool:
-        """Whether a pretrained network is there."""
-        return not self.trouble and {WEIGHTS, CONFIG} <= (self.place / "weights" / name).sizes().keys()
+            solver = folder.read_json(SOLVER)
+            return 0 if solver is None else len(solver["levels"])
 
     def pairs(self, config: PairsConfig) -> int:
-        """Pairs that are there."""
-        if self.trouble:
-            return 0
+        """Pairs in shards that are there."""
         names = (self.place / "pairs").sizes().keys()
         shards = range(shard_count(config.count, config.shard_size))
         return sum(len(shard_rows(k, config.shard_size, config.count)) for k in shards if shard_name(k) in names)
 
     def step(self, folder: str) -> int:
-        """The step of the newest checkpoint of a training that is not finished."""
-        if self.trouble or self.complete(folder):
-            return 0
+        """The step of a training's newest checkpoint."""
         return max(checkpoints.steps(self.place / folder), default=0)
 
     def trials(self, folder: str) -> set[int]:
         """Numbers of a sweep's trials that have ended."""
-        names = [] if self.trouble else (self.place / folder).sizes()
-        return {int(found[1]) for name in names if (found := re.fullmatch(r"trial-(\d+)\.json", name))}
+        found = (re.fullmatch(r"trial-(\d+)\.json", name) for name in (self.place / folder).sizes())
+        return {int(match[1]) for match in found if match}
 
     def measured(self) -> list[Measured]:
-        """The throughputs that its pairs, logs and measurements hold, of the recipe's settings, then those of its rehearsal."""
-        if self.trouble:
-            return []
-        names = ["pairs", "teacher", *(f"students/{lmm.name}" for lmm in self.recipe.students.values())]
+        """Speeds in the records of its stages, with the recipe's settings, then those of its rehearsal."""
+        names = ["pairs", "teacher", *(f"students/{student.name}" for student in self.recipe.students.values())]
         names += [f"evaluation/{name}" for name in models(self.recipe)]
-        return [speed for name in names for speed in self.speeds(name)] + self._of_rehearsal()
+        return [speed for name in names for speed in self.speeds(name)] + list(self._of_rehearsal())
 
     def speeds(self, stage: str) -> list[Measured]:
-        """The throughputs that a stage's own records hold."""
+        """Speeds in a stage's own records."""
         kind, _, name = stage.partition("/")
-        if kind == "pairs":
-            return self._of_pairs()
         if kind == "evaluation":
-            return self._of_evaluation(name)
-        return self._of_log(stage) if kind in ("teacher", "students") else []
+            return list(self._of_evaluation(name))
+        return list(self._of_pairs() if kind == "pairs" else self._of_log(stage) if kind in ("teacher", "students") else ())
 
-    def _of_rehearsal(self) -> list[Measured]:
-        """What a rehearsal measured (cluster/rehearse.py), on the kind of device that it ran on."""
-        found = []
-        for row in self.rehearsed.values():
-            for speed in row.speeds:
-                task = Task(**{field.name: speed[field.name] for field in dataclasses.fields(Task)})
-                rate, on_gpu = functools.partial(float, speed["flops_per_s"]), bool(speed["on_gpu"])
-                device = row.device if on_gpu else CPU
-                found.append(Measured(task=task, rate=rate, source=row.source, ours=True, on_gpu=on_gpu, device=device))
-        return found
-
-    @functools.cached_property
-    def rehearsed(self) -> dict[str, Rehearsed]:
-        """The stages that worked in the workspace's rehearsal, by name."""
+    def _of_rehearsal(self) -> Iterator[Measured]:
+        """Speeds that a rehearsal measured (cluster/rehearse.py), on the kind of device that it ran on."""
         folder = self.place / REHEARSAL
         with reading(f"{folder}/{RECORD} is not as a rehearsal writes it", "rehearse again, or remove it"):
-            record: dict[str, Any] = (None if self.trouble else folder.read_json(RECORD)) or {"stages": []}
+            record: dict[str, Any] = folder.read_json(RECORD) or {"stages": []}
             check_layout(record, LAYOUT if record["stages"] else {})
-        return {
-            row["stage"]: Rehearsed(
-                each=row["seconds_per_unit"],
-                speeds=tuple(row["speeds"]),
-                device=kind_of(record["machine"]) or "unknown",
-                source=f"{folder}/{RECORD}, {row['stage']}, {where(record['machine'])}",
-            )
-            for row in record["stages"]
-            if row["ok"]
-        }
-
-    def _of_evaluation(self, name: str) -> list[Measured]:
-        """How fast a model was sampled to be measured, and its samples were looked at."""
-        config, images = self.recipe.evaluate, self.recipe.images
-        done = self.success(f"evaluation/{name}")
-        size, units = counting.evaluation(self.recipe.teacher.network), config.gpus or config.threads
-        looking = sum(counting.look_at(network, self.recipe.probe, images)[0] for network in config.features)
-        each = {"sampling": (size, done.get(PER_EVALUATION)), "looking": (looking, done.get(PER_LOOK))}
-        found = []
-        for kind, (flops, seconds) in each.items():
-            if not seconds:
+        for row in record["stages"]:
+            if not row["ok"]:
                 continue
-            precision = config.precision if kind == "sampling" else "fp32"
-            task = Task(kind=kind, size=size, precision=precision, compiled=config.compiled)
-            source = f"{self.place}/evaluation/{name}/{SUCCESS}, {_each(config.gpus, config.threads)} for each actor"
-            rate = functools.partial(float, flops / seconds / units)
-            found.append(Measured(task=task, rate=rate, source=source, ours=True, on_gpu=config.gpus > 0))
-        return found
+            source = f"{folder}/{RECORD}, {row['stage']}, {where(record['machine'])}"
+            if row["stage"] == "images" and row.get("seconds_per_unit"):
+                yield Measured(
+                    task=IMAGES, rate=functools.partial(float, 1 / row["seconds_per_unit"]), source=source, device=CPU
+                )
+            for speed in row["speeds"]:
+                task = Task(**{field.name: speed[field.name] for field in dataclasses.fields(Task)})
+                device = (kind_of(record["machine"]) or "unknown") if speed["on_gpu"] else CPU
+                yield Measured(task=task, rate=functools.partial(float, speed["flops_per_s"]), source=source, device=device)
 
-    def _of_pairs(self) -> list[Measured]:
-        config = self.recipe.pairs
-        rows = [row for row in read_manifest(self.place / "pairs") if row.get("sampling_seconds")]
-        plan = self.plan("pairs")
-        if not rows or not plan:
-            return []
-        speed = statistics.median(
-            (row["pairs"] or 0) / row["sampling_seconds"] for row in rows
-        )  # an actor's first shard may compile
-        made, size = plan["pairs"], counting.evaluation(self.recipe.teacher.network)
-        each = plan.get("evaluations", evaluations("heun", config.num_steps))
-        units = config.gpus or config.threads
-        task = Task(kind="sampling", size=size, precision=made.get("precision"), compiled=made.get("compiled"))
-        source = (
-            f"{self.place}/pairs/manifest.parquet, {speed:,.2f} pairs per actor-second over {len(rows)} shards, "
-            f"taking actors to have had what the settings say: {_each(config.gpus, config.threads)}"
+    def _of_evaluation(self, name: str) -> Iterator[Measured]:
+        """Speeds of sampling a model, and of looking at its samples."""
+        config, done = self.recipe.evaluate, self.complete(f"evaluation/{name}")
+        source = f"{self.place}/evaluation/{name}/{SUCCESS}, {_each(config)} for each actor"
+        if done.get(PER_EVALUATION):
+            yield self._speed("sampling", config, lambda: self._size / done[PER_EVALUATION], source)
+        if done.get(PER_LOOK):
+            looks = [counting.measuring(each, self.recipe.probe, self.recipe.images)[0] for each in config.features]
+            yield self._speed("looking", config, lambda: sum(looks) / done[PER_LOOK], source, precision="fp32")
+
+    def _of_pairs(self) -> Iterator[Measured]:
+        """The speed of sampling pairs."""
+        rows, plan, config = read_manifest(self.place / "pairs"), self.plan("pairs"), self.recipe.pairs
+        seconds = seconds_per_pair(rows)
+        if seconds and plan:
+            shards = sum(bool(row.get("sampling_seconds")) for row in rows)
+            source = f"{self.place}/pairs/manifest.parquet, {1 / seconds:,.2f} pairs per actor-second over {shards} shards, "
+            source += f"assuming {_each(config)} for each actor"
+            made = {name: plan["pairs"].get(name) for name in ("precision", "compiled")}
+            yield self._speed("sampling", config, lambda: plan["evaluations"] * self._size / seconds, source, **made)
+
+    def _of_log(self, folder: str) -> Iterator[Measured]:
+        """The speed of each phase of a training."""
+        recipe = self.recipe
+        student = recipe.students.get(folder.partition("/")[2])
+        config = student or recipe.teacher
+        phases = list(student.running.values()) if student else [None]
+        for number, images in images_per_second(read_log(self.place / folder)).items():
+            if not 0 <= number < len(phases):
+                continue
+            kind, count, phase = "teacher", functools.partial(counting.teacher_flops, recipe.teacher), phases[number]
+            if phase:
+                arguments = recipe.teacher.network, recipe.probe.losses, phase.objective
+                kind, count = counting.kind_of_phase(*arguments), functools.partial(counting.phase_flops, *arguments)
+            ranks = config.workers.count
+            source = f"{self.place}/{folder}/{LOG}, {images:,.1f} images/s, assuming {ranks} workers of {_each(config.workers)}"
+            flops = functools.partial(_product, count, images / ranks)
+            yield self._speed(kind, config.workers, flops, source, precision=config.precision,
+                              compiled=getattr(config, "compiled", False))  # fmt: skip
+
+    def _speed(
+        self, kind: str, processes: PairsConfig | EvaluateConfig | WorkersConfig, flops: Callable[[], float], source: str,
+        **task: Any,
+    ) -> Measured:  # fmt: skip
+        """The speed of processes that each do `flops` per second. Records do not say which kind of GPU they had."""
+        units = processes.gpus or processes.threads
+        if not isinstance(processes, WorkersConfig):
+            task = {"precision": processes.precision, "compiled": processes.compiled} | task
+        device = ANY_GPU if processes.gpus else CPU
+        return Measured(
+            task=Task(kind=kind, size=self._size, **task), rate=lambda: flops() / units, source=source, device=device
         )
-        rate = speed * each * size / units
-        return [Measured(task=task, rate=lambda: rate, source=source, ours=True, on_gpu=config.gpus > 0)]
 
-    def _of_log(self, folder: str) -> list[Measured]:
-        """Of a training, for each of its phases: the median of images/s, the first line, of a cold start, left out."""
-        recipe, teaching = self.recipe, folder == "teacher"
-        students = {f"students/{student.name}": student for student in recipe.students.values()}
-        config = recipe.teacher if teaching else students[folder]
-        rows, workers = read_log(self.place / folder), config.workers
-        size, made = counting.evaluation(recipe.teacher.network), []
-        for number in range(1 if teaching else len(students[folder].running)):
-            speeds = [row.get("images_per_s") for row in rows if row.get("phase", 0) == number]
-            rates = [speed for speed in speeds if isinstance(speed, int | float) and speed > 0]
-            rates = rates[1:] or rates
-            if not rates:
-                continue
-            images, units = statistics.median(rates), workers.count * (workers.gpus or workers.threads)
-            if teaching:
-                kind, count = "teacher", functools.partial(counting.of_teacher, recipe.teacher)
-            else:
-                phase = list(students[folder].running.values())[number]
-                found = counting.of_phase(recipe.teacher.network, recipe.probe.losses, phase.objective)
-                kind, count = "adversarial" if found.critic_bytes else "reconstruction", found.count
-            compiled = getattr(config, "compiled", False)
-            task = Task(kind=kind, size=size, precision=config.precision, compiled=compiled)
-            source = (
-                f"{self.place}/{folder}/{LOG}, {images:,.1f} images/s, taking the training to have had the "
-                f"settings' {workers.count} workers of {_each(workers.gpus, workers.threads)}"
-            )
-
-            def rate(images: float = images, units: float = units, count: Callable[[], float] = count) -> float:
-                return images * count() / units
-
-            made.append(Measured(task=task, rate=rate, source=source, ours=True, on_gpu=workers.gpus > 0))
-        return made
+    @property
+    def _size(self) -> float:
+        return counting.evaluation(self.recipe.teacher.network)
 
 
-def _each(gpus: float, threads: int) -> str:
+def _product(count: Callable[[], float], factor: float) -> float:
+    return count() * factor
+
+
+def _each(processes: PoolConfig | WorkersConfig) -> str:
+    gpus, threads = processes.gpus, processes.threads
     return f"{gpus:g} GPU of the kind asked for" if gpus else f"{threads} thread{'s' * (threads != 1)}"

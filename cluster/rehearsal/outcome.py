@@ -1,4 +1,4 @@
-"""What a stage of a rehearsal took, read from its own records: the log of a training, a manifest, `_SUCCESS`."""
+"""The figures of a stage of a rehearsal, from its own records: the log of a training, a manifest, `_SUCCESS`."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import Any
 from beeline.files.names import PAIRS
 from cluster.planning.workspace import Workspace
 from evaluation.evaluate import PER_EVALUATION, PER_LOOK
-from pipeline.manifest import read_manifest
+from pipeline.manifest import read_manifest, seconds_per_pair
 from pipeline.runtime import find_user_error
-from pipeline.training_log import DATA_WAIT, IMAGES_PER_S, PHASE, read_log
+from pipeline.training_log import data_wait, images_per_second, read_log
 from trainers.trials import folder_name
 
-# What `_SUCCESS` of a stage counts, the first that is there, and how one of it is called.
+# Counts in a stage's `_SUCCESS`, and the name of their unit. The first that is there is used.
 COUNTED = {
     "images_seen": "image",
     "evaluations": "evaluation",
@@ -26,24 +26,24 @@ COUNTED = {
     "trials": "trial",
     "iterations": "iteration",
 }
-WRAPPED = ("health_check_failure", "controller_failure", "cause", "__cause__")  # where Ray's errors keep what led to them
+WRAPPED = ("health_check_failure", "controller_failure", "cause", "__cause__")  # where Ray's errors keep their causes
 LONGEST = 300  # characters of a reason
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """A stage's line. Memory is in MB, `data_wait` a share of the time, `speeds` what estimate.py uses (planning/speeds.py)."""
+    """A stage's line. Memory is in MB, `data_wait` a share of the time. estimate.py uses `speeds` (planning/speeds.py)."""
 
     stage: str
     ok: bool
     reason: str = ""
     note: str = ""
     seconds: float = 0.0
-    """All of it, with starting processes and loading networks."""
+    """Of the whole stage, with starting processes and loading networks."""
     unit: str = ""
     units: int = 0
     seconds_per_unit: float | None = None
-    """Without the first ones, where the records tell."""
+    """Without the first units, where the records tell."""
     peak_mb: float | None = None
     gpu_mb: float | None = None
     data_wait: float | None = None
@@ -51,37 +51,31 @@ class Outcome:
 
 
 def with_figures(row: Outcome, folders: Sequence[str], here: Workspace) -> Outcome:
-    """The row of a stage that works, with what the records in its folders of the rehearsal's workspace say."""
+    """The row of a stage that works, with the figures in its records in `folders` of the rehearsal's workspace."""
     folder = here.place / folders[0]
-    records = [found for name in folders if (found := here.success(name))]
+    records = [record for name in folders if (record := here.complete(name))]
     key = next((key for key in COUNTED if records and key in records[0]), None)
     if key is None:
         return row
-    done, units = records[0], sum(int(found[key]) for found in records)
+    done, units = records[0], sum(int(record[key]) for record in records)
     row = replace(row, unit=COUNTED[key], units=units, seconds_per_unit=row.seconds / max(1, units))
     log = read_log(folder if key != "trials" else folder / folder_name(0))
     if log:
-        phases: dict[float, list[dict[str, Any]]] = {}
-        for found in log:
-            phases.setdefault(found.get(PHASE, 0), []).append(found)
-        warm = [rows[1:] or rows for rows in phases.values()]  # a phase's first step compiles and allocates
-        each = [statistics.median(1 / found[IMAGES_PER_S] for found in rows) for rows in warm]
-        waits = statistics.fmean(found[DATA_WAIT] for rows in warm for found in rows)
+        each = [1 / rate for rate in images_per_second(log).values()]
         note = f"phases {' and '.join(map(_seconds, each))}" if len(each) > 1 else row.note
-        row = replace(row, seconds_per_unit=statistics.fmean(each), data_wait=waits, note=note)
+        row = replace(row, seconds_per_unit=statistics.fmean(each), data_wait=data_wait(log), note=note)
         if key == "trials":
-            seen = row.units * here.recipe.sweep.iterations * here.recipe.main.batch_size
-            row = replace(row, unit="image", units=seen)
+            row = replace(row, unit="image", units=units * here.recipe.sweep.iterations * here.recipe.main.batch_size)
     elif PER_EVALUATION in done:
-        each, looking = (statistics.median(found[name] for found in records) for name in (PER_EVALUATION, PER_LOOK))
+        each, looking = (statistics.median(record[name] for record in records) for name in (PER_EVALUATION, PER_LOOK))
         row = replace(row, seconds_per_unit=each, note=f"{_seconds(looking)} to look at a sample")
     elif "reading_seconds" in done:  # of all actors, from opening images to published shards
         row = replace(row, seconds_per_unit=done["reading_seconds"] / done["images"])
     elif row.stage == PAIRS:
-        each = [shard["sampling_seconds"] / shard["pairs"] for shard in read_manifest(folder) if shard["sampling_seconds"]]
-        evaluations = done["evaluations"] / done["pairs"]
-        row = replace(row, unit="pair", units=done["pairs"], seconds_per_unit=statistics.median(each),
-                      note=f"{evaluations:g} evaluations each")  # fmt: skip
+        note = f"{done['evaluations'] / done['pairs']:g} evaluations each"
+        row = replace(
+            row, unit="pair", units=done["pairs"], seconds_per_unit=seconds_per_pair(read_manifest(folder)), note=note
+        )
     speeds = tuple(
         dataclasses.asdict(found.task) | {"flops_per_s": found.rate(), "on_gpu": found.on_gpu}
         for name in folders

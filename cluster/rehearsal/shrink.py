@@ -22,7 +22,7 @@ from beeline.config import (
 )
 
 C = TypeVar("C")
-HEUN = 15  # evaluations from which evaluation/rows.py takes Heun's method
+HEUN = 15  # evaluations from which evaluation/samplings.py takes Heun's method
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

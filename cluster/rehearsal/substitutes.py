@@ -13,9 +13,8 @@ from beeline.features.backbones import build_backbone
 from beeline.features.measuring import MEASURING, build_measuring
 from beeline.files.names import TEACHER
 from beeline.weights import dump_backbone
-from cluster.planning.contents import needed_weights
 from cluster.planning.workspace import Workspace
-from cluster.steps import Step
+from cluster.steps import Step, needed_weights
 from pipeline.model_folders import publish_model
 from pipeline.storage import Folder
 

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import measured
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -33,14 +34,13 @@ from beeline.objectives.lmm import LinesMatchingConfig
 from beeline.recipes import cifar10, digits
 from cluster.estimate import Machines, Plan, estimate, plan
 from cluster.planning import counting, nodes, readiness, speeds
-from cluster.planning.contents import store_bytes
 from cluster.planning.nodes import Node, Surroundings
 from cluster.planning.readiness import Line, access, check_all
 from cluster.planning.stages import stages
 from cluster.planning.workspace import Workspace
 from pipeline.gen_pairs import plan_of
 from pipeline.manifest import SCHEMA
-from pipeline.shards import encode, shard_count, shard_rows
+from pipeline.shards import encode, shard_count, shard_rows, store_bytes
 from pipeline.stage import Stage
 from pipeline.storage import Folder
 
@@ -76,8 +76,8 @@ def row(made: Plan, stage: str) -> Any:
 def test_the_cifar10_network_is_counted_exactly() -> None:
     network = cifar10().teacher.network
     assert counting.evaluation(network) == pytest.approx(42.4e9, rel=0.02)
-    assert counting.weight_bytes(network) / 4 == pytest.approx(55.735e6, rel=1e-3)
-    assert counting.of_teacher(cifar10().teacher) == pytest.approx(3 * counting.evaluation(network), rel=0.02)
+    assert counting.network_bytes(network) / 4 == pytest.approx(55.735e6, rel=1e-3)
+    assert counting.teacher_flops(cifar10().teacher) == pytest.approx(3 * counting.evaluation(network), rel=0.02)
 
 
 def test_a_step_without_data_counts_as_a_real_one() -> None:
@@ -97,30 +97,34 @@ def test_a_step_without_data_counts_as_a_real_one() -> None:
     batch = Batch(size=4, step=0, total=1, noise=x, x1=x, labels=labels, real=x, real_labels=labels)
     with FlopCounterMode(display=False) as counter:
         objective.backward(student, critic, batch, torch.Generator())
-    found = counting.of_phase(network, recipe.probe.losses, phase.objective)
-    assert found.flops == counter.get_total_flops() / 4
+    arguments = network, recipe.probe.losses, phase.objective
+    assert counting.phase_flops(*arguments) == counter.get_total_flops() / 4
     state = sum(tensor.numel() * 4 for tensor in objective.critic.state_dict().values())
-    assert state < found.critic_bytes < 3 * state + 1
-    assert found.state_bytes == 0
+    critic_bytes, state_bytes = counting.phase_bytes(*arguments)
+    assert state < critic_bytes < 3 * state + 1
+    assert state_bytes == 0
 
 
 @pytest.mark.parametrize("weighted", [False, True])
 def test_what_an_objective_keeps_is_counted(weighted: bool) -> None:
     """A target network once, a learned weighting with the two moments of its optimiser."""
     recipe = digits()
-    found = counting.of_phase(recipe.teacher.network, recipe.probe.losses, ConsistencyConfig(weighted=weighted))
-    assert found.critic_bytes == 0
-    assert found.state_bytes == counting.weight_bytes(recipe.teacher.network) + 4 + 2 * 4 * weighted
-    assert found.flops > 0
+    arguments = recipe.teacher.network, recipe.probe.losses, ConsistencyConfig(weighted=weighted)
+    state_bytes = counting.network_bytes(recipe.teacher.network) + 4 + 2 * 4 * weighted
+    assert counting.phase_bytes(*arguments) == (0, state_bytes)
+    assert counting.phase_flops(*arguments) > 0
 
 
 def test_steps_of_all_turns_are_counted() -> None:
     """The student's, and the critic's four times as often, with no more in the batch than is asked for."""
     network, probe = digits().teacher.network, digits().probe.losses
-    always, never, often = (counting.of_phase(network, probe, MatchingConfig(every=every)) for every in (1, 10_000, 5))
-    assert always.critic_bytes == often.critic_bytes > counting.weight_bytes(network)
-    assert never.flops > 0
-    assert min(always.flops, never.flops) < often.flops < max(always.flops, never.flops)
+    configs = [MatchingConfig(every=every) for every in (1, 10_000, 5)]
+    bytes_of_critics = {counting.phase_bytes(network, probe, config)[0] for config in configs}
+    assert len(bytes_of_critics) == 1
+    assert bytes_of_critics.pop() > counting.network_bytes(network)
+    always, never, often = (counting.phase_flops(network, probe, config) for config in configs)
+    assert never > 0
+    assert min(always, never) < often < max(always, never)
 
 
 def test_phases_by_any_name_and_number_are_planned(on_gpus: Recipe, tmp_path: Path) -> None:
@@ -134,7 +138,7 @@ def test_phases_by_any_name_and_number_are_planned(on_gpus: Recipe, tmp_path: Pa
     before = row(planned(on_gpus, tmp_path), "students/l2")
     assert found.work == "600 iterations of 128"
     assert found.flops == pytest.approx(600 / phase.iterations * before.flops)
-    assert found.stored_bytes - before.stored_bytes >= 2 * counting.weight_bytes(on_gpus.teacher.network)
+    assert found.stored_bytes - before.stored_bytes >= 2 * counting.network_bytes(on_gpus.teacher.network)
 
 
 @pytest.mark.parametrize("factor", [2, 5])
@@ -154,6 +158,36 @@ def test_work_grows_with_the_recipe(factor: int, on_gpus: Recipe, tmp_path: Path
     assert row(after, "students/l2").flops == pytest.approx(factor * row(before, "students/l2").flops)
     assert row(after, "evaluation").passing_bytes == pytest.approx(factor * row(before, "evaluation").passing_bytes)
     assert row(after, "teacher") == row(before, "teacher")
+
+
+def test_measurements_are_counted_as_they_are_made(tmp_path: Path) -> None:
+    """Each model at its own schedules: those of all levels at 1, 2, 3, 3 and 4 evaluations, SOT and distillation at 1."""
+    recipe = cifar10()
+    evaluation = next(
+        stage for stage in stages(recipe, Workspace(str(tmp_path), recipe), "train") if stage.name == "evaluation"
+    )
+    any_level, held_out, samples = 1 + 2 + 3 + 3 + 4, 256, 3 * 50_000
+    each = (35 + 9 + 3 + 1) + 4 * any_level + 2
+    lines = 5 * 3 * 18 * held_out  # of the teacher, and of students of all levels
+    total = each * (samples + 40 + held_out) + lines + 35 * held_out
+    assert evaluation.work == f"26 rows of 3 x 50,000 samples, {total:,} evaluations"
+    assert evaluation.jobs[0].count() == total * counting.evaluation(recipe.teacher.network)
+
+
+def test_a_calibrated_teacher_is_one_row_and_published_rows_are_not_counted(on_gpus: Recipe, tmp_path: Path) -> None:
+    calibrated = replace(on_gpus, evaluate=replace(on_gpus.evaluate, solver="calibrated"))
+    before = row(planned(on_gpus, tmp_path), "evaluation").work
+    assert int(row(planned(calibrated, tmp_path), "evaluation").work.split()[0]) == int(before.split()[0]) - 3
+    measured.measure(Folder(str(tmp_path)), "students/l2", [measured.ONE, measured.TWO])
+    after = row(planned(on_gpus, tmp_path), "evaluation").work
+    assert int(after.split()[0]) == int(before.split()[0]) - 2
+
+
+def test_a_sweep_keeps_no_checkpoints(on_gpus: Recipe, tmp_path: Path) -> None:
+    """Those of a trial go when it ends: the students stay, and what is kept of their measurement."""
+    found, weights = row(planned(on_gpus, tmp_path), "sweeps/sot"), counting.network_bytes(on_gpus.teacher.network)
+    assert 4 * weights < found.stored_bytes < 4 * (weights + 1e6)
+    assert found.passing_bytes == 2 * 4 * weights  # two trials side by side
 
 
 def test_a_student_without_phases_is_refused(tmp_path: Path) -> None:
@@ -440,7 +474,7 @@ def test_what_an_autoscaler_may_bring_counts() -> None:
     for name, resources, most in (("head", {"CPU": 2}, 0), ("spot", {"CPU": 8, "GPU": 1}, 3), ("any", {"CPU": 4}, -1)):
         group = config.node_group_configs.add(name=name, max_count=most)
         group.resources.update(resources)
-    around = Surroundings(nodes=[Node(2, 0)], promised=nodes._promised(config))
+    around = Surroundings(nodes=[Node(2, 0)], promised=nodes.promised(config))
     assert "may make it 3 of 1 GPUs, 8 CPUs, any number of 0 GPUs, 4 CPUs" in str(around)
     need = nodes.Need(stage="teacher", option="", least=3, most=3, gpus=1, cpus=1)
     assert not readiness.room(need, around).fix

@@ -27,7 +27,7 @@ from beeline.objectives.kd import DistillationConfig
 from beeline.objectives.lmm import LinesMatchingConfig
 from beeline.recipes import RECIPES
 from pipeline.storage import Folder
-from trainers import checkpoints, loop
+from trainers import checkpoints, loop, sizes
 from trainers.log import LOG, read_log
 from trainers.student import check_phases, start_from, student_training
 from trainers.training import Training
@@ -94,6 +94,9 @@ def test_a_checkpoint_holds_all_that_steps_change(make: Make) -> None:
             assert dump(ours, {})["model.safetensors"] == dump(theirs, {})["model.safetensors"]
         assert again.critic is not None
         assert task.critic is not None
+        for learner, name in ((task.student, "student"), (task.critic, "critic")):
+            written = (session.folder / f"checkpoints/step-{6:08d}").sizes()[f"{name}.pt"]
+            assert sizes.learner_bytes(learner.model) == pytest.approx(written, rel=0.2)  # a small network's file is half names
         for name, tensor in task.critic.model.state_dict().items():
             assert torch.equal(again.critic.model.state_dict()[name], tensor), name
         figures = [[row["lines"] for row in read_log(place.folder)] for place in (other, session)]
@@ -101,10 +104,12 @@ def test_a_checkpoint_holds_all_that_steps_change(make: Make) -> None:
 
 
 def test_what_is_published(make: Make, tmp_path: Path) -> None:
-    task, session = make(config(ema_half_lives=(3.0, 30.0), validate_every=4, validate_count=40))
+    settings = config(ema_half_lives=(3.0, 30.0), validate_every=4, validate_count=40)
+    task, session = make(settings)
     loop.run(task, session, replace(CADENCE, validate_every=4))
     folder = tmp_path / "student"
     models = {name: beeline.load(folder / name) for name in (".", "reconstruction", "ema-30", "best")}
+    assert sizes.published(settings) == len(models)
     assert [model.few_step and model.few_step.trained_steps for model in models.values()] == [(0,), None, (0,), (0,)]
     assert {path.name for path in (folder / "samples").iterdir()} == {"step-00000004.png", "step-00000008.png"}
     judged = {row["step"]: row["fd_probe_losses"] for row in read_log(session.folder) if "fd_probe_losses" in row}
