@@ -19,15 +19,14 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from beeline.augmentation import augment
 from beeline.checkpoint import build
-from beeline.config import ImagesConfig, NetworkConfig, OptimizerConfig, ProbeConfig, ProbeNetworkConfig, TeacherConfig
+from beeline.config import ImagesConfig, NetworkConfig, OptimizerConfig, ProbeConfig, ProbeNetworkConfig
 from beeline.denoiser import Denoiser
 from beeline.features.backbones import build_backbone
 from beeline.features.measuring import MEASURING, PROBES, MeasuringProbe, build_measuring
 from beeline.features.probe import Probe
 from beeline.objectives import Batch, Context, Objective, ObjectiveConfig
-from beeline.objectives.edm import edm_loss
+from beeline.objectives.edm import EDMConfig
 from beeline.objectives.learner import Learner
 from trainers.sizes import learner_bytes, state_bytes
 
@@ -59,27 +58,9 @@ def evaluation(network: NetworkConfig) -> float:
         return _counted(lambda: model(x, torch.ones(BATCH), labels))
 
 
-@functools.cache
-def teacher_flops(teacher: TeacherConfig) -> float:
-    """FLOPs of a training step of a teacher: forward, backward, and the augmentation of images."""
-    bare = denoiser(teacher.network)
-    with _without_data():
-        learner, (x, labels), generator = (
-            _Bare(_empty(bare).train(), OptimizerConfig()),
-            _inputs(teacher.network),
-            torch.Generator(),
-        )
-
-        def step() -> None:
-            images, augmented = augment(x, teacher.augment, generator) if teacher.augment else (x, None)
-            edm_loss(learner, images, labels, generator, augmented).backward()
-
-        return _counted(step)
-
-
 def phase_flops(network: NetworkConfig, probe: ProbeNetworkConfig, objective: ObjectiveConfig) -> float:
-    """FLOPs of a training step of `objective`, its own code: student, losses, critic and frozen networks, the mean over the
-    turns of student and critic. `probe`: the losses' probe. Takes seconds."""
+    """FLOPs of a training step of `objective`, its own code: the network that learns, losses, critic and frozen networks; the
+    mean over the turns of student and critic. `probe`: the losses' probe. Takes seconds."""
     return _phase_flops(replace(network, dropout=0.0), probe, objective.representative())
 
 
@@ -89,7 +70,9 @@ def phase_bytes(network: NetworkConfig, probe: ProbeNetworkConfig, objective: Ob
 
 
 def kind_of_phase(network: NetworkConfig, probe: ProbeNetworkConfig, objective: ObjectiveConfig) -> str:
-    """The kind of work that a phase is (speeds.py): "adversarial" if it trains a critic, else "reconstruction"."""
+    """The kind of work that a phase is (speeds.py): "teacher", "adversarial" if it trains a critic, else "reconstruction"."""
+    if isinstance(objective, EDMConfig):
+        return "teacher"
     return "adversarial" if phase_bytes(network, probe, objective)[0] else "reconstruction"
 
 

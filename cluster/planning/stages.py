@@ -84,7 +84,8 @@ def stages(recipe: Recipe, there: Workspace, teacher: str) -> list[Stage]:
         if there.complete(step.name) and not (kind == "sweeps" and left.trials):
             stage = _complete(step.name)
         elif kind == "students":
-            stage = left.student(recipe.students[name])
+            student = recipe.students[name]
+            stage = left.training(step.name, student, models=published(student))
         else:
             stage = getattr(left, "imported" if kind == "teacher" and teacher == "import" else kind)()
         found.append(replace(stage, side_by_side=step.side_by_side))
@@ -134,47 +135,40 @@ class _Left:
         return Stage(name="teacher", work="imported", stored=0 if self.there.teacher else self.weights, starts=0)
 
     def teacher(self) -> Stage:
-        config, left = self.recipe.teacher, self.recipe.teacher.iterations - self.there.step("teacher")
-        task, need = self._task("teacher", config.precision), _ranks("teacher", config.workers)
-        job = Job(task=task, need=need, count=lambda: counting.teacher_flops(config) * left * config.batch_size)
-        return self._training("teacher", config, left, [job], models=1, averages=1, kept=0)
+        return self.training("teacher", self.recipe.teacher, models=1)
 
-    def student(self, student: StudentConfig) -> Stage:
-        folder = f"students/{student.name}"
+    def training(self, folder: str, config: TeacherConfig | StudentConfig, *, models: int) -> Stage:
+        """A training that publishes `models`. A checkpoint holds the weights, Adam's two moments, the averages, the critic and the
+        objective's state. A new one is whole before the oldest goes."""
         done, jobs, kept = self.there.step(folder), [], 0
-        left = student.iterations - done
-        for phase in student.running.values():
-            iterations = max(0, phase.iterations - done)
+        iterations = sum(phase.iterations for phase in config.running.values())
+        work = f"{iterations - done:,} iterations of {config.batch_size:,}"
+        left, need = iterations - done, _ranks(folder, config.workers)
+        for phase in config.running.values():
+            own = max(0, phase.iterations - done)
             done = max(0, done - phase.iterations)
-            if iterations:
-                jobs.append(self._phase(student, phase, iterations, _ranks(folder, student.workers), student.workers.count))
+            if own:
+                jobs.append(self._phase(config, phase, own, need, config.workers.count))
                 kept = max(kept, sum(counting.phase_bytes(self.network, self.recipe.probe.losses, phase.objective)))
-        averages = len(student.ema_half_lives)
-        return self._training(folder, student, left, jobs, models=published(student), averages=averages, kept=kept)
-
-    def _phase(self, student: StudentConfig, phase: PhaseConfig, iterations: int, need: Need, ranks: int = 1) -> Job:
-        arguments = self.network, self.recipe.probe.losses, phase.objective
-        validated = 0.0
-        if student.validate_every:  # rank 0 samples, the others wait
-            samples = min(student.validate_count, self.real or student.validate_count)
-            flops = samples * sampling_of(phase.objective.sampling()).nfe * self.size
-            validated = ranks * iterations / student.validate_every * flops
-        task = self._task(counting.kind_of_phase(*arguments), student.precision, student.compiled)
-        images = student.batch_size * iterations
-        return Job(task=task, need=need, count=lambda: counting.phase_flops(*arguments) * images + validated)
-
-    def _training(
-        self, folder: str, config: TeacherConfig | StudentConfig, left: int, jobs: Sequence[Job],
-        *, models: int, averages: int, kept: int,
-    ) -> Stage:  # fmt: skip
-        """A training that publishes `models`. A checkpoint holds the weights, Adam's two moments, `averages`, and `kept` bytes
-        of critic and objective. A new one is whole before the oldest goes."""
-        checkpoint = (3 + averages) * self.weights + kept
-        stay, most = (checkpoints_kept(config.iterations, config.checkpoint_every, config.keep + k) for k in (0, 1))
+        checkpoint = (3 + len(config.half_lives)) * self.weights + kept
+        stay, most = (checkpoints_kept(iterations, config.checkpoint_every, config.keep + k) for k in (0, 1))
         return Stage(
-            name=folder, work=f"{left:,} iterations of {config.batch_size:,}", amount=left, jobs=tuple(jobs),
+            name=folder, work=work, amount=left, jobs=tuple(jobs),
             stored=models * self.weights + stay * checkpoint + TEXT, passing=(most - stay) * checkpoint,
         )  # fmt: skip
+
+    def _phase(
+        self, config: TeacherConfig | StudentConfig, phase: PhaseConfig, iterations: int, need: Need, ranks: int = 1
+    ) -> Job:
+        arguments = self.network, self.recipe.probe.losses, phase.objective
+        validated = 0.0
+        if isinstance(config, StudentConfig) and config.validate_every:  # rank 0 samples, the others wait
+            samples = min(config.validate_count, self.real or config.validate_count)
+            flops = samples * sampling_of(phase.objective.sampling()).nfe * self.size
+            validated = ranks * iterations / config.validate_every * flops
+        task = self._task(counting.kind_of_phase(*arguments), config.precision, config.compiled)
+        images = config.batch_size * iterations
+        return Job(task=task, need=need, count=lambda: counting.phase_flops(*arguments) * images + validated)
 
     @functools.cached_property
     def _plan(self) -> dict[str, Any]:

@@ -172,21 +172,18 @@ class Workspace:
     def _of_log(self, folder: str) -> Iterator[Measured]:
         """The speed of each phase of a training."""
         recipe = self.recipe
-        student = recipe.students.get(folder.partition("/")[2])
-        config = student or recipe.teacher
-        phases = list(student.running.values()) if student else [None]
+        config = recipe.students.get(folder.partition("/")[2]) or recipe.teacher
+        phases = list(config.running.values())
         for number, images in images_per_second(read_log(self.place / folder)).items():
             if not 0 <= number < len(phases):
                 continue
-            kind, count, phase = "teacher", functools.partial(counting.teacher_flops, recipe.teacher), phases[number]
-            if phase:
-                arguments = recipe.teacher.network, recipe.probe.losses, phase.objective
-                kind, count = counting.kind_of_phase(*arguments), functools.partial(counting.phase_flops, *arguments)
+            arguments = recipe.teacher.network, recipe.probe.losses, phases[number].objective
+            kind, count = counting.kind_of_phase(*arguments), functools.partial(counting.phase_flops, *arguments)
             ranks = config.workers.count
             source = f"{self.place}/{folder}/{LOG}, {images:,.1f} images/s, assuming {ranks} workers of {_each(config.workers)}"
             flops = functools.partial(_product, count, images / ranks)
             yield self._speed(kind, config.workers, flops, source, precision=config.precision,
-                              compiled=getattr(config, "compiled", False))  # fmt: skip
+                              compiled=config.compiled)  # fmt: skip
 
     def _speed(
         self, kind: str, processes: PairsConfig | EvaluateConfig | WorkersConfig, flops: Callable[[], float], source: str,
