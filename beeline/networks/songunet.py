@@ -24,7 +24,7 @@ from beeline.networks.layers import (
 
 class SongUNet(nn.Module):
     """U-Net of DDPM++ (the defaults) or NCSN++ (embedding "fourier", encoder "residual", filter [1, 3, 3, 1],
-    channel_mult_noise 2). The arguments are those of EDM's configs; `augment_dim` inputs are optional at run time."""
+    channel_mult_noise 2). Arguments are those of EDM's configs; `augment_dim` inputs are optional at run time."""
 
     def __init__(
         self,
@@ -52,7 +52,7 @@ class SongUNet(nn.Module):
             raise ValueError(f"embedding_type is {embedding_type!r}; expected 'positional' or 'fourier'")
         if encoder_type not in ("standard", "residual") or decoder_type != "standard":
             raise ValueError(
-                f"encoder_type {encoder_type!r} with decoder_type {decoder_type!r} is not built; "
+                f"encoder_type {encoder_type!r} with decoder_type {decoder_type!r} is not supported; "
                 "expected encoder 'standard' or 'residual' and decoder 'standard' (EDM's released networks)"
             )
         emb_channels, noise_channels = model_channels * channel_mult_emb, model_channels * channel_mult_noise
@@ -121,7 +121,7 @@ class SongUNet(nn.Module):
 
     @property
     def last_layer(self) -> nn.Parameter:
-        """The weight of the output convolution: where the adversarial phase compares its two gradients."""
+        """The weight of the output convolution, at which the adversarial phase compares its two gradients."""
         weight = self._last_conv.weight
         assert isinstance(weight, nn.Parameter)
         return weight
@@ -138,7 +138,7 @@ class SongUNet(nn.Module):
         augment_labels: torch.Tensor | None = None,
         to_labels: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """x (B, C, H, W), noise_labels (B,) = c_noise(sigma), labels one-hot (B, K) or None, to (B, C_out, H, W).
+        """Map x (B, C, H, W), noise_labels (B,) = c_noise(sigma) and labels, one-hot (B, K) or None, to (B, C_out, H, W).
 
         `to_labels` (B,) = c_noise of a second noise level, for a network with `second_level`.
         """
@@ -152,7 +152,7 @@ class SongUNet(nn.Module):
         augment_labels: torch.Tensor | None = None,
         to_labels: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """All but the output convolution, which two losses are compared at: what training compiles."""
+        """Compute everything before the output convolution, at which two losses are compared. Training compiles this part."""
         emb = self.map_noise(noise_labels)
         emb = emb.reshape(len(emb), 2, -1).flip(1).reshape(emb.shape)  # released weights expect [sin, cos]
         if self.map_label is not None and labels is not None:

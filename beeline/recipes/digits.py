@@ -1,4 +1,4 @@
-"""The recipe of the demo: 8x8 digits, minutes on a CPU."""
+"""Demo recipe: 8x8 digits, minutes on a CPU."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def digits(seed: int = 0) -> Recipe:
     )
     pair_of_cores = WorkersConfig(count=2, threads=1)
     both_cores: dict[str, Any] = {"min_actors": 2, "max_actors": 2}
-    one_core = WorkersConfig(count=1, threads=1)  # all but the main student train side by side
+    one_core = WorkersConfig(count=1, threads=1)  # all students except the main one train in parallel
     lines = LinesMatchingConfig(distance="probe", pixel_weight=0.1)
     optimizer = OptimizerConfig(lr=1e-3, warmup=50, decay="cosine")
     reconstruction = PhaseConfig(iterations=300, optimizer=optimizer, objective=lines)

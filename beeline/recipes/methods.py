@@ -1,4 +1,4 @@
-"""Students of other methods than the main one, on the same pairs at the same cost."""
+"""Students of other methods than the main one, trained on the same pairs at the same cost."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from beeline.objectives.rectified_flow import RectifiedFlowConfig
 
 
 def controls(student: StudentConfig, phase: PhaseConfig, num_steps: int) -> dict[str, StudentConfig]:
-    """Other methods on the same pairs at the cost of `phase`: distillation of the end points, and rectified flow."""
+    """Return students of other methods, on the same pairs at the cost of `phase`: knowledge distillation and rectified flow."""
     methods = {
         "kd": ("distillation", DistillationConfig(num_steps=num_steps)),
         "rf": ("flow", RectifiedFlowConfig(num_steps=num_steps)),
