@@ -1,4 +1,4 @@
-"""The steps of a recipe in order, each a call of a stage's own function: run_pipeline.py runs them, rehearse.py tries them."""
+"""Steps of a recipe in order, each a call of a stage's function, for run_pipeline.py and rehearse.py."""
 
 from __future__ import annotations
 
@@ -25,33 +25,33 @@ from trainers.trials import can_vary
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Step:
-    """One call. `after` are the steps whose results it reads."""
+    """One call of a stage. `after` lists the steps whose results it reads."""
 
     name: str
-    """The folder that it writes."""
+    """The folder that the step writes."""
     folders: tuple[str, ...] = ()
-    """Those with a `_SUCCESS`, where they are others."""
+    """Folders with a `_SUCCESS`, if they differ from `name`."""
     run: Callable[[], str | None]
-    """Returns what there is to say beyond that it works."""
+    """Runs the step; returns a note for the report, or None."""
     after: tuple[str, ...] = ()
     side_by_side: bool = False
-    """It may run at the same time as the steps before and after it that say so."""
+    """Whether the step may run in parallel with neighbouring steps that allow it too."""
 
 
 def steps(workspace: str, recipe: Recipe) -> Iterator[Step]:
-    """All of them."""
+    """List all steps of a recipe."""
     name, main = recipe.name, recipe.main
 
-    def step(folder: str, call: Callable[..., Any], *arguments: object, after: tuple[str, ...], beside: bool = False) -> Step:
+    def step(folder: str, call: Callable[..., Any], *arguments: object, after: tuple[str, ...], parallel: bool = False) -> Step:
         run = functools.partial(call, workspace, name, *arguments)
-        return Step(name=folder, run=run, after=tuple(dict.fromkeys(after)), side_by_side=beside)
+        return Step(name=folder, run=run, after=tuple(dict.fromkeys(after)), side_by_side=parallel)
 
     yield step("images", ingest_images, recipe.images, after=())
     yield step("probe", train_probes, recipe.probe, after=("images",))
     yield step("teacher", train_teacher, recipe.teacher, after=("images",))
     yield step("pairs", gen_pairs, recipe.pairs, after=("teacher",))
     for student in recipe.students.values():
-        yield step(f"students/{student.name}", train_lmm, student, after=_inputs(student), beside=student != main)
+        yield step(f"students/{student.name}", train_lmm, student, after=_inputs(student), parallel=student != main)
     after = ("images", "probe", "pairs", made_by(recipe.sweep.init))
     if can_vary(main):
         yield step(f"sweeps/{recipe.sweep.name}", sweep_lmm, recipe.sweep, main, recipe.evaluate, after=after)
@@ -59,14 +59,14 @@ def steps(workspace: str, recipe: Recipe) -> Iterator[Step]:
     yield Step(name="report", run=functools.partial(report, workspace, name))
 
 
-def evaluation(workspace: str, recipe: Recipe, found: Mapping[str, tuple[str, ...]], name: str = "evaluation") -> Step:
-    """The measurement of models, at these step schedules, by one pool."""
+def evaluation(workspace: str, recipe: Recipe, schedules: Mapping[str, tuple[str, ...]], name: str = "evaluation") -> Step:
+    """Build the step that measures models at these step schedules, in one pool."""
     probes = ("probe",) if set(recipe.evaluate.features) & PROBES.keys() else ()
     return Step(
         name=name,
-        run=functools.partial(measure, workspace, recipe.name, recipe.evaluate, found),
-        after=tuple(dict.fromkeys(("images", *probes, *map(made_by, found)))),
-        folders=tuple(f"evaluation/{model}" for model in found),
+        run=functools.partial(measure, workspace, recipe.name, recipe.evaluate, schedules),
+        after=tuple(dict.fromkeys(("images", *probes, *map(made_by, schedules)))),
+        folders=tuple(f"evaluation/{model}" for model in schedules),
     )
 
 
@@ -75,8 +75,8 @@ def check_recipe(recipe: Recipe) -> None:
     images, network = recipe.images, recipe.teacher.network
     if (images.resolution, images.channels) != (network.img_resolution, network.img_channels):
         raise BeelineError(
-            f"images has {images.channels} channels at {images.resolution} pixels, teacher.network {network.img_channels} at "
-            f"{network.img_resolution}. Make the two agree"
+            f"images has {images.channels} channels at {images.resolution} pixels, but teacher.network has "
+            f"{network.img_channels} at {network.img_resolution}. Make the two agree"
         )
     check_teacher(recipe.teacher)
     for student in recipe.students.values():
@@ -95,8 +95,8 @@ def check_recipe(recipe: Recipe) -> None:
 
 
 def models(recipe: Recipe) -> dict[str, tuple[str, ...]]:
-    """The models to measure, and the step schedules of each student: several where it takes any level."""
-    students = [found for student in recipe.students.values() for found in student.models().items()]
+    """Return the models to measure, and the step schedules of each student: several if it accepts any level."""
+    students = [model for student in recipe.students.values() for model in student.models().items()]
     return {"teacher": recipe.evaluate.steps} | {folder: _schedules(recipe, phase) for folder, phase in students}
 
 
@@ -105,12 +105,12 @@ def _schedules(recipe: Recipe, phase: PhaseConfig) -> tuple[str, ...]:
 
 
 def _inputs(student: StudentConfig) -> tuple[str, ...]:
-    """The steps whose results a student is trained on."""
+    """Return the steps whose results the training of a student reads."""
     needs = student.needs()
     read = {"images": needs.images, "probe": "probe" in needs.features, "pairs": needs.pairs}
     return (*(name for name, wanted in read.items() if wanted), *map(made_by, (*needs.models, student.init)))
 
 
 def made_by(model: str) -> str:
-    """The step that makes the model in folder `model`: teacher, students/<name>, students/<name>/reconstruction."""
+    """Return the step that makes the model in folder `model`: teacher, students/<name>, students/<name>/reconstruction."""
     return "/".join(model.split("/")[:2])

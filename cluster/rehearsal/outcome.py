@@ -1,4 +1,4 @@
-"""What a stage of a rehearsal took, read from its own records: the log of a training, a manifest, `_SUCCESS`."""
+"""Results of a stage of a rehearsal, read from its own records: a training log, a manifest, `_SUCCESS`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pipeline.runtime import find_user_error
 from trainers.log import read_log
 from trainers.trials import folder_name
 
-# What `_SUCCESS` of a stage counts, the first that is there, and how one of it is called.
+# Counters in a stage's `_SUCCESS`, of which the first that exists is used, and the unit of each.
 COUNTED = {
     "images_seen": "image",
     "evaluations": "evaluation",
@@ -25,24 +25,29 @@ COUNTED = {
     "trials": "trial",
     "iterations": "iteration",
 }
-WRAPPED = ("health_check_failure", "controller_failure", "cause", "__cause__")  # where Ray's errors keep what led to them
+WRAPPED = (
+    "health_check_failure",
+    "controller_failure",
+    "cause",
+    "__cause__",
+)  # attributes in which Ray's errors keep their cause
 LONGEST = 300  # characters of a reason
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """A stage's line. Memory is in MB, `data_wait` a share of the time, `speeds` what estimate.py uses (planning/speeds.py)."""
+    """Result of a stage. Memory is in MB, `data_wait` a share of the time; estimate.py uses `speeds` (planning/speeds.py)."""
 
     stage: str
     ok: bool
     reason: str = ""
     note: str = ""
     seconds: float = 0.0
-    """All of it, with starting processes and loading networks."""
+    """Total time, including starting processes and loading networks."""
     unit: str = ""
     units: int = 0
     seconds_per_unit: float | None = None
-    """Without the first ones, where the records tell."""
+    """Without the first units, if the records show them."""
     peak_mb: float | None = None
     gpu_mb: float | None = None
     data_wait: float | None = None
@@ -50,47 +55,47 @@ class Outcome:
 
 
 def with_figures(row: Outcome, folders: Sequence[str], here: Workspace) -> Outcome:
-    """The row of a stage that works, with what the records in its folders of the rehearsal's workspace say."""
+    """Add the figures in the records of a successful stage, from its folders in the rehearsal's workspace."""
     folder = here.place / folders[0]
-    records = [found for name in folders if (found := here.success(name))]
+    records = [record for name in folders if (record := here.success(name))]
     key = next((key for key in COUNTED if records and key in records[0]), None)
     if key is None:
         return row
-    done, units = records[0], sum(int(found[key]) for found in records)
+    done, units = records[0], sum(int(record[key]) for record in records)
     row = replace(row, unit=COUNTED[key], units=units, seconds_per_unit=row.seconds / max(1, units))
     log = read_log(folder if key != "trials" else folder / folder_name(0))
     if log:
         phases: dict[float, list[dict[str, Any]]] = {}
-        for found in log:
-            phases.setdefault(found.get("phase", 0), []).append(found)
+        for entry in log:
+            phases.setdefault(entry.get("phase", 0), []).append(entry)
         warm = [rows[1:] or rows for rows in phases.values()]  # a phase's first step compiles and allocates
-        each = [statistics.median(1 / found["images_per_s"] for found in rows) for rows in warm]
-        waits = statistics.fmean(found["data_wait"] for rows in warm for found in rows)
-        note = f"phases {' and '.join(map(_seconds, each))}" if len(each) > 1 else row.note
-        row = replace(row, seconds_per_unit=statistics.fmean(each), data_wait=waits, note=note)
+        medians = [statistics.median(1 / entry["images_per_s"] for entry in rows) for rows in warm]
+        waits = statistics.fmean(entry["data_wait"] for rows in warm for entry in rows)
+        note = f"phases {' and '.join(map(_seconds, medians))}" if len(medians) > 1 else row.note
+        row = replace(row, seconds_per_unit=statistics.fmean(medians), data_wait=waits, note=note)
         if key == "trials":
             seen = row.units * here.recipe.sweep.iterations * here.recipe.main.batch_size
             row = replace(row, unit="image", units=seen)
     elif PER_EVALUATION in done:
-        each, looking = (statistics.median(found[name] for found in records) for name in (PER_EVALUATION, PER_LOOK))
-        row = replace(row, seconds_per_unit=each, note=f"{_seconds(looking)} to look at a sample")
-    elif "reading_seconds" in done:  # of all actors, from opening images to published shards
+        evaluating, looking = (statistics.median(record[name] for record in records) for name in (PER_EVALUATION, PER_LOOK))
+        row = replace(row, seconds_per_unit=evaluating, note=f"{_seconds(looking)} for the features of a sample")
+    elif "reading_seconds" in done:  # over all actors, from opening images to published shards
         row = replace(row, seconds_per_unit=done["reading_seconds"] / done["images"])
     elif row.stage == "pairs":
-        each = [shard["sampling_seconds"] / shard["pairs"] for shard in read_manifest(folder) if shard["sampling_seconds"]]
+        per_pair = [shard["sampling_seconds"] / shard["pairs"] for shard in read_manifest(folder) if shard["sampling_seconds"]]
         evaluations = done["evaluations"] / done["pairs"]
-        row = replace(row, unit="pair", units=done["pairs"], seconds_per_unit=statistics.median(each),
+        row = replace(row, unit="pair", units=done["pairs"], seconds_per_unit=statistics.median(per_pair),
                       note=f"{evaluations:g} evaluations each")  # fmt: skip
     speeds = tuple(
-        dataclasses.asdict(found.task) | {"flops_per_s": found.rate(), "on_gpu": found.on_gpu}
+        dataclasses.asdict(speed.task) | {"flops_per_s": speed.rate(), "on_gpu": speed.on_gpu}
         for name in folders
-        for found in here.speeds(name)
+        for speed in here.speeds(name)
     )
     return replace(row, speeds=speeds)
 
 
 def reason(error: BaseException) -> str:
-    """The cause of an error in one line, whatever Ray has wrapped it in."""
+    """Return the cause of an error in one line, unwrapped from Ray's errors."""
     user = find_user_error(error)
     if user is not None:
         return " ".join(str(user).split())
@@ -98,7 +103,7 @@ def reason(error: BaseException) -> str:
     while True:
         failures = getattr(root, "worker_failures", None)
         inner = next(iter(failures.values()), None) if isinstance(failures, dict) else None
-        inner = inner or next((found for name in WRAPPED if (found := getattr(root, name, None))), None)
+        inner = inner or next((cause for name in WRAPPED if (cause := getattr(root, name, None))), None)
         if not isinstance(inner, BaseException):
             break
         root = inner
@@ -109,7 +114,7 @@ def reason(error: BaseException) -> str:
 
 
 def text(row: Outcome, width: int = 0) -> str:
-    """The stage's line."""
+    """Format the stage's line."""
     if not row.ok:
         return f"FAILED  {row.stage:<{width}}  {row.reason}"
     parts = []
