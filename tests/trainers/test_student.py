@@ -1,4 +1,4 @@
-"""The student's task by itself, in this process: parts and shares of a batch, resuming, averages, validation, other needs."""
+"""The student's task alone, in this process: parts and shares of a batch, resuming, averages, validation, other needs."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ CADENCE = loop.Cadence(log_every=2, checkpoint_every=2)
 
 
 def config(**changes: Any) -> StudentConfig:
-    """Four iterations of each phase of the digits' student; `changes` are those of all settings."""
+    """Return the digits' student with four iterations per phase; `changes` apply to all settings."""
     phases = {}
     for name, phase in DIGITS.phases.items():
         assert isinstance(phase.objective, LinesMatchingConfig)
@@ -45,7 +45,7 @@ def config(**changes: Any) -> StudentConfig:
 
 
 def alone(objective: ObjectiveConfig, *, iterations: int = 4, **changes: Any) -> StudentConfig:
-    """One phase of another objective."""
+    """Return a student with one phase of another objective."""
     phase = replace(DIGITS.phases["reconstruction"], iterations=iterations, objective=objective)
     return config(phases={"alone": phase}, **changes)
 
@@ -55,13 +55,13 @@ Make = Callable[..., tuple[StudentTask, loop.Session]]
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Folder:
-    """A small one, to read from."""
+    """A small workspace, to read from."""
     return small.workspace(tmp_path_factory.mktemp("student") / "ws")
 
 
 @pytest.fixture
 def make(workspace: Folder, tmp_path: Path) -> Make:
-    """A task on the workspace that publishes to a folder of its own."""
+    """Build a task on the workspace that publishes to its own folder."""
 
     def call(settings: StudentConfig, **session: Any) -> tuple[StudentTask, loop.Session]:
         ours = loop.Session(folder=Folder(str(tmp_path / session.pop("name", "student"))), **session)
@@ -76,7 +76,7 @@ def weights(task: StudentTask) -> dict[str, torch.Tensor]:
 
 
 def test_a_checkpoint_holds_all_that_steps_change(make: Make) -> None:
-    """Two averages, both phases, critics with and without a frozen network: resumed anywhere, the end is the same."""
+    """Two averages, both phases, critics with and without a frozen network: resumed at any step, the end is the same."""
     settings = config(ema_half_lives=(3.0, 30.0))
     phase = settings.phases["adversarial"]
     assert isinstance(phase.objective, LinesMatchingConfig)
@@ -114,7 +114,8 @@ def test_what_is_published(make: Make, tmp_path: Path) -> None:
 
 
 def test_a_student_has_no_input_without_gradients() -> None:
-    """DDP refuses parameters without gradients: the augmentation input of EDM's teachers is gone, the output is the same."""
+    """DDP refuses parameters without gradients: the augmentation input of EDM's teachers is removed, the output is
+    unchanged."""
     network = replace(RECIPES["digits"](0).teacher.network, augment_dim=9, dropout=0.1)
     torch.manual_seed(0)
     teacher = build(network).eval()
@@ -131,8 +132,8 @@ def test_a_student_has_no_input_without_gradients() -> None:
 
 
 def test_a_second_level_is_added_and_dropped() -> None:
-    """A student with the input starts as its teacher wherever the jump ends, all of its parameters have gradients, and one
-    that starts from it without the input is the teacher again."""
+    """A student with the input starts as its teacher for any end of the jump, and all its parameters have gradients. One that
+    starts from it without the input equals the teacher again."""
     torch.manual_seed(0)
     teacher = build(small.NETWORK).eval()
     for parameter in teacher.parameters():
@@ -152,7 +153,7 @@ def test_a_second_level_is_added_and_dropped() -> None:
 
 
 def test_new_weights_are_a_function_of_the_seed(make: Make) -> None:
-    """Whatever this process has drawn before: ranks start alike, and so do a run and its repetition."""
+    """Independent of earlier random numbers in this process: ranks start with equal weights, and so does a repeated run."""
     settings = alone(JumpConfig())
     found = []
     for number in range(2):
@@ -204,7 +205,7 @@ def test_a_phase_cannot_continue_with_the_moments_of_another_optimiser() -> None
 
 @pytest.mark.parametrize("parts", [2, 5])
 def test_parts_add_up_to_the_batch(make: Make, parts: int) -> None:
-    """Levels are drawn part by part, so only an objective without draws is the same to rounding."""
+    """Levels are drawn part by part, so only an objective without random draws matches up to rounding."""
     settings = alone(DistillationConfig(num_steps=6))
     whole, _ = make(settings, name="whole")
     divided, _ = make(replace(settings, accumulate=parts), name="parts")
@@ -253,7 +254,7 @@ def test_a_compiled_student_follows_the_eager_one(make: Make) -> None:
 
 
 def test_an_objective_of_ones_own(make: Make) -> None:
-    """Real images, the teacher in the loop, and a target network with a decay of its own."""
+    """It uses real images, the teacher in each step, and a target network with its own decay."""
     settings = alone(ConsistencyConfig(decay=0.9))
     task, session = make(settings)
     before = weights(task)
@@ -273,7 +274,8 @@ def test_an_objective_of_ones_own(make: Make) -> None:
 
 
 def kept(task: StudentTask) -> dict[str, torch.Tensor]:
-    """All that the task holds at its end: students, averages, critic, the objective's own, the moments of the optimisers."""
+    """Return everything that the task holds at its end: students, averages, critic, the objective's state, optimiser
+    moments."""
     modules: dict[str, Any] = {
         "student": task.model,
         "critic": task.critic and task.critic.model,
@@ -288,7 +290,7 @@ def kept(task: StudentTask) -> dict[str, torch.Tensor]:
 
 
 def resumed_from_every_step(make: Make, settings: StudentConfig) -> tuple[StudentTask, loop.Session]:
-    """Train in one go, then again from each checkpoint: all ends alike, to the last bit. Returns the first."""
+    """Train without interruption, then again from each checkpoint: all ends are equal to the last bit. Returns the first."""
     cadence = loop.Cadence(log_every=3, checkpoint_every=1, keep=100)
     task, session = make(settings, name="in-one-go")
     assert loop.run(task, session, cadence)
@@ -323,7 +325,7 @@ def test_target_networks_and_learned_weightings_are_in_checkpoints(make: Make, w
 
 
 def test_a_learned_weighting_follows_its_gradient(make: Make) -> None:
-    """Of w L - log w: towards 1 / L, by the optimiser of the phase."""
+    """For w L - log w, the weight moves towards 1 / L, by the optimiser of the phase."""
     task, _ = make(alone(ConsistencyConfig(weighted=True), iterations=40))
     assert task.weighting is not None
     assert isinstance(task.objective, Consistency)
@@ -377,7 +379,7 @@ def test_taking_turns_is_resumed_from_any_step(make: Make) -> None:
 
 
 def test_three_phases(make: Make) -> None:
-    """Pairs, then images and the teacher, then noise and a critic: each phase is published, and resumed from any step."""
+    """Pairs, then images and the teacher, then noise and a critic: each phase is published, and can be resumed at any step."""
     first = config().phases["reconstruction"]
     phases = {
         "lines": replace(first, iterations=3),
@@ -403,7 +405,7 @@ def test_three_phases(make: Make) -> None:
 
 @pytest.mark.parametrize("parts", [1, 3])
 def test_fresh_noise_is_a_function_of_seed_and_position(make: Make, parts: int) -> None:
-    """Of the row of the stream: however many ranks and parts share the batch, and whatever was trained before."""
+    """It depends on the row of the stream, not on the number of ranks and parts or on earlier training."""
 
     def rows(settings: StudentConfig, step: int, ranks: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
         found = []
