@@ -1,6 +1,6 @@
 """Beeline: Lines Matching Models, from an EDM diffusion teacher to a one- or two-step generator.
 
-This package is the mathematics: PyTorch and NumPy, no Ray, no object storage, no GPU assumed.
+This package holds the mathematics. It uses PyTorch and NumPy, but no Ray and no object storage, and needs no GPU.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ __all__ = ["BeelineError", "generate", "load"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import `load` and `generate` when they are first used: PyTorch takes seconds, and a command must be able to handle
-    Ctrl-C before that."""
+    """Import `load` and `generate` on first use: importing PyTorch takes seconds, and a command must handle Ctrl-C before
+    that."""
     if name == "load":
         from beeline.checkpoint import load
 

@@ -1,9 +1,9 @@
 """Augmentation: mirror images, non-leaking augmentation for teachers, and DiffAugment for discriminators.
 
 Non-leaking augmentation (Karras et al. 2020; for diffusion: Karras et al. 2022, appendix F.2) transforms each image at random
-and tells the network how, as 9 augmentation labels. Sampling uses labels 0, which mean the data as they are.
+and gives the network the parameters as 9 augmentation labels. Sampling uses labels 0: no augmentation.
 
-Labels (B, 9), all 0 for an untouched image: flip x, flip y, log2 scale, rotation (cos - 1, sin), anisotropy
+Labels (B, 9), all 0 for an unchanged image: flip x, flip y, log2 scale, rotation (cos - 1, sin), anisotropy
 (cos, sin of the doubled angle), translation (2).
 """
 
@@ -22,7 +22,7 @@ SCALE_STD, ANISOTROPY_STD, TRANSLATION_STD = 0.2, 0.2, 0.125
 
 
 def mirrored(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Images (B, C, H, W), each mirrored left to right with probability 1/2."""
+    """Mirror each of the images (B, C, H, W) left to right with probability 1/2."""
     chosen = torch.rand(len(images), 1, 1, 1, device=images.device, generator=generator) < 0.5
     return torch.where(chosen, images.flip(-1), images)
 
@@ -30,9 +30,9 @@ def mirrored(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 def augment(
     images: torch.Tensor, probability: float, generator: torch.Generator | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Transformed images (B, C, H, W) in the range they had, and labels (B, 9).
+    """Return transformed images (B, C, H, W), in the same range, and their labels (B, 9).
 
-    x-flips happen to half of the images always; each other transformation to a share `probability`.
+    x-flips always apply to half of the images; each other transformation applies with `probability`.
     """
     batch, device = len(images), images.device
 
@@ -54,7 +54,7 @@ def augment(
     anisotropy = normal() * chosen()
     shift_x, shift_y = (torch.stack([normal(), normal()]) * chosen()).unbind()
 
-    # The matrix takes an output pixel's place, in [-1, 1], to where its value comes from.
+    # The matrix maps an output pixel's position, in [-1, 1], to the input position of its value.
     one, zero = torch.ones(batch, device=device), torch.zeros(batch, device=device)
     inverse = _matrix(1 - 2 * flip_x, zero, zero, zero, 1 - 2 * flip_y, zero)
     size = 2 ** -(scale * SCALE_STD)
@@ -65,7 +65,7 @@ def augment(
     inverse = inverse @ _matrix(one, zero, -shift_x * 2 * TRANSLATION_STD, zero, one, -shift_y * 2 * TRANSLATION_STD)
 
     labels = [flip_x, flip_y, scale, rotation.cos() - 1, rotation.sin()]
-    # by the doubled angle: to stretch along one direction is to squeeze along the one across
+    # doubled angle, because stretching along one direction is squeezing along the perpendicular one
     labels += [anisotropy * (2 * direction).cos(), anisotropy * (2 * direction).sin(), shift_x, shift_y]
     moved = torch.stack([flip_y, scale, rotation, anisotropy, shift_x, shift_y]).abs().sum(0) > 0
     flipped = torch.where(flip_x.bool()[:, None, None, None], images.flip(-1), images)
@@ -73,7 +73,7 @@ def augment(
 
 
 def _matrix(*rows: torch.Tensor) -> torch.Tensor:
-    """(B, 3, 3) from six columns (B,): the affine part, row by row."""
+    """Build (B, 3, 3) affine matrices from the six entries of their upper rows, each (B,), row by row."""
     top = torch.stack(rows, dim=1).reshape(-1, 2, 3)
     bottom = torch.tensor([0.0, 0.0, 1.0], device=top.device).expand(len(top), 1, 3)
     return torch.cat([top, bottom], dim=1)
@@ -85,7 +85,7 @@ def _rotation(angle: torch.Tensor) -> torch.Tensor:
 
 
 def _warp(images: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
-    """Resample at twice the resolution, mirrored at the borders, and filter down: few artefacts, in three library calls."""
+    """Resample at twice the resolution, mirrored at the borders, then filter down, which gives few artefacts."""
     fine = F.interpolate(images, scale_factor=2, mode="bicubic", align_corners=False)
     grid = F.affine_grid(inverse[:, :2], list(fine.shape), align_corners=False)
     warped = F.grid_sample(fine, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
@@ -93,10 +93,10 @@ def _warp(images: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
 
 
 def diff_augment(images: torch.Tensor, policy: Sequence[Augmentation], generator: torch.Generator) -> torch.Tensor:
-    """Differentiable augmentation of (B, C, H, W) before the discriminator (Zhao et al. 2020).
+    """Augment images (B, C, H, W) differentiably before the discriminator (DiffAugment; Zhao et al. 2020).
 
-    color: brightness +-0.5, saturation 0 to 2, contrast 0.5 to 1.5; translation: up to 12.5 % of each side, zeros move in;
-    cutout: a square of 20 % of each side becomes zero. All draws come from `generator`.
+    color: brightness +-0.5, saturation 0 to 2, contrast 0.5 to 1.5; translation: up to 12.5 % of each side, filled with zeros;
+    cutout: a square of 20 % of each side becomes zero. All random numbers come from `generator`.
     """
     batch, _, height, width = images.shape
 
@@ -116,7 +116,7 @@ def diff_augment(images: torch.Tensor, policy: Sequence[Augmentation], generator
         reach_y, reach_x = int(height * 0.125 + 0.5), int(width * 0.125 + 0.5)
         dy = torch.randint(-reach_y, reach_y + 1, (batch, 1, 1), generator=generator, device=images.device)
         dx = torch.randint(-reach_x, reach_x + 1, (batch, 1, 1), generator=generator, device=images.device)
-        # Products with matrices of zeros and ones, exact in float32: on a GPU the gradient of indexing is slow.
+        # Products with matrices of zeros and ones are exact in float32; on a GPU the gradient of indexing is slow.
         down, across = ((rows.mT == rows + dy)[:, None].to(images.dtype), (cols.mT == cols + dx)[:, None].to(images.dtype))
         with torch.autocast(images.device.type, enabled=False):
             images = down @ images @ across

@@ -1,7 +1,7 @@
-"""A model is a folder of two files: model.safetensors (weights) and config.json (how to build it, where it came from).
+"""Model folders. A model is two files: model.safetensors (weights) and config.json (architecture and provenance).
 
 config.json: {"format": 1, "kind": "denoiser" | "probe", "network": {...}, "few_step": {...} | null, "about": {...}}.
-Weights carry the names of EDM's state dicts (`model.enc...`) and load in plain PyTorch. Nothing here ever unpickles.
+Weights carry the names of EDM's state dicts (`model.enc...`) and load in plain PyTorch. Nothing here unpickles.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ MAX_LEVELS = 10_000  # of a student's schedule
 
 
 def build(config: NetworkConfig) -> Denoiser:
-    """A denoiser with fresh weights."""
+    """Build a denoiser with freshly initialised weights."""
     arguments = to_dict(config)
     kind = arguments.pop("kind")
     channels = arguments.pop("img_channels")
@@ -56,7 +56,7 @@ def build(config: NetworkConfig) -> Denoiser:
 
 
 def dump(model: Denoiser | Probe, about: Mapping[str, Any]) -> dict[str, bytes]:
-    """The checkpoint's files, name to bytes; the same model gives the same bytes. `about` is free-form provenance.
+    """Encode a model as files, name to bytes; the same model gives the same bytes. `about` is free-form provenance.
 
     Raises BeelineError for weights that are not finite.
     """
@@ -74,7 +74,7 @@ def dump(model: Denoiser | Probe, about: Mapping[str, Any]) -> dict[str, bytes]:
 
 
 def write_model(files: Mapping[str, bytes], folder: Path) -> None:
-    """Write a model folder, config.json last, each file whole or not at all. Raises BeelineError where it cannot be written."""
+    """Write a model folder, config.json last; each file appears whole or not at all. Raises BeelineError on failure."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name in (WEIGHTS, CONFIG):
@@ -89,23 +89,24 @@ def write_model(files: Mapping[str, bytes], folder: Path) -> None:
 
 
 def restore(files: Mapping[str, bytes], where: str) -> Denoiser | Probe:
-    """The model in eval mode, frozen, from its files; `where` is named in errors.
+    """Build a frozen model in eval mode from its files; `where` is named in errors.
 
-    Raises BeelineError for a format or kind this version does not know, damaged files, weights of another shape, and weights
-    that are not finite.
+    Raises BeelineError for an unknown format or kind, damaged files, weights of other shapes, and weights that are not finite.
     """
     with reading(f"{where} is not a readable checkpoint", "make or copy it again"):
         config = json.loads(files[CONFIG])
         tensors = safetensors.torch.load(files[WEIGHTS])
         if not isinstance(config, dict) or config.get("format") != FORMAT or config.get("kind") not in ("denoiser", "probe"):
-            found = {key: config.get(key) for key in ("format", "kind")} if isinstance(config, dict) else type(config).__name__
+            content = (
+                {key: config.get(key) for key in ("format", "kind")} if isinstance(config, dict) else type(config).__name__
+            )
             raise BeelineError(
-                f"{where}/{CONFIG} holds {found}; this version reads format {FORMAT}, kind 'denoiser' or 'probe'"
+                f"{where}/{CONFIG} holds {content}; this version reads format {FORMAT}, kind 'denoiser' or 'probe'"
             )
     with reading(f"{where}/{CONFIG} does not describe a network", "make or copy the model again"):
         try:
             make, layers = _maker(config)
-        except BeelineError as error:  # a setting out of its range
+        except BeelineError as error:  # a setting is out of range
             raise BeelineError(f"{where}/{CONFIG} does not describe a network: {error}") from None
         wrong = misfit(make, layers, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
         if wrong:
@@ -113,26 +114,29 @@ def restore(files: Mapping[str, bytes], where: str) -> Denoiser | Probe:
         model = make()
         model.load_state_dict(tensors)
     if bad := not_finite(tensors):
-        raise BeelineError(f"{where}/{WEIGHTS} is not used: {bad}; make or copy it again")
+        raise BeelineError(f"{where}/{WEIGHTS} is refused: {bad}; make or copy it again")
     return model.eval().requires_grad_(False)
 
 
 def not_finite(tensors: Mapping[str, torch.Tensor]) -> str:
-    """What is wrong with weights that hold NaN or infinity; "" for none."""
+    """Describe weights that hold NaN or infinity; "" if there are none."""
     bad = [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
     return f"{len(bad)} of its tensors hold NaN or infinity, {bad[0]} for example" if bad else ""
 
 
 def misfit(make: Callable[[], nn.Module], layers: int, found: Shapes) -> str:
-    """How tensors of these names and shapes differ from those of the network that `make` builds; "" if they do not. It has at
-    least `layers` layers: where there are fewer tensors, not even its blueprint is made, for a file may ask for any number."""
+    """Describe how tensors of these names and shapes differ from those of the network that `make` builds; "" if they match.
+
+    The network has at least `layers` layers. With fewer tensors than that, not even its blueprint is built, because a file
+    may ask for any number of layers.
+    """
     if layers > len(found):
         return f"{len(found):,} tensors for at least {layers:,} layers"
     return mismatch(found, shapes_of(make))
 
 
 def _maker(config: Mapping[str, Any]) -> tuple[Callable[[], Denoiser | Probe], int]:
-    """What builds the model that a config.json describes, and the number of layers that it has at least."""
+    """Return a function that builds the model of a config.json, and a lower bound on its number of layers."""
     network = dict(config["network"])
     if config["kind"] == "probe":
         channels, num_classes = network.pop("channels"), network.pop("num_classes")
@@ -141,7 +145,7 @@ def _maker(config: Mapping[str, Any]) -> tuple[Callable[[], Denoiser | Probe], i
     denoiser, how = from_dict(NetworkConfig, network), None
     if config["few_step"]:
         few_step = dict(config["few_step"])
-        few_step.setdefault("line", "ve" if few_step.get("rule") == "same_noise" else "lerp")  # files from before it was kept
+        few_step.setdefault("line", "ve" if few_step.get("rule") == "same_noise" else "lerp")  # old files lack this key
         how = from_dict(FewStep, few_step)
         if type(how.num_steps) is not int or not 1 <= how.num_steps <= MAX_LEVELS:
             raise BeelineError(f"few_step.num_steps is {how.num_steps!r:.30}; expected 1 to {MAX_LEVELS:,}")
@@ -155,12 +159,12 @@ def _maker(config: Mapping[str, Any]) -> tuple[Callable[[], Denoiser | Probe], i
 
 
 def layers_of(config: NetworkConfig) -> int:
-    """Fewer than the layers of a denoiser, at no cost."""
+    """Return a lower bound on the number of layers of a denoiser, without building it."""
     return config.num_blocks * len(config.channel_mult)
 
 
 def load(folder: str | Path) -> Denoiser:
-    """The teacher or student in a local folder, in eval mode. Raises BeelineError where there is none."""
+    """Load the teacher or student in a local folder, in eval mode. Raises BeelineError if there is none."""
     path = Path(folder)
     if not (path / CONFIG).is_file() or not (path / WEIGHTS).is_file():
         raise BeelineError(f"{path} is not a model folder: expected {WEIGHTS} and {CONFIG} in it")
@@ -173,11 +177,11 @@ def load(folder: str | Path) -> Denoiser:
 
 
 def solver_levels(data: bytes, weights_sha256: str, where: str) -> tuple[float, ...]:
-    """The levels in a solver.json. Raises BeelineError if it is damaged, or was calibrated for other weights."""
+    """Read the levels in a solver.json. Raises BeelineError if it is damaged, or was calibrated for other weights."""
     with reading(f"{where}/{SOLVER} is damaged", f"make it again: python -m beeline.calibrate {where}"):
-        found = json.loads(data)
-        levels = check_levels(found["levels"])
-        calibrated_for = str(found["model_sha256"])
+        content = json.loads(data)
+        levels = check_levels(content["levels"])
+        calibrated_for = str(content["model_sha256"])
     if calibrated_for != weights_sha256:
         raise BeelineError(
             f"{where}/{SOLVER} was calibrated for other weights (SHA-256 {calibrated_for[:12]}..., these are "
@@ -187,8 +191,10 @@ def solver_levels(data: bytes, weights_sha256: str, where: str) -> tuple[float, 
 
 
 def digest(files: Mapping[str, bytes]) -> str:
-    """SHA-256 of weights, network and, for students, the way of sampling: what plans record of the model they used. Where it
-    came from ("about") is no part of it. Raises ValueError if config.json is not JSON."""
+    """Compute the SHA-256 that plans record for a model: weights, network and, for students, the sampling configuration.
+
+    Provenance ("about") is not included. Raises ValueError if config.json is not JSON.
+    """
     config = json.loads(files[CONFIG])
     parts = {key: config.get(key) for key in ("format", "kind", "network", "few_step")}
     described = json.dumps({**parts, WEIGHTS: digest_of(files[WEIGHTS])}, sort_keys=True)
@@ -196,5 +202,5 @@ def digest(files: Mapping[str, bytes]) -> str:
 
 
 def digest_of(weights: bytes) -> str:
-    """SHA-256 of a model.safetensors."""
+    """Compute the SHA-256 of a model.safetensors."""
     return hashlib.sha256(weights).hexdigest()

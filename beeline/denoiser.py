@@ -1,8 +1,8 @@
-"""EDM preconditioning: a raw network F becomes a denoiser D(x; sigma) that predicts the clean image at any noise level.
+"""EDM preconditioning: turns a raw network F into a denoiser D(x; sigma) that predicts the clean image at any noise level.
 
     D(x; sigma) = c_skip(sigma) x + c_out(sigma) F(c_in(sigma) x; c_noise(sigma))
 
-(Karras et al. 2022, eq. 7 and Table 1.) Teacher and student are both denoisers; nothing downstream sees F.
+(Karras et al. 2022, eq. 7 and Table 1.) Teacher and student are both denoisers; no other code calls F.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 class Denoiser(nn.Module):
     """EDM-preconditioned denoiser around a network `model(x, c_noise, labels) -> (B, C, H, W)`.
 
-    Parameter names are those of EDM's own state dict (they begin with `model.`), so released weights load as they are.
+    Parameter names are those of EDM's own state dict (they begin with `model.`), so released weights load without renaming.
     """
 
     sigma_data: float = 0.5
@@ -35,13 +35,13 @@ class Denoiser(nn.Module):
         self.img_resolution = img_resolution
         self.img_channels = img_channels
         self.label_dim = label_dim
-        self.network_config: NetworkConfig | None = None  # what `checkpoint.build` made it from
-        self.few_step: FewStep | None = None  # set on students: how they may be sampled
+        self.network_config: NetworkConfig | None = None  # the config that `checkpoint.build` used
+        self.few_step: FewStep | None = None  # set on students: allowed sampling
         self.levels: tuple[float, ...] | None = None  # set on calibrated teachers: noise levels of the Adams solver
 
     @property
     def takes_second_level(self) -> bool:
-        """Whether the network has an input for a second noise level."""
+        """Return whether the network has an input for a second noise level."""
         return self.network_config is not None and self.network_config.second_level
 
     def _c_noise_of(self, to: torch.Tensor | None, sigma: torch.Tensor, batch: int) -> torch.Tensor:
@@ -50,7 +50,7 @@ class Denoiser(nn.Module):
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of the images."""
+        """Shape (C, H, W) of one image."""
         return self.img_channels, self.img_resolution, self.img_resolution
 
     def check_input(self, x: torch.Tensor) -> None:
@@ -66,22 +66,22 @@ class Denoiser(nn.Module):
         augment_labels: torch.Tensor | None = None,
         to: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Denoised images, float32 (B, C, H, W), of noisy images `x` (B, C, H, W) at noise levels `sigma` (B,) or ().
+        """Denoise images `x` (B, C, H, W) at noise levels `sigma` (B,) or (); returns float32 (B, C, H, W).
 
         `labels`: None, class indices (B,) or one-hot (B, K). `augment_labels` (B, A) are for training with non-leaking
-        augmentation; leave them out when sampling. `to` (B,) or (), 0 or more, is the level at which a flow map's jump ends;
-        only networks with `second_level` take it, and without it they take it to be `sigma`.
-        Raises ValueError for another shape, missing labels, or sigma <= 0.
+        augmentation; omit them when sampling. `to` (B,) or (), at least 0, is the level at which a flow map's jump ends. Only
+        networks with `second_level` accept it; its default is `sigma`. Raises ValueError for other shapes, missing labels, or
+        sigma <= 0.
         """
         self.check_input(x)
         known = sigma.device.type == "cpu" and not is_fake(sigma) and not torch.compiler.is_compiling()
-        if known and sigma.numel():  # a GPU would be waited for
+        if known and sigma.numel():  # on a GPU this check would force a synchronisation
             low, high = (float(end) for end in sigma.aminmax())
             if not 0 < low <= high < float("inf"):
-                raise ValueError(f"sigma lies in {low} ... {high}; a denoiser takes finite noise levels above 0")
+                raise ValueError(f"sigma lies in {low} ... {high}; expected finite noise levels above 0")
         x = x.to(torch.float32)
         if to is not None and not self.takes_second_level:
-            raise ValueError("a second noise level was given to a network without an input for it (second_level)")
+            raise ValueError("a second noise level was given, but the network has no input for it; build it with second_level")
         sigma = sigma.to(device=x.device, dtype=torch.float32).reshape(-1, 1, 1, 1)
         one_hot = as_one_hot(labels, self.label_dim, len(x), x.device)
         total = (sigma**2 + self.sigma_data**2).sqrt()

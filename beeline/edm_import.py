@@ -1,12 +1,12 @@
-"""EDM's released checkpoints (pickles) into a model folder, read as data: no code of the file is ever run.
+"""Convert EDM's released checkpoints (pickles) to model folders. They are read as data: no code of the file is ever run.
 
     python -m beeline.edm_import edm-cifar10-32x32-cond-vp.pkl --out runs/cifar10/teacher
 
 The file is read as records of plain data (beeline.files.edm_pickle). The architecture comes from the recorded constructor
-arguments, the weights from the recorded state; the names of both are those of beeline's own networks.
+arguments, the weights from the recorded state. The names of both match beeline's own networks.
 
-A file may say anything. Before a network is built, the names and shapes of its tensors are compared with those in the file,
-so that no file takes more memory or time than its own size justifies.
+Files are untrusted. Before a network is built, the names and shapes of its tensors are compared with those in the file, so that
+no file takes more memory or time than its own size justifies.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from beeline.files.places import local_path
 
 MAX_LIST = 64  # entries of a constructor's argument, such as channel_mult
 EXPECTED = "a network as EDM releases it, such as edm-cifar10-32x32-cond-vp.pkl"
-PICKLE = b"\x80"  # of protocol 2 and later
+PICKLE = b"\x80"  # start of pickle protocol 2 and later
 LICENCE = (
     "EDM's released weights are under CC BY-NC-SA 4.0: non-commercial use only, and so is what is derived from them "
     "(NVIDIA, https://github.com/NVlabs/edm)"
 )
-# What tells DDPM++ and NCSN++ apart; any other mixture of these is an architecture that nobody released.
+# These settings distinguish DDPM++ from NCSN++; EDM released no other combination of them.
 VARIANTS = {
     "ddpmpp": {
         "embedding_type": "positional",
@@ -57,7 +57,7 @@ VARIANTS = {
         "resample_filter": [1, 3, 3, 1],
     },
 }
-# The constructor defaults of EDM's networks: what a file's recorded arguments leave out.
+# The constructor defaults of EDM's networks, for arguments that a file does not record.
 SONGUNET = {
     "augment_dim": 0,
     "model_channels": 128,
@@ -83,32 +83,34 @@ PRECOND = {"label_dim": 0, "use_fp16": False, "sigma_min": 0, "sigma_max": float
 
 
 def _refuse_other_kinds(file: Path) -> None:
-    """Raise BeelineError, saying what it is, for a file that its first bytes or names tell from a pickle of EDM."""
+    """Raise BeelineError, naming the kind of the file, unless its first bytes are those of a pickle."""
     kind, head = checked_file(file, EXPECTED)
     if not kind and head[:1] == PICKLE:
         return
     names = torch_names(file) if kind in ("a zip archive", "a file of torch.save") else set()
     if {"net", "optimizer_state"} <= names:
-        kind, fix = "a state to resume EDM's training from", "take the network-snapshot-*.pkl beside it"
+        kind, fix = "a state to resume EDM's training from", "use the network-snapshot-*.pkl in the same folder"
     elif any(name.startswith(("input_blocks.", "time_embed.")) for name in names):
         kind = "a state dict in OpenAI's layout (guided diffusion, consistency models)"
-        fix = "networks of that layout are not built here"
+        fix = "Beeline does not support networks of that layout"
     elif names:
-        kind, fix = "a file of torch.save", "take the .pkl of the release, not a state dict"
+        kind, fix = "a file of torch.save", "use the .pkl of the release, not a state dict"
     elif kind in ("a web page", "an empty file") or "Git LFS" in kind:
-        fix = "download the file itself again: the server or the browser gave something else"
+        fix = "download the file again; the server or the browser saved something else"
     elif kind == "a safetensors file":
         fix = "a model of Beeline needs no import: put it into a folder together with its config.json"
     else:
-        kind, fix = kind or f"no pickle (it begins with {head[:8]!r})", "take the .pkl itself"
+        kind, fix = kind or f"not a pickle (it begins with {head[:8]!r})", "use the .pkl itself"
     raise BeelineError(f"{file} is {kind}; expected {EXPECTED}: {fix}")
 
 
 def architecture(precond: Record) -> NetworkConfig:
-    """The network that a checkpoint's constructor arguments describe. Raises BeelineError for one we do not have."""
+    """Return the network that a checkpoint's constructor arguments describe. Raises BeelineError if it is not supported."""
     network = precond.part("_modules").get("model")
     if precond.class_name == "Precond":
-        raise BeelineError("the network is one of EDM2 (Precond); expected EDMPrecond: EDM2's networks are not built here")
+        raise BeelineError(
+            "the network is one of EDM2 (Precond); expected EDMPrecond. Beeline does not support EDM2's networks"
+        )
     if precond.class_name != "EDMPrecond" or not isinstance(network, Record):
         raise BeelineError(f"the network is a {precond.class_name}; expected EDMPrecond (EDM's own preconditioning)")
     outer = PRECOND | _plain(precond.part("_init_kwargs"))
@@ -126,10 +128,10 @@ def architecture(precond: Record) -> NetworkConfig:
     arguments = defaults | inner
     kind = "adm"
     if network.class_name == "SongUNet":
-        asked = {key: arguments.pop(key) for key in VARIANTS["ddpmpp"]}
-        kind = next((name for name, variant in VARIANTS.items() if asked == variant), "")
+        requested = {key: arguments.pop(key) for key in VARIANTS["ddpmpp"]}
+        kind = next((name for name, variant in VARIANTS.items() if requested == variant), "")
         if not kind:
-            text = ", ".join(f"{key} {shown(value)}" for key, value in asked.items())
+            text = ", ".join(f"{key} {shown(value)}" for key, value in requested.items())
             raise BeelineError(f"SongUNet with {text} is neither DDPM++ nor NCSN++ as released")
     channels = arguments.pop("in_channels")
     if channels != arguments.pop("out_channels"):
@@ -140,8 +142,8 @@ def architecture(precond: Record) -> NetworkConfig:
 
 
 def _plain(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Recorded arguments, once they are known to be numbers, texts and lists of numbers; tuples become lists."""
-    found: dict[str, Any] = {}
+    """Return recorded arguments if they are numbers, texts and lists of numbers; tuples become lists."""
+    plain: dict[str, Any] = {}
     for name, value in arguments.items():
         value = list(value) if isinstance(value, tuple) else value
         items = value if isinstance(value, list) else [value]
@@ -149,14 +151,14 @@ def _plain(arguments: Mapping[str, Any]) -> dict[str, Any]:
             raise BeelineError(
                 f"the file holds the argument {shown(name)} as {shown(value)}; expected a number or a few numbers"
             )
-        found[named(name)] = value
-    return found
+        plain[named(name)] = value
+    return plain
 
 
 def convert(file: Path) -> dict[str, bytes]:
-    """The files of a model folder, name to bytes, from a released checkpoint. Raises BeelineError for any other file."""
+    """Convert a released checkpoint to the files of a model folder, name to bytes. Raises BeelineError for any other file."""
     _refuse_other_kinds(file)
-    with reading(f"{file} is not {EXPECTED}", "nothing in it was run. If it should be one, its download is damaged"):
+    with reading(f"{file} is not {EXPECTED}", "none of its code was run. If it should be one, its download is damaged"):
         try:
             return _converted(file)
         except BeelineError as error:
@@ -168,7 +170,9 @@ def _converted(file: Path) -> dict[str, bytes]:
     config, tensors = architecture(precond), tensors_of(precond)
     size = sum(tensor.size for tensor in tensors.values())
     if size > file.stat().st_size:
-        raise BeelineError(f"the file's tensors have {size:,} bytes, more than the file: several share the same bytes")
+        raise BeelineError(
+            f"the file's tensors have {size:,} bytes, more than the file itself; several tensors share the same bytes"
+        )
     wrong = misfit(lambda: build(config), layers_of(config), {name: tensor.shape for name, tensor in tensors.items()})
     if wrong:
         raise BeelineError(f"the weights do not fit the architecture that the file describes: {wrong}")
@@ -177,17 +181,17 @@ def _converted(file: Path) -> dict[str, bytes]:
     diverged = [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]
     if diverged:
         raise BeelineError(
-            f"the file holds NaN or infinite weights in {len(diverged)} tensors, {diverged[0]} for example; take a network "
+            f"the file holds NaN or infinite weights in {len(diverged)} tensors, {diverged[0]} for example; use a network "
             "from before its training diverged"
         )
     return dump(model.eval(), {"imported": {"file": file.name, "sha256": sha256, "licence": LICENCE}})
 
 
 def edm_import(file: Path, out: Path) -> None:
-    """Convert a released EDM checkpoint into the model folder `out`. Raises BeelineError; what is in `out` is left alone."""
+    """Convert a released EDM checkpoint to the model folder `out`. Raises BeelineError; existing files in `out` are kept."""
     for name in (CONFIG, WEIGHTS, PLAN):
         if os.path.exists(out / name):
-            raise BeelineError(f"{out / name} exists already and is left alone; choose another --out or move it away")
+            raise BeelineError(f"{out / name} already exists and was not changed; choose another --out or move it away")
     files = convert(file)
     write_model(files, out)
     about = json.loads(files[CONFIG])["about"]["imported"]
@@ -195,7 +199,7 @@ def edm_import(file: Path, out: Path) -> None:
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     parser = argparse.ArgumentParser(prog="python -m beeline.edm_import", description="Convert a released EDM checkpoint.")
     parser.add_argument("file", type=local_path, help="the pickle, as downloaded")
     parser.add_argument("--out", type=local_path, required=True, help="folder for the model, for example runs/cifar10/teacher")

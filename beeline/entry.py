@@ -1,7 +1,7 @@
-"""How every command starts and ends: one line for an error or a signal, never a traceback.
+"""Start and end of every command: an error or a signal prints one line, never a traceback.
 
-A script calls `guard` before its slow imports and `run_main` at its end. Imports of the standard library only: this module
-must be there before anything that takes time.
+A script calls `guard` before its slow imports and `run_main` at its end. This module imports only the standard library, so that
+it loads before anything slow.
 """
 
 from __future__ import annotations
@@ -25,34 +25,34 @@ BROKEN_PIPE = 128 + signal.SIGPIPE
 
 
 def guard() -> None:
-    """Let SIGINT and SIGTERM end this process at once with one line, until `run_main` takes over. For the seconds in which a
-    script imports its modules: nothing has been started yet."""
+    """Make SIGINT and SIGTERM end this process at once with one line, until `run_main` takes over. For the seconds in which a
+    script imports its modules and has started nothing yet."""
     _handle(lambda number, frame: _exit_now(number, say=True))
 
 
 def run_main(call: Callable[[], Any], cleanup: Callable[[], Any] = lambda: None) -> NoReturn:
     """Call `call`, then `cleanup`, and exit.
 
-    The status is 0, or 1 for a BeelineError, 130 after Ctrl-C, 143 after SIGTERM, each with one line on stderr; 141 if the
-    reader of stdout has gone. A second signal ends the process without waiting for `cleanup`. Other exceptions, which are
-    bugs, keep their traceback.
+    The status is 0, 1 for a BeelineError, 130 after Ctrl-C, or 143 after SIGTERM, each with one line on stderr; 141 if the
+    reader of stdout is gone. A second signal ends the process without waiting for `cleanup`. Other exceptions are bugs and keep
+    their traceback.
     """
     received: list[int] = []
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         received.append(number)
-        raise KeyboardInterrupt  # what libraries expect, also for SIGTERM: Ray's blocking calls pass no other exception on
+        raise KeyboardInterrupt  # also for SIGTERM: libraries expect it, and Ray's blocking calls pass on no other exception
 
     _handle(interrupt)
     status: Any = 0
     try:
         try:
             call()
-            print(end="", flush=True)  # here, where it may fail
+            print(end="", flush=True)  # an error here is still handled
         finally:
             _handle(lambda number, frame: _exit_now(received[0] if received else number, say=not received))
     except BaseException as error:
-        if received:  # whatever it became on its way here
+        if received:  # whatever exception it has turned into
             status = 128 + received[0]
             _say(SIGNALS[signal.Signals(received[0])])
         elif isinstance(error, SystemExit):
@@ -85,18 +85,18 @@ def _exit_now(number: int, say: bool) -> NoReturn:
 def _say(message: str) -> None:
     line = " ".join(part.strip() for part in message.splitlines())
     with contextlib.suppress(OSError):  # stderr is closed
-        os.write(2, f"error: {line}\n".encode())  # not through sys.stderr, in which a signal may have come just now
+        os.write(2, f"error: {line}\n".encode())  # not sys.stderr: the signal may have interrupted a write to it
 
 
 def _reader_has_gone() -> bool:
-    """Whether stdout is a pipe that nobody reads any more."""
+    """Return whether stdout is a pipe without a reader."""
     poll = select.poll()
     poll.register(1, 0)
     return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _drop_unwritten() -> None:
-    """Write what is left for stdout, or drop it if nobody reads it: Python would complain when it exits."""
+    """Write the rest of stdout, or drop it if it has no reader; otherwise Python would complain at exit."""
     try:
         print(end="", flush=True)
     except BrokenPipeError:

@@ -1,4 +1,4 @@
-"""The exceptions that are meant for the user's eyes, and the boundary at which reading a file becomes one of them."""
+"""Exceptions for users, and the boundary that turns any failure to read a file into one of them."""
 
 from __future__ import annotations
 
@@ -7,36 +7,40 @@ import re
 from collections.abc import Iterator
 
 MAX_MESSAGE = 4000  # characters
-MAX_REASON = 300  # characters of another library's message
+MAX_REASON = 300  # characters quoted from another library's message
 
 
 class BeelineError(Exception):
-    """Something the user can fix. The message says what was found, what was expected and the fix; commands print it
-    alone, without a traceback, and exit with status 1. It is one line, whatever it quotes from files."""
+    """An error that the user can fix. The message says what was found, what was expected and the fix.
+
+    Commands print only the message, without a traceback, and exit with status 1. It is always one line, whatever it quotes.
+    """
 
     def __str__(self) -> str:
         return one_line(super().__str__(), MAX_MESSAGE)
 
 
 class StorageError(BeelineError):
-    """A file or listing that could not be had, retries included: it may pass, so training that is restarted tries again."""
+    """A file or listing that could not be read or written, after all retries. It may be transient, so restarted training
+    retries it."""
 
 
 class SettingError(BeelineError):
-    """A setting that cannot be. The message begins with its name: of a config's field, as PairsConfig.count, or an option."""
+    """A setting outside its allowed values. The message begins with its name: a config's field, like PairsConfig.count, or an
+    option."""
 
 
 def one_line(text: str, limit: int) -> str:
-    """`text` on one line of at most `limit` characters: what cannot be printed is escaped, what is too long is cut."""
+    """Return `text` on one line of at most `limit` characters: unprintable characters are escaped, longer text is cut."""
     text = text[: limit - 3] + "..." if len(text) > limit else text
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def reason(error: BaseException) -> str:
-    """What another library says is wrong, with the exception's name, on one line."""
+    """Describe an exception of another library on one line, with the exception's name."""
     try:
         text = str(error)
-    except Exception:  # it quotes what cannot be written down: deeper than Python recurses, or too long a number
+    except Exception:  # str() fails on too deeply nested values and on too long numbers
         text = ""
     text = " ".join(text.split())
     return one_line(f"{type(error).__name__}: {text}" if text else type(error).__name__, MAX_REASON)
@@ -44,9 +48,9 @@ def reason(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def reading(what: str, fix: str) -> Iterator[None]:
-    """The boundary of a reader of files that anyone may have written: BeelineErrors pass, everything else becomes one.
+    """Turn every exception of a reader of untrusted files into one BeelineError; BeelineErrors pass unchanged.
 
-    What damaged data raises depends on the damage and on the library, so no list of exceptions would be complete.
+    Damaged data can raise anything, depending on the damage and the library, so no list of exceptions would be complete.
     """
     try:
         yield
@@ -57,7 +61,7 @@ def reading(what: str, fix: str) -> Iterator[None]:
 
 
 def plain(error: BaseException) -> str:
-    """An error's text on one line, for use within a message that names the file."""
+    """Return an error's text on one line, for a message that names the file itself."""
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return error.strerror
     text = " ".join(str(error).split()).removesuffix(".") or type(error).__name__

@@ -1,4 +1,4 @@
-"""Class labels: one-hot for networks, and the classes of pairs."""
+"""Class labels: one-hot encoding for networks, and the classes of pairs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 
 def as_one_hot(labels: torch.Tensor | None, num_classes: int, batch: int, device: torch.device) -> torch.Tensor | None:
-    """Labels as float32 one-hot (B, K): class indices (B,) are expanded, one-hot passes, None stays None.
+    """Convert labels to float32 one-hot (B, K): class indices (B,) are expanded, one-hot passes, None stays None.
 
     Raises ValueError for a conditional model without labels, an unconditional one with labels, or a wrong class count.
     """
@@ -28,5 +28,5 @@ def as_one_hot(labels: torch.Tensor | None, num_classes: int, batch: int, device
 
 
 def pair_labels(indices: Sequence[int], num_classes: int) -> np.ndarray:
-    """Class of each pair, int32 (n,): index mod num_classes, so that classes are balanced; -1 for no classes."""
+    """Return the class of each pair, int32 (n,): index mod num_classes, so that classes are balanced; -1 for no classes."""
     return np.asarray(indices, np.int64).astype(np.int32) % num_classes if num_classes else np.full(len(indices), -1, np.int32)

@@ -1,4 +1,4 @@
-"""The machine that a speed was measured on."""
+"""Description of the machine on which a speed was measured."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """The machine, as far as it bears on speed."""
+    """Describe the parts of the machine that affect speed."""
     model = platform.processor()
     if os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo") as file:

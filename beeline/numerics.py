@@ -1,8 +1,8 @@
-"""How GPUs compute: the same flags in training, sampling and measuring, set once at the start of each process.
+"""Numerical flags for GPUs: the same in training, sampling and measuring, set once at the start of each process.
 
-PyTorch computes float32 convolutions in TF32 by default (10 bits of mantissa) and may choose other algorithms from run to
-run. Beeline promises that "fp32" is float32, that a resumed run ends with the same bits, and that pairs are made again
-byte for byte. Speed comes from bf16 and fp16, which are settings. `python -m benchmarks.device` measures what this costs.
+By default PyTorch computes float32 convolutions in TF32 (10 bits of mantissa) and may choose other algorithms in every run.
+Beeline promises that "fp32" is float32, that a resumed run ends with the same bits, and that pairs can be made again byte for
+byte. Speed comes from the settings bf16 and fp16. `python -m benchmarks.device` measures the cost of these flags.
 """
 
 from __future__ import annotations
@@ -15,9 +15,8 @@ import torch
 def set_numerics() -> None:
     """Set this process's flags: float32 without TF32, float32 sums in half-precision products, deterministic algorithms.
 
-    Call it before the first CUDA operation. On a machine without CUDA nothing changes. An operation that has no deterministic
-    algorithm raises PyTorch's RuntimeError, which names it; to warn instead would make attention's gradient differ from run
-    to run.
+    Call it before the first CUDA operation. Without CUDA it does nothing. An operation without a deterministic algorithm raises
+    PyTorch's RuntimeError, which names it. A mere warning would let the gradient of attention differ between runs.
     """
     if not torch.cuda.is_available():
         return
@@ -29,5 +28,5 @@ def set_numerics() -> None:
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True
     torch.use_deterministic_algorithms(True)
-    # A debugging aid that costs a pass over each new tensor.
+    # This debugging aid costs a pass over each new tensor.
     torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]

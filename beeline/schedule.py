@@ -1,4 +1,4 @@
-"""Noise levels of the EDM schedule, and the subsets of it that a few-step student is sampled at.
+"""Noise levels of the EDM schedule, and the subsets of it at which a few-step student is sampled.
 
     sigma_i = (sigma_max^(1/rho) + i/(N-1) (sigma_min^(1/rho) - sigma_max^(1/rho)))^rho,   i = 0 ... N-1
 
@@ -18,7 +18,7 @@ RHO = 7.0
 
 
 def edm_sigmas(num_steps: int, sigma_min: float = SIGMA_MIN, sigma_max: float = SIGMA_MAX, rho: float = RHO) -> torch.Tensor:
-    """The N = `num_steps` noise levels of the schedule, descending, float64 of shape (N,). One level is sigma_max alone."""
+    """Compute the N = `num_steps` noise levels, descending, float64 (N,). A single level is sigma_max."""
     if num_steps < 1:
         raise ValueError(f"num_steps is {num_steps}; a schedule has at least 1 level")
     if not 0 < sigma_min < sigma_max:
@@ -29,7 +29,7 @@ def edm_sigmas(num_steps: int, sigma_min: float = SIGMA_MIN, sigma_max: float = 
 
 
 def check_steps(steps: Sequence[int], num_steps: int) -> tuple[int, ...]:
-    """`steps` as a tuple, once it is known to be a valid few-step schedule: rising indices into `num_steps` levels, from 0.
+    """Return `steps` as a tuple if it is a valid few-step schedule: increasing indices into `num_steps` levels, from 0.
 
     Raises ValueError otherwise. Sampling starts from pure noise, so the first index is always 0.
     """

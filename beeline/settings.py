@@ -1,12 +1,12 @@
-"""What a setting may be, declared in its type and checked when the config that holds it is built.
+"""Allowed values of settings, declared in their types and checked when a config is built.
 
     class PairsConfig(Settings):
         count: Count            # Annotated[int, Range(1, MANY)]
         solver: Literal["heun", "calibrated"]
         levels: Some[Positive]  # a tuple with at least one entry
 
-A config's own conditions, on several settings at once, follow in its `__post_init__`. Every refusal has one shape: the
-setting, its value, what is allowed. NaN and infinity are no numbers here.
+Conditions on several settings at once follow in the config's `__post_init__`. Every error has the same form: the setting, its
+value, what is allowed. NaN and infinity do not count as numbers.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from typing import Annotated, Any, Literal, NoReturn, Protocol, TypeVar, Union
 from beeline.errors import SettingError
 
 MANY = 10**9  # images, pairs, samples, iterations: more than any data set or run, and still quick to count
-LARGEST = 1e38  # what float32 holds
+LARGEST = 1e38  # about the largest float32
 MAX_SIDE = 4096  # pixels
 MAX_SIZE = 2**20  # rows of a batch or of a shard
-MAX_SHARDS = 100_000  # of one store: as many as a listing and the driver take in seconds
+MAX_SHARDS = 100_000  # in one store: a listing and the driver can handle these in seconds
 MAX_SHOWN = 10_000  # images on a sheet
 MAX_TRIALS = 10_000
 MAX_PROCESSES = 10_000  # actors or ranks
@@ -37,22 +37,22 @@ MAX_CLASSES = 100_000
 MAX_CHANNELS = 8192  # of one layer
 MAX_SEED = 2**63 - 1
 MAX_STEPS = 10_000  # levels of a schedule
-MAX_HALF_LIFE = 999_999  # iterations; beyond it a folder's name, ema-<half-life>, would be in exponents
+MAX_HALF_LIFE = 999_999  # iterations; a larger one would appear with an exponent in the folder's name, ema-<half-life>
 MAX_NAME = 100  # characters
-SHOWN = 80  # characters of a value that a message shows
+SHOWN = 80  # characters of a value shown in a message
 
 T = TypeVar("T")
 
 
 class Condition(Protocol):
-    """Metadata of a type: which of its values are allowed. `str()` says it in words that follow the type's own."""
+    """Metadata of a type that restricts its values. `str()` describes the restriction; the text follows that of the type."""
 
     def allows(self, value: Any) -> bool: ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """Numbers from `low` to `high`; both ends belong to it, but for an end named in `without`."""
+    """Numbers from `low` to `high`, both included, except an end named in `without`."""
 
     low: float
     high: float
@@ -84,7 +84,7 @@ class Divisible:
 
 @dataclasses.dataclass(frozen=True)
 class OneOf:
-    """Some few numbers."""
+    """A few allowed numbers."""
 
     values: tuple[int, ...]
 
@@ -96,7 +96,7 @@ class OneOf:
 
 
 class RayShare:
-    """What Ray can reserve: whole devices, or a share of one."""
+    """Amounts that Ray can reserve: whole devices, or a share of one."""
 
     def allows(self, value: float) -> bool:
         return value == 0 or 0.0001 <= value <= 1 or value == int(value)
@@ -106,7 +106,7 @@ class RayShare:
 
 
 class NotEmpty:
-    """Tuples and texts that hold something."""
+    """Tuples and texts with at least one element."""
 
     def allows(self, value: Any) -> bool:
         return len(value) > 0
@@ -117,7 +117,7 @@ class NotEmpty:
 
 @dataclasses.dataclass(frozen=True)
 class Matching:
-    """Texts that `pattern` matches as a whole."""
+    """Texts that match `pattern` as a whole."""
 
     pattern: str
     words: str
@@ -130,7 +130,7 @@ class Matching:
 
 
 class Schedule:
-    """Step schedules as texts: rising indices from 0, the level of pure noise."""
+    """Step schedules as texts: increasing indices from 0, the level of pure noise."""
 
     def allows(self, value: str) -> bool:
         if not re.fullmatch("[0-9]{1,9}(,[0-9]{1,9})*", value):
@@ -139,10 +139,10 @@ class Schedule:
         return steps[0] == 0 and all(a < b < MAX_STEPS for a, b in itertools.pairwise(steps))
 
     def __str__(self) -> str:
-        return "with rising indices from 0, separated by commas, for example 0 or 0,8"
+        return "with increasing indices from 0, separated by commas, for example 0 or 0,8"
 
 
-# A component of a path: nothing that a shell, a URI or the listing of a folder takes for something else.
+# A component of a path: nothing that a shell, a URI or a folder listing would treat specially.
 COMPONENT = rf"[A-Za-z0-9_][A-Za-z0-9._-]{{0,{MAX_NAME - 1}}}"
 OWN_RECIPE = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*"  # package.module:function
 NAMED = f"of letters, digits, '.', '_' and '-', not beginning with '.' or '-', at most {MAX_NAME} characters"
@@ -177,7 +177,7 @@ Some = Annotated[tuple[T, ...], NotEmpty()]
 
 
 class Settings:
-    """Base class of configs (frozen dataclasses): each field is checked against its type when one is built."""
+    """Base class of configs (frozen dataclasses). Building one checks each field against its type."""
 
     def __post_init__(self) -> None:
         """Raise SettingError for the first field whose value its type does not allow."""
@@ -190,20 +190,20 @@ class Settings:
         _refuse(f"{type(self).__name__}.{name}", getattr(self, name), expected)
 
     def require(self, condition: bool, name: str, expected: str) -> None:
-        """As `refuse`, unless `condition` holds."""
+        """Raise SettingError as `refuse` does, unless `condition` holds."""
         if not condition:
             self.refuse(name, expected)
 
 
 def check(name: str, value: Any, hint: Any) -> None:
-    """Raise SettingError unless `hint`, one of the types above, allows `value`, which messages call `name`."""
+    """Raise SettingError unless `hint`, one of the types above, allows `value`; `name` appears in the message."""
     if not allowed(value, hint):
         _refuse(name, value, described(hint))
 
 
 @contextlib.contextmanager
 def naming_options(words: Sequence[str]) -> Iterator[None]:
-    """Let a SettingError name the option among `words`, a command line, in place of a config's field."""
+    """Make a SettingError name the option among `words`, a command line, instead of the config's field."""
     try:
         yield
     except SettingError as error:
@@ -211,7 +211,7 @@ def naming_options(words: Sequence[str]) -> Iterator[None]:
 
 
 def as_option(error: SettingError, words: Sequence[str]) -> str:
-    """The error's message; the option among `words` that gave the value stands for the config's field."""
+    """Return the error's message with the config's field replaced by the option among `words` that gave the value."""
     setting, _, rest = str(error).partition(" is ")
     shown, field = rest.partition("; expected")[0], setting.rpartition(".")[2]
     given = []
@@ -243,7 +243,7 @@ def _hints(cls: type) -> dict[str, Any]:
 
 
 def allowed(value: Any, hint: Any) -> bool:
-    """Whether `value` is of the type `hint`, and all that its metadata say holds. Types that no setting has pass."""
+    """Return whether `value` has the type `hint` and meets the conditions in its metadata. Unknown types pass."""
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         return allowed(value, parts[0]) and all(part.allows(value) for part in parts[1:] if hasattr(part, "allows"))
@@ -266,7 +266,7 @@ def allowed(value: Any, hint: Any) -> bool:
 
 
 def described(hint: Any) -> str:
-    """The type in words, for the message."""
+    """Describe the type in words, for the message."""
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         return " ".join([described(parts[0]), *(str(part) for part in parts[1:] if hasattr(part, "allows"))])

@@ -1,10 +1,10 @@
-"""Pretrained networks as model folders: fetched once, checked, and converted to safetensors; loaded as data ever after.
+"""Pretrained networks as model folders: downloaded once, checked, converted to safetensors, and afterwards loaded as data.
 
     python -m beeline.weights fetch --out weights
     python -m beeline.weights fetch vgg16 --out weights --downloads /media/usb
 
-The originals are pickles. Each is compared with its SHA-256 before anything else is done with it, and read with torch's
-weights_only reader, which runs none of a file's code. A folder is written weights first, config.json last.
+The originals are pickles. The SHA-256 of each is checked before it is read. It is read with torch's weights_only reader, which
+runs no code from the file. In a model folder, the weights are written first and config.json last.
 """
 
 from __future__ import annotations
@@ -45,16 +45,16 @@ Network = VGG16 | TimmBackbone | Inception | DinoV2
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Where the original file of a backbone is, and how its tensors are named."""
+    """The location of a backbone's original file, and how its tensors are named."""
 
     url: str
     sha256: str
-    """All 64 digits, or the first eight: torch.hub puts those into a file's name, and for some files no more is published."""
+    """All 64 digits, or the first eight: torch.hub puts those into file names, and some files publish no more than that."""
     licence: str
     prefix: str = ""
-    """What beeline's names of the tensors have in front of the file's."""
+    """Prefix that Beeline's tensor names have in addition to the file's."""
     lins_sha256: str = ""
-    """SHA-256 of the lpips package's linear layers that go with the network; "" for none."""
+    """SHA-256 of the lpips package's linear layers for this network; "" if there are none."""
 
 
 LPIPS_LICENCE = "BSD-2-Clause (R. Zhang et al., https://github.com/richzhang/PerceptualSimilarity)"
@@ -99,10 +99,10 @@ SOURCES: dict[str, Source] = {
 
 
 def fetch(names: Sequence[str], out: Path, downloads: Path | None = None, sources: Mapping[str, Source] = SOURCES) -> None:
-    """Write the model folder `out`/name of each backbone; no names are all of them. Folders that are complete stay as they
-    are. Originals are taken from `downloads` (by default the cache of torch.hub) or downloaded into it.
+    """Write the model folder `out`/name of each backbone; no names means all. Complete folders are kept. Originals are read
+    from `downloads` (by default the cache of torch.hub) or downloaded into it.
 
-    Raises BeelineError for unknown names, failed downloads, and originals that are not the expected files.
+    Raises BeelineError for unknown names, failed downloads, and originals with another SHA-256.
     """
     unknown = sorted(set(names) - set(sources))
     if unknown:
@@ -111,7 +111,7 @@ def fetch(names: Sequence[str], out: Path, downloads: Path | None = None, source
     for name in dict.fromkeys(names or sources):
         target = out / name
         if _complete(target):
-            print(f"{target}: complete already, left as it is")
+            print(f"{target}: already complete")
             continue
         files = convert(name, obtain(sources[name], folder), sources[name])
         write_model(files, target)
@@ -119,25 +119,25 @@ def fetch(names: Sequence[str], out: Path, downloads: Path | None = None, source
 
 
 def _complete(folder: Path) -> bool:
-    """Whether a model folder is there, with the weights that its config.json was written for. Damage is said."""
+    """Return whether a model folder exists with the weights that its config.json was written for. Prints damage."""
     if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
         return False
     try:
         config = json.loads((folder / CONFIG).read_bytes())
         expected = config.get("weights_sha256")
-        if expected is None or expected == _sha256(folder / WEIGHTS):  # folders of earlier versions have none
+        if expected is None or expected == _sha256(folder / WEIGHTS):  # folders of earlier versions lack it
             return True
-        problem = "its weights have another SHA-256"
-    except Exception as error:  # whatever is wrong with it
+        problem = "the SHA-256 of its weights does not match"
+    except Exception as error:  # damage can raise anything
         problem = reason(error)
-    print(f"{folder}: damaged ({problem}); it is made again", flush=True)
+    print(f"{folder}: damaged ({problem}); it will be made again", flush=True)
     return False
 
 
 def obtain(source: Source, downloads: Path) -> Path:
-    """The original file, checked against its SHA-256, in the downloads folder; downloaded if it is not there.
+    """Return the original file in the downloads folder, with its SHA-256 checked; download it if it is missing.
 
-    Raises BeelineError if it cannot be had or is another file. A download that fails leaves nothing behind.
+    Raises BeelineError if the download fails or the file is another one. A failed download leaves nothing behind.
     """
     file = downloads / source.url.rsplit("/", 1)[-1]
     if file.is_file():
@@ -163,21 +163,21 @@ def _download(url: str, part: Path) -> None:
     with urllib.request.urlopen(request, timeout=60) as response, open(part, "wb") as stream:
         size = int(response.headers.get("Content-Length", 0))
         print(f"{url}: {size / 1e6:,.1f} MB" if size else url, flush=True)
-        told = 0
+        reported = 0
         while block := response.read(1 << 20):
             stream.write(block)
-            if stream.tell() - told >= 64e6:
-                told = stream.tell()
-                print(f"  {told / 1e6:,.0f} MB", flush=True)
+            if stream.tell() - reported >= 64e6:
+                reported = stream.tell()
+                print(f"  {reported / 1e6:,.0f} MB", flush=True)
         if size and stream.tell() != size:
-            raise OSError(f"the connection broke off after {stream.tell():,} of {size:,} bytes")
+            raise OSError(f"the connection was lost after {stream.tell():,} of {size:,} bytes")
 
 
 def _check(file: Path, expected: str, fix: str) -> None:
-    found = _sha256(file)
-    if not found.startswith(expected):
-        more = "" if len(expected) == len(found) else "..."
-        raise BeelineError(f"{file} has SHA-256 {found}, expected {expected}{more}; nothing of it was read: {fix}")
+    digest = _sha256(file)
+    if not digest.startswith(expected):
+        more = "" if len(expected) == len(digest) else "..."
+        raise BeelineError(f"{file} has SHA-256 {digest}, expected {expected}{more}; it was not read: {fix}")
 
 
 def _sha256(file: Path) -> str:
@@ -186,16 +186,16 @@ def _sha256(file: Path) -> str:
 
 
 def read(file: Path) -> dict[str, Any]:
-    """The content of a file that torch.save wrote: tensors by name, or a dict that has them as 'model'. None of the file's
-    code is run. Raises BeelineError for any other file."""
+    """Read a file that torch.save wrote: tensors by name, or a dict that holds them as 'model'. No code from the file is run.
+    Raises BeelineError for any other file."""
     try:
-        # Training scripts leave their arguments beside the weights; a Namespace is attributes and nothing else.
+        # Training scripts store their arguments with the weights; a Namespace holds only attributes.
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # what a damaged file raises depends on the damage
-        asked = re.search(r"GLOBAL (\S+)", str(error))
-        why = f"it asks for {asked[1]}" if asked else reason(error)
-        raise BeelineError(f"{file} is not a file of tensors ({why}); it was refused and nothing of it was run") from None
+    except Exception as error:  # a damaged file can raise anything
+        requested = re.search(r"GLOBAL (\S+)", str(error))
+        why = f"it asks for {requested[1]}" if requested else reason(error)
+        raise BeelineError(f"{file} is not a file of tensors ({why}); it was refused and no code was run") from None
     tensors = content.get("model", content) if isinstance(content, Mapping) else None
     if not isinstance(tensors, Mapping):
         raise BeelineError(f"{file} holds a {type(content).__name__}; expected tensors by name")
@@ -203,7 +203,7 @@ def read(file: Path) -> dict[str, Any]:
 
 
 def convert(name: str, original: Path, source: Source) -> dict[str, bytes]:
-    """The files of a backbone's model folder, name to bytes, from its original file (see `obtain`)."""
+    """Convert a backbone's original file (see `obtain`) to the files of its model folder, name to bytes."""
     tensors = {f"{source.prefix}{key}": tensor for key, tensor in read(original).items()}
     about: dict[str, Any] = {"source": source.url, "sha256": _sha256(original), "licence": source.licence}
     if source.lins_sha256:
@@ -214,18 +214,18 @@ def convert(name: str, original: Path, source: Source) -> dict[str, bytes]:
     with reading(f"{original} does not hold the weights of {name}", "fetch it again"):
         expected = _shapes(name)
         used = {key: tensor for key, tensor in tensors.items() if key in expected and isinstance(tensor, torch.Tensor)}
-        counters = {key for key in expected if key.endswith("num_batches_tracked")}  # which older files do not have
-        asked = {key: shape for key, shape in expected.items() if key in used or key not in counters}
-        wrong = mismatch({key: tuple(tensor.shape) for key, tensor in used.items()}, asked)
+        counters = {key for key in expected if key.endswith("num_batches_tracked")}  # older files lack these
+        required = {key: shape for key, shape in expected.items() if key in used or key not in counters}
+        wrong = mismatch({key: tuple(tensor.shape) for key, tensor in used.items()}, required)
         if wrong:
             raise BeelineError(f"{original} does not hold the weights of {name}: {wrong}")
         return dump_backbone(_filled(name, used), about)
 
 
 def lpips_layers(sha256: str) -> tuple[dict[str, torch.Tensor], str]:
-    """LPIPS's channel weights as `lins.0` ..., (C_l,), and the name of their file within the installed lpips package.
+    """Read LPIPS's channel weights as `lins.0` ..., (C_l,), and return them with the name of their file in the lpips package.
 
-    Raises BeelineError if the package is not installed or its file has another SHA-256. The package is not imported.
+    Raises BeelineError if lpips is not installed or its file has another SHA-256. Does not import lpips.
     """
     spec = importlib.util.find_spec("lpips")
     name = "weights/v0.1/vgg.pth"
@@ -233,12 +233,12 @@ def lpips_layers(sha256: str) -> tuple[dict[str, torch.Tensor], str]:
     if file is None or not file.is_file():
         raise BeelineError("LPIPS's linear layers come with the lpips package, which is not installed: pip install lpips")
     _check(file, sha256, "install lpips 0.1.4 again")
-    found = read(file)
-    return {f"lins.{k}": found[f"lin{k}.model.1.weight"].reshape(-1) for k in range(len(VGG16.tap_channels))}, name
+    layers = read(file)
+    return {f"lins.{k}": layers[f"lin{k}.model.1.weight"].reshape(-1) for k in range(len(VGG16.tap_channels))}, name
 
 
 def dump_backbone(backbone: Network, about: Mapping[str, Any]) -> dict[str, bytes]:
-    """The backbone's files, name to bytes; the same model gives the same bytes. `about` is free-form provenance."""
+    """Encode the backbone as files, name to bytes; the same model gives the same bytes. `about` is free-form provenance."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in backbone.state_dict().items()}
     weights = safetensors.torch.save(tensors)
     config = {"format": FORMAT, "kind": "backbone", "network": {"name": backbone.name}}
@@ -247,20 +247,20 @@ def dump_backbone(backbone: Network, about: Mapping[str, Any]) -> dict[str, byte
 
 
 def load_backbone(files: Mapping[str, bytes], where: str) -> VGG16 | TimmBackbone:
-    """The frozen backbone, float32 and in eval mode, from its files; `where` is named in errors. No random numbers are drawn.
+    """Load a frozen backbone, float32 and in eval mode, from its files; `where` is named in errors. Draws no random numbers.
 
-    Raises BeelineError for a format or kind this version does not know, damaged files, and weights of another shape.
+    Raises BeelineError for an unknown format or kind, damaged files, and weights of other shapes.
     """
-    made = _restored(files, where, BACKBONES)
-    assert isinstance(made, VGG16 | TimmBackbone)
-    return made
+    network = _restored(files, where, BACKBONES)
+    assert isinstance(network, VGG16 | TimmBackbone)
+    return network
 
 
 def load_measuring(files: Mapping[str, bytes], where: str) -> Inception | DinoV2:
-    """As `load_backbone`, for the networks of beeline.features.measuring."""
-    made = _restored(files, where, MEASURING)
-    assert isinstance(made, Inception | DinoV2)
-    return made
+    """Load a network of beeline.features.measuring, like `load_backbone`."""
+    network = _restored(files, where, MEASURING)
+    assert isinstance(network, Inception | DinoV2)
+    return network
 
 
 def _restored(files: Mapping[str, bytes], where: str, names: Sequence[str]) -> Network:
@@ -269,15 +269,17 @@ def _restored(files: Mapping[str, bytes], where: str, names: Sequence[str]) -> N
         config = json.loads(files[CONFIG])
         tensors = safetensors.torch.load(files[WEIGHTS])
         if not isinstance(config, dict) or config.get("format") != FORMAT or config.get("kind") != "backbone":
-            found = {key: config.get(key) for key in ("format", "kind")} if isinstance(config, dict) else type(config).__name__
-            raise BeelineError(f"{where}/{CONFIG} holds {found}; this version reads format {FORMAT}, kind 'backbone'")
+            content = (
+                {key: config.get(key) for key in ("format", "kind")} if isinstance(config, dict) else type(config).__name__
+            )
+            raise BeelineError(f"{where}/{CONFIG} holds {content}; this version reads format {FORMAT}, kind 'backbone'")
         network = config.get("network")
         name: Any = network.get("name") if isinstance(network, dict) else None
         if not isinstance(name, str) or name not in names:
             raise BeelineError(f"{where}/{CONFIG} names backbone {name!r}; this version has: {', '.join(names)}")
-        digest = config.get("weights_sha256")  # folders of earlier versions have none
+        digest = config.get("weights_sha256")  # folders of earlier versions lack it
         if digest is not None and digest != hashlib.sha256(files[WEIGHTS]).hexdigest():
-            raise BeelineError(f"{where}/{WEIGHTS} is not what {CONFIG} was written for (its SHA-256 is another); {fix}")
+            raise BeelineError(f"{where}/{WEIGHTS} does not belong to {CONFIG} (its SHA-256 does not match); {fix}")
     wrong = mismatch({key: tuple(tensor.shape) for key, tensor in tensors.items()}, _shapes(name))
     if wrong:
         raise BeelineError(f"{where}: the weights do not fit {name}, which {CONFIG} names ({wrong}); {fix}")
@@ -294,15 +296,15 @@ def _shapes(name: str) -> Shapes:
 
 
 def _filled(name: str, tensors: Mapping[str, torch.Tensor]) -> Network:
-    """The network with these weights, which fit."""
-    with torch.random.fork_rng(devices=()):  # a network draws its first weights; loading must not move the caller's numbers
+    """Build the network and load these weights, whose names and shapes are known to match."""
+    with torch.random.fork_rng(devices=()):  # building draws initial weights; the caller's random state must not change
         backbone = _build(name)
     backbone.load_state_dict(tensors)
     return backbone
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     parser = argparse.ArgumentParser(prog="python -m beeline.weights", description="Pretrained backbones as model folders.")
     fetching = parser.add_subparsers(required=True, metavar="fetch").add_parser(
         "fetch", help="download, check and convert", description=f"Backbones: {', '.join(SOURCES)}."
@@ -312,7 +314,7 @@ def main() -> None:
     fetching.add_argument(
         "--downloads",
         type=local_path,
-        help="folder of the original files; what is there is not downloaded (default: torch.hub's)",
+        help="folder of the original files; existing files are not downloaded again (default: torch.hub's)",
     )
     fetch(**vars(parser.parse_args()))
 

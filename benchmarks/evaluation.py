@@ -1,12 +1,12 @@
-"""Measuring a set of images: our way against torch-fidelity's `calculate_metrics`, on the same images, weights and machine.
+"""Metrics of a set of images: Beeline against torch-fidelity's `calculate_metrics`, on the same images, weights and machine.
 
     python -m benchmarks.evaluation                        # 1,000 images against 1,000, about 6 minutes on two cores
     python -m benchmarks.evaluation --images 10000 --device cuda
 
-- whole: seconds of FID, IS, KID, precision and recall of one set against another, end to end. Inception's weights are random:
-  speed and rounding do not depend on them. The figures of both ways are compared, too.
-- looking and distance: the two parts that take the time, each by itself.
-- scaling: images/s through Ray with 1 actor and with as many as there are cores or GPUs, real images being looked at.
+- whole: seconds for FID, IS, KID, precision and recall of one set against another, end to end. Inception's weights are random,
+  because speed and rounding do not depend on them. The metrics of both are compared as well.
+- looking and distance: the two slowest parts, timed separately: computing features, and the Fréchet distance.
+- scaling: images/s through Ray with 1 actor and with one per core or GPU, while computing features of real images.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ SCALING_SHARD = 32
 
 
 class Pictures(torch.utils.data.Dataset[torch.Tensor]):
-    """uint8 images (3, 32, 32): waves of random frequencies and colours, noisy; `seed` shifts both."""
+    """uint8 images (3, 32, 32): noisy waves of random frequencies and colours; `seed` shifts both."""
 
     def __init__(self, count: int, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -66,7 +66,7 @@ class Pictures(torch.utils.data.Dataset[torch.Tensor]):
 
 
 def random_inception() -> Inception:
-    """Inception with random weights whose features neither vanish nor explode."""
+    """Build Inception with random weights whose features neither vanish nor explode."""
     torch.manual_seed(0)
     network = Inception()
     for module in network.modules():
@@ -76,16 +76,16 @@ def random_inception() -> Inception:
 
 
 def timed_once(call: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
-    """What a call returns and the seconds it took. Minutes long: not repeated."""
+    """Return the result of a call and its seconds. Not repeated, because a call takes minutes."""
     synchronize(device)
     start = time.perf_counter()
-    made = call()
+    result = call()
     synchronize(device)
-    return made, time.perf_counter() - start
+    return result, time.perf_counter() - start
 
 
 def whole(network: Inception, count: int, device: torch.device) -> dict[str, Any]:
-    """See above."""
+    """Run the benchmark "whole" (see the module's docstring), with the two slowest parts."""
     import_torchvision()
     import torch_fidelity
     from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
@@ -116,7 +116,7 @@ def whole(network: Inception, count: int, device: torch.device) -> dict[str, Any
         return measures(seen, reference, "inception", neighbours=count)
 
     features: list[np.ndarray] = []
-    found, seconds["beeline"]["whole"] = timed_once(ours, device)
+    values, seconds["beeline"]["whole"] = timed_once(ours, device)
     a, b = (torch.from_numpy(part.astype(np.float64)) for part in features)
     _, seconds["torch_fidelity"]["distance"] = timed_once(
         lambda: fid_statistics_to_metric(fid_features_to_statistics(a), fid_features_to_statistics(b), verbose=False), device
@@ -125,9 +125,9 @@ def whole(network: Inception, count: int, device: torch.device) -> dict[str, Any
         lambda: frechet_distance(Statistics.of(features[0]), Statistics.of(features[1])), device
     )
     figures = {
-        name: {"torch_fidelity": theirs[key], "beeline": found[counted(name, count)]}
+        name: {"torch_fidelity": theirs[key], "beeline": values[counted(name, count)]}
         for name, key in THEIRS.items()
-        if counted(name, count) in found
+        if counted(name, count) in values
     }
     for value in figures.values():
         value["relative_difference"] = value["beeline"] / value["torch_fidelity"] - 1
@@ -141,7 +141,7 @@ def whole(network: Inception, count: int, device: torch.device) -> dict[str, Any
 
 
 def scaling(network: Inception, count: int, actors: int, gpus: float) -> dict[str, Any]:
-    """See above; images/s between the first shard that is done and the last."""
+    """Run the benchmark "scaling": images/s between the first finished shard and the last."""
     with tempfile.TemporaryDirectory() as directory:
         place, config = Folder(directory), {"count": count, "shard_size": SCALING_SHARD}
         for name, data in dump_backbone(network, {"source": "random"}).items():
@@ -165,11 +165,13 @@ def scaling(network: Inception, count: int, actors: int, gpus: float) -> dict[st
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=1000, help="of each of the two sets")
+    parser.add_argument("--images", type=int, default=1000, help="images in each of the two sets")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--scaling-images", type=int, default=1024, help="0 leaves scaling, and Ray, out")
+    parser.add_argument(
+        "--scaling-images", type=int, default=1024, help="images for the benchmark of scaling; 0 skips it, and Ray"
+    )
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     device = torch.device(arguments.device)

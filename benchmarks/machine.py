@@ -1,4 +1,4 @@
-"""What every benchmark shares: the machine's description, its measured ceilings, fair timing, results as JSON."""
+"""Tools shared by all benchmarks: description of the machine, its measured ceilings, fair timing, results as JSON."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def describe_model(model: Denoiser, folder: Path | None) -> dict[str, Any]:
-    """The network, and which weights: those of a folder by their SHA-256, or random ones."""
+    """Describe the network and its weights: by the SHA-256 of a folder's weights, or as random."""
     weights = "random" if folder is None else f"sha256 {hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()}"
     return {"network": to_dict(model.network_config), "weights": weights}
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for the device."""
+    """Wait until the device is idle."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def timed(calls: Mapping[str, Callable[[], Any]], device: torch.device, rounds: int) -> dict[str, float]:
-    """Median seconds of each call, over `rounds` rounds in which every call runs once: drift hits all of them alike."""
+    """Measure the median seconds of each call over `rounds` rounds. Each round runs every call once, so drift affects all."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
         call()
@@ -50,9 +50,9 @@ def timed(calls: Mapping[str, Callable[[], Any]], device: torch.device, rounds: 
 
 
 def ceilings(device: torch.device, dtypes: Mapping[str, torch.dtype], rounds: int = 5) -> dict[str, float]:
-    """Best measured FLOP/s by precision: the fastest of matrix products and 3x3 convolutions of the networks' own shapes."""
+    """Measure the best FLOP/s by precision: the fastest of matrix products and 3x3 convolutions in the networks' shapes."""
     batch = 64 if device.type == "cuda" else 8
-    found = {}
+    best = {}
     for name, dtype in dtypes.items():
         square = 8192 if device.type == "cuda" else 1024
         a, b = (torch.randn(square, square, device=device, dtype=dtype) for _ in range(2))
@@ -66,12 +66,12 @@ def ceilings(device: torch.device, dtypes: Mapping[str, torch.dtype], rounds: in
             work[key] = 2.0 * batch * channels * channels * 9 * side * side
         with torch.inference_mode():
             seconds = timed(calls, device, rounds)
-        found[name] = max(work[key] / seconds[key] for key in calls)
-    return found
+        best[name] = max(work[key] / seconds[key] for key in calls)
+    return best
 
 
 def write(name: str, result: Mapping[str, Any], out: Path | None) -> None:
-    """Print the result, and keep it in `out` or results/<name>.json."""
+    """Print the result and write it to `out` or results/<name>.json."""
     path = out or RESULTS / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=2) + "\n")

@@ -1,13 +1,13 @@
-"""Making pairs through Ray against the same sampler in a plain loop on the same machine.
+"""Making pairs through Ray, compared with the same sampler in a plain loop on the same machine.
 
     python -m benchmarks.pairs                    # everything, about 20 minutes on two cores
     python -m benchmarks.pairs --only throughput  # or scaling, startup, shard, memory
 
-- throughput: one actor's pairs/s, publishing included, over those of a plain loop that publishes nothing.
-- scaling: shards/s of 1 to 32 actors whose teacher only sleeps, over the ideal: so many plain loops.
-- startup: seconds to the first shard, for few shards and for the 3,907 of 4 million ImageNet pairs.
-- shard: seconds that a shard costs beyond a plain loop that does publish; a stub teacher that returns at once.
-- memory: peak of driver and actor, from 10 thousand pairs to 10 million; a stub teacher.
+- throughput: one actor's pairs/s including publishing, divided by that of a plain loop that does not publish.
+- scaling: shards/s of 1 to 32 actors whose teacher only sleeps, divided by the ideal of as many plain loops.
+- startup: seconds to the first shard, for few shards and for the 3,907 shards of 4 million ImageNet pairs.
+- shard: additional seconds per shard over a plain loop that publishes too; the stub teacher returns at once.
+- memory: peak memory of driver and actor, from 10 thousand to 10 million pairs; with a stub teacher.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ IMAGENET_SHARDS = 3_907
 
 
 class Sleeper(nn.Module):
-    """A network that takes `seconds` and returns its input."""
+    """A network that sleeps for `seconds` and returns its input."""
 
     def __init__(self, seconds: float) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class Sleeper(nn.Module):
 
 
 def teacher(seconds: float | None) -> Denoiser:
-    """The digits' network with random weights; with `seconds`, one that sleeps so long at each evaluation."""
+    """Build the digits' network with random weights, or, with `seconds`, one that sleeps that long in each evaluation."""
     model = build(digits().teacher.network).eval()
     if seconds is not None:
         model.model = Sleeper(seconds)
@@ -66,20 +66,20 @@ def teacher(seconds: float | None) -> Denoiser:
 
 
 class Worker(PairShards):
-    """The worker of gen_pairs.py. Its rows tell its process and its peak memory, too."""
+    """The worker of gen_pairs.py. Its rows also hold its process id and its peak memory."""
 
     def work(self, k: int) -> dict[str, Any]:
-        """As PairShards."""
+        """Make a shard as PairShards does."""
         return super().work(k) | {"mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, "pid": os.getpid()}
 
 
 def pairs_config(count: int, shard_size: int, evaluations: int = 35) -> PairsConfig:
-    """Settings of a store; Heun with that many evaluations."""
+    """Return settings of a store, sampled by Heun with this number of evaluations."""
     return PairsConfig(count=count, shard_size=shard_size, batch_size=shard_size, num_steps=(evaluations + 1) // 2)
 
 
 def through_ray(config: PairsConfig, actors: int, seconds: float | None, shards: int | None = None) -> list[dict[str, Any]]:
-    """The rows of a run with `actors` actors, each with the seconds since the call at which it came back."""
+    """Run with `actors` actors. Returns the rows, each with its arrival in seconds after the call."""
     rows = []
     with tempfile.TemporaryDirectory() as directory:
         model = teacher(seconds)
@@ -96,8 +96,11 @@ def through_ray(config: PairsConfig, actors: int, seconds: float | None, shards:
 
 
 def plain_loop(config: PairsConfig, shards: int, seconds: float | None, *, publish: bool) -> float:
-    """Seconds per shard of a plain loop in this process, on one thread: not the main one, whose malloc gives memory back to
-    the system after every batch, which made the loop a tenth slower than the same loop in an actor's thread."""
+    """Measure the seconds per shard of a plain loop in this process, on one thread.
+
+    It does not use the main thread: malloc there returns memory to the system after every batch, which made the loop a tenth
+    slower than in an actor's thread.
+    """
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(_loop, config, shards, seconds, publish).result()
 
@@ -124,8 +127,8 @@ def _loop(config: PairsConfig, shards: int, seconds: float | None, publish: bool
 
 
 def rate(rows: list[dict[str, Any]]) -> float:
-    """Shards/s while all actors are at work: the sum over actors of shards between its first and its last, by the time
-    between those."""
+    """Compute shards/s while all actors work: the sum over actors of shards between the first and the last, divided by the time
+    between them."""
     published: dict[int, list[float]] = {}
     for row in rows:
         published.setdefault(row["pid"], []).append(row["published"] / 1000)
@@ -133,8 +136,8 @@ def rate(rows: list[dict[str, Any]]) -> float:
 
 
 def throughput(shards: int = 9, size: int = 256, rounds: int = 5) -> dict[str, Any]:
-    """See above; loop and Ray take turns, since machines drift by more than what is measured. The sampler's own account,
-    the share of its time in which it had work, does not drift."""
+    """Run the benchmark "throughput". Loop and Ray alternate, because machines drift by more than the difference. The share of
+    time in which the sampler is busy, by its own account, does not drift."""
     config = pairs_config(shards * size, size)
     ratios, loops, busy = [], [], []
     for _ in range(rounds):
@@ -154,30 +157,30 @@ def throughput(shards: int = 9, size: int = 256, rounds: int = 5) -> dict[str, A
 
 
 def scaling(actors: tuple[int, ...] = (1, 2, 4, 8, 16, 32), shards_each: int = 8, seconds: float = 5.0) -> list[dict[str, Any]]:
-    """See above; a shard sleeps `seconds`, a twelfth to a fortieth of what a shard should take."""
-    found = []
+    """Run the benchmark "scaling". A shard sleeps for `seconds`, a twelfth to a fortieth of the time a real shard takes."""
+    results = []
     config = pairs_config(64 * shards_each * max(actors), 64, evaluations=5)
     loop = plain_loop(config, 2, seconds / 5, publish=False)
     for n in actors:
         rows = through_ray(pairs_config(64 * shards_each * n, 64, evaluations=5), n, seconds / 5)
         done = rate(rows)
-        found.append({"actors": n, "shards_per_s": done, "ideal": n / loop, "share": done * loop / n})
-        print(f"scaling: {n} actors, {done:.2f} shards/s, {found[-1]['share']:.3f} of ideal", flush=True)
-    return found
+        results.append({"actors": n, "shards_per_s": done, "ideal": n / loop, "share": done * loop / n})
+        print(f"scaling: {n} actors, {done:.2f} shards/s, {results[-1]['share']:.3f} of ideal", flush=True)
+    return results
 
 
 def startup() -> list[dict[str, Any]]:
-    """See above, with Ray already up."""
-    found = []
+    """Run the benchmark "startup", with Ray already running."""
+    results = []
     for shards in (1, 100, IMAGENET_SHARDS):
         rows = through_ray(pairs_config(16 * shards, 16, evaluations=1), 1, 0.0, shards=1)
-        found.append({"shards": shards, "seconds_to_the_first": rows[0]["at"]})
+        results.append({"shards": shards, "seconds_to_the_first": rows[0]["at"]})
         print(f"startup: {shards} shards, the first after {rows[0]['at']:.1f} s", flush=True)
-    return found
+    return results
 
 
 def shard(shards: int = 300) -> dict[str, float]:
-    """See above."""
+    """Run the benchmark "shard"."""
     config = pairs_config(16 * shards, 16, evaluations=1)
     loop = plain_loop(config, shards, 0.0, publish=True)
     ours = 1 / rate(through_ray(config, 1, 0.0))
@@ -186,16 +189,17 @@ def shard(shards: int = 300) -> dict[str, float]:
 
 
 def memory(counts: tuple[int, ...]) -> list[dict[str, float]]:
-    """See above: peaks so far, in rising order of counts. The stub samples 1x8x8 images in shards of 8,192."""
-    found = []
+    """Run the benchmark "memory": peaks so far, in increasing order of counts. The stub makes 1x8x8 images in shards of
+    8,192."""
+    results = []
     for count in counts:
         rows = through_ray(pairs_config(count, 8192, evaluations=1), 1, 0.0)
         driver = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        found.append(
+        results.append(
             {"pairs": count, "driver_mb": driver, "actor_mb": max(row["mb"] for row in rows), "seconds": rows[-1]["at"]}
         )
-        print(f"memory: {count:,} pairs, driver {driver:.0f} MB, actor {found[-1]['actor_mb']:.0f} MB", flush=True)
-    return found
+        print(f"memory: {count:,} pairs, driver {driver:.0f} MB, actor {results[-1]['actor_mb']:.0f} MB", flush=True)
+    return results
 
 
 def main() -> None:
@@ -203,8 +207,14 @@ def main() -> None:
         description="Making pairs through Ray.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--only", nargs="+", choices=KINDS, default=list(KINDS))
-    parser.add_argument("--counts", type=int, nargs="+", default=[10_000, 100_000, 1_000_000, 10_000_000], help="of memory")
-    parser.add_argument("--out", type=Path, help="a folder for the results, instead of results/")
+    parser.add_argument(
+        "--counts",
+        type=int,
+        nargs="+",
+        default=[10_000, 100_000, 1_000_000, 10_000_000],
+        help="numbers of pairs for the benchmark of memory",
+    )
+    parser.add_argument("--out", type=Path, help="folder for the results, instead of results/")
     arguments = parser.parse_args()
     ray.init(address="local", num_cpus=4, include_dashboard=False, object_store_memory=300 * 2**20, logging_level=logging.ERROR)
     kinds = {

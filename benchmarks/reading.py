@@ -1,10 +1,10 @@
-"""Reading pairs back for training against plain pyarrow: the same shards, the same machine, one after the other.
+"""Reading pairs for training, compared with plain pyarrow on the same shards and machine.
 
     python -m benchmarks.reading                               # on the local disk
-    python -m benchmarks.reading --folder s3://bucket/reading  # on object storage; AWS_* as everywhere
+    python -m benchmarks.reading --folder s3://bucket/reading  # on object storage; set the usual AWS_* variables
 
-Plain pyarrow reads shard after shard into arrays, in order, and that is all. The reader shuffles, checks every page, makes
-x0 anew and hands out float32 batches. What x0 costs by itself stands beside it: at 3x32x32 it is most of the work.
+Plain pyarrow only reads shard after shard into arrays, in order. The reader shuffles, verifies every page, draws the noise
+again and returns float32 batches. Drawing the noise is also timed alone: at 3x32x32 it is most of the work.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from pipeline.storage import Folder
 
 
 def fill(folder: Folder, plan: dict[str, Any], shape: tuple[int, ...], dtype: str) -> None:
-    """A store of random images; shards that are there are kept."""
-    config, there = plan["pairs"], folder.sizes()
+    """Write a store of random images; existing shards are kept."""
+    config, files = plan["pairs"], folder.sizes()
     for k in range(shard_count(config["count"], config["shard_size"])):
         rows = shard_rows(k, config["shard_size"], config["count"])
-        if shard_name(k) not in there:
+        if shard_name(k) not in files:
             noise = unit_noise(config["seed"], rows, shape)
             data = encode("x1", (noise / 4).astype(dtype), np.zeros(len(rows), np.int32), rows, plan, x0_crc32=crc32(noise))
             folder.write(shard_name(k), data)
 
 
 def plain(folder: Folder, config: dict[str, Any]) -> None:
-    """pyarrow, a shard after the other, into arrays."""
+    """Read one shard after another into arrays, with pyarrow."""
     filesystem, path = folder.arrow()
     for k in range(shard_count(config["count"], config["shard_size"])):
         table = pq.read_table(f"{path}/{shard_name(k)}", filesystem=filesystem)
@@ -48,21 +48,21 @@ def plain(folder: Folder, config: dict[str, Any]) -> None:
 
 
 def through_reader(folder: Folder, config: dict[str, Any], batch: int, epoch: int) -> None:
-    """One epoch of batches from a fresh reader."""
+    """Read one epoch of batches with a new reader."""
     reader = ShardReader(folder, config, seed=epoch)
     for start in range(0, config["count"], batch):
         reader.batch(start, batch)
 
 
 def noise_alone(config: dict[str, Any], shape: tuple[int, ...], batch: int) -> None:
-    """x0 of every pair, in batches."""
+    """Draw the noise of every pair, in batches."""
     for start in range(0, config["count"], batch):
         unit_noise(config["seed"], range(start, start + batch), shape)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Reading pairs.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--folder", help="where the store is made, and left; a temporary one if not given")
+    parser.add_argument("--folder", help="folder of the store, which is kept; default: a temporary one")
     parser.add_argument("--count", type=int, default=65_536)
     parser.add_argument("--shard-size", type=int, default=4096)
     parser.add_argument("--shape", type=int, nargs=3, default=[3, 32, 32])

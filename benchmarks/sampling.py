@@ -1,10 +1,10 @@
-"""Sampling speed of each policy (beeline/sampling/inference.py) against the plain path, and what it does to the images.
+"""Sampling speed of each policy (beeline/sampling/inference.py) against a plain baseline, and the error in the images.
 
     python -m benchmarks.sampling                                  # EDM's CIFAR-10 network, random weights
-    python -m benchmarks.sampling --model runs/digits/teacher      # a trained network: what precision really costs
+    python -m benchmarks.sampling --model runs/digits/teacher      # a trained network, for the true error of low precision
 
-The plain path is the network as EDM wrote it down: eager, float32, NCHW, attention by einsum. Errors are those of images
-after 18 Heun steps against float64 throughout, as RMS and as the share of uint8 pixels that change, with their tail.
+The baseline is the network as in EDM's code: eager, float32, NCHW, attention by einsum. Errors are those of images
+after 18 Heun steps against float64 throughout, as RMS and as the share of changed uint8 pixels, with their tail.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ CIFAR10 = NetworkConfig(
 
 
 class PlainBlock(UNetBlock):
-    """A U-Net block whose attention is written out, as in EDM's code base."""
+    """A U-Net block with explicit attention, as in EDM's code base."""
 
     def _attend(self, x: torch.Tensor) -> torch.Tensor:
         batch, channels, height, width = x.shape
@@ -48,16 +48,16 @@ class PlainBlock(UNetBlock):
 
 
 def plain(model: Denoiser) -> Denoiser:
-    """A copy that runs as the baseline does."""
-    made = copy.deepcopy(model)
-    for module in made.modules():
+    """Return a copy that runs like the baseline."""
+    baseline = copy.deepcopy(model)
+    for module in baseline.modules():
         if isinstance(module, UNetBlock):
             module.__class__ = PlainBlock
-    return made
+    return baseline
 
 
 def exact(model: Denoiser, noise: torch.Tensor, labels: torch.Tensor | None, num_steps: int) -> torch.Tensor:
-    """Heun with network, preconditioning and state in float64."""
+    """Sample by Heun with network, preconditioning and state in float64."""
     network, sd = copy.deepcopy(model.model).double(), model.sigma_data
     one_hot = None if labels is None else torch.nn.functional.one_hot(labels, model.label_dim).double()
     sigmas = [*edm_sigmas(num_steps).tolist(), 0.0]
@@ -79,12 +79,12 @@ def exact(model: Denoiser, noise: torch.Tensor, labels: torch.Tensor | None, num
 
 
 def quantized(images: torch.Tensor) -> torch.Tensor:
-    """As uint8 would be written, kept signed for differences."""
+    """Quantise to the uint8 values that would be saved, as signed integers for differences."""
     return (images.double() * 127.5 + 128).clamp(0, 255).floor().to(torch.int16)
 
 
 def errors(images: torch.Tensor, reference: torch.Tensor) -> dict[str, float]:
-    """Against the float64 reference: RMS, the worst pixel, the share of uint8 pixels changed and the largest change."""
+    """Compare with the float64 reference: RMS, the worst pixel, the share of changed uint8 pixels and the largest change."""
     difference = (images.double() - reference).abs()
     levels = (quantized(images) - quantized(reference)).abs()
     return {
@@ -100,12 +100,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description="Sampling speed by policy.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--model", type=Path, help="a teacher's folder; left out: EDM's CIFAR-10 network with random weights")
-    parser.add_argument("--batch-size", type=int, default=0, help="0: 8 on a CPU, 256 on a GPU")
-    parser.add_argument("--images", type=int, default=0, help="images whose error is measured; 0: 4 on a CPU, 64 on a GPU")
+    parser.add_argument("--model", type=Path, help="folder of a teacher; default: EDM's CIFAR-10 network with random weights")
+    parser.add_argument("--batch-size", type=int, default=0, help="0 means 8 on a CPU, 256 on a GPU")
+    parser.add_argument("--images", type=int, default=0, help="images whose error is measured; 0 means 4 on a CPU, 64 on a GPU")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--no-compile", action="store_true")
-    parser.add_argument("--out", type=Path, help="JSON file; default in benchmarks/results")
+    parser.add_argument("--out", type=Path, help="JSON file; default: in benchmarks/results")
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     gpu = device.type == "cuda"
@@ -115,7 +115,7 @@ def main() -> None:
         model = beeline.load(arguments.model).to(device)
     else:
         model = build(CIFAR10).eval().requires_grad_(False)
-        for parameter in model.parameters():  # far from the zero start of the output layers, which would hide errors
+        for parameter in model.parameters():  # the zero initialisation of the output layers would hide errors
             if parameter.ndim > 1:
                 parameter.normal_(0, parameter[0].numel() ** -0.5)
         model = model.to(device)
@@ -146,12 +146,12 @@ def main() -> None:
         reference = exact(model, noise, few, 18)
         for name, make in policies.items():
             start = time.perf_counter()
-            made = make()
-            calls[name] = lambda made=made: made(x, sigma, labels)
+            policy = make()
+            calls[name] = lambda policy=policy: policy(x, sigma, labels)
             calls[name]()
             first = time.perf_counter() - start
             images = [
-                solve(made, part, None if few is None else few[k * batch_size :][: len(part)], solver="heun", num_steps=18)
+                solve(policy, part, None if few is None else few[k * batch_size :][: len(part)], solver="heun", num_steps=18)
                 for k, part in enumerate(noise.split(batch_size))
             ]
             rows[name] = {"first_call_s": round(first, 1), "error": errors(torch.cat(images), reference)}

@@ -2,8 +2,8 @@
 
     python -m benchmarks.solvers runs/digits/teacher
 
-Errors are RMS over pixels, in [-1, 1] units, against Heun with 128 steps, on noises that the calibration has not seen.
-Euler and Heun run on EDM's levels down to 0; the others, as is usual for them, down to sigma_min, and return the denoised
+Errors are RMS over pixels, in [-1, 1] units, against Heun with 128 steps, on noise that the calibration does not use.
+Euler and Heun run on EDM's levels down to 0. The others, as is usual for them, stop at sigma_min and return the denoised
 image there.
 """
 
@@ -31,7 +31,8 @@ from benchmarks.machine import describe, describe_model, write
 def dpm_solver(
     model: Denoiser, noise: torch.Tensor, labels: torch.Tensor | None, levels: Sequence[float], order: int
 ) -> torch.Tensor:
-    """DPM-Solver++ multistep in data prediction, without noise (Lu et al. 2022, algorithm 2 and appendix B), order 2 or 3."""
+    """Sample by multistep DPM-Solver++ in data prediction, without noise, order 2 or 3 (Lu et al. 2022, algorithm 2, app.
+    B)."""
     x, history = noise.double() * levels[0], []
     for n, sigma in enumerate(levels):
         denoised = model(x.float(), torch.full((len(x),), sigma, device=x.device), labels).double()
@@ -61,7 +62,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description="Error by evaluations.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("folder", type=Path, help="a teacher's folder")
+    parser.add_argument("folder", type=Path, help="folder of a teacher")
     parser.add_argument("--evaluations", type=int, nargs="+", default=[6, 8, 10, 12, 14, 16, 20])
     parser.add_argument("--heun-steps", type=int, nargs="+", default=[8, 10, 12, 14, 18, 24])
     parser.add_argument("--noises", type=int, default=32)
@@ -82,7 +83,7 @@ def main() -> None:
 
     for steps in arguments.heun_steps:
         record("heun", 2 * steps - 1, bench.heun(steps))
-    found = uniform_levels(arguments.evaluations[0])
+    calibrated = uniform_levels(arguments.evaluations[0])
     for count in arguments.evaluations:
         schedules = {"rho 7": edm_sigmas(count).tolist(), "log": uniform_levels(count).tolist()}
         solvers: dict[str, Callable[..., torch.Tensor]] = {
@@ -97,8 +98,8 @@ def main() -> None:
             record(name, count, Errors.of(bench.run(solver), bench.reference))
         for name, levels in schedules.items():
             record(f"adams, {name}", count, bench.adams(levels))
-        found, trained = search(lambda tried: seen.adams(tried).rms, refined(found, count), arguments.trials, 0)
-        record("adams, calibrated", count, bench.adams(found.tolist()), levels=found.tolist(), search_rms=trained)
+        calibrated, trained = search(lambda tried: seen.adams(tried).rms, refined(calibrated, count), arguments.trials, 0)
+        record("adams, calibrated", count, bench.adams(calibrated.tolist()), levels=calibrated.tolist(), search_rms=trained)
     write(
         f"solvers-{arguments.folder.resolve().parent.name}",
         {

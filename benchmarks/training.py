@@ -1,11 +1,11 @@
-"""Training speed of each phase by policy, against the plain version, and where a step spends its time.
+"""Training speed of each phase by policy, against a plain baseline, and the time of each part of a step.
 
     python -m benchmarks.training                       # EDM's CIFAR-10 network and the paper's losses, random weights
     python -m benchmarks.training --phases adversarial --no-compile
 
-A step is all of it: student, losses, discriminator, both optimisers, both averages. The plain version is eager, float32 and
-NCHW. Parts are timed by themselves, forward and backward; "second look" is what it would cost besides if the discriminator's
-step looked at the generated images anew, as projected GANs are published, instead of sharing the generator's look.
+A step includes the student, losses, discriminator, both optimisers and both averages. The baseline is eager, float32 and NCHW.
+Parts are timed separately, forward and backward. "second look" is the additional cost if the discriminator's step computed the
+features of the generated images again, as in published projected GANs, instead of sharing those of the generator's step.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ POLICIES: dict[str, dict[str, Any]] = {
 
 
 class Step:
-    """A training step on a fixed batch: what trainers/student.py does, without data and ranks. `config` has precision and
-    compilation; `as_written` leaves layout, attention and frozen networks as they are in PyTorch."""
+    """A training step on a fixed batch, like trainers/student.py but without data loading and ranks. `config` sets precision
+    and compilation; `as_written` keeps PyTorch's layout, attention and frozen networks."""
 
     def __init__(
         self,
@@ -68,7 +68,7 @@ class Step:
         self.begin(phase)
 
     def begin(self, phase: PhaseConfig) -> None:
-        """Make the objective of `phase`, its critic and the optimisers."""
+        """Build the objective of `phase`, its critic and the optimisers."""
         config, self.phase = self.config, phase
         assert isinstance(phase.objective, LinesMatchingConfig)
         self.lines = phase.objective
@@ -94,12 +94,12 @@ class Step:
             self.critic = Learner(critic, self.lines.discriminator.optimizer, precision=config.precision)
 
     def __call__(self, batch: Batch, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        """One step; the objective's figures, and whether it was skipped."""
+        """Run one step; return the objective's figures, and whether the step was skipped."""
         figures = self.objective.backward(self.student, self.critic, batch, generator)
         return figures | {"skipped": torch.tensor(self.update())}
 
     def update(self) -> float:
-        """Optimisers and averages; 1 where gradients were not finite."""
+        """Update weights and averages; return 1 if gradients were not finite."""
         skipped = 0.0
         for learner in (self.student, self.critic):
             if learner is not None:
@@ -110,7 +110,7 @@ class Step:
         return skipped
 
     def state_dict(self) -> dict[str, Any]:
-        """As a checkpoint of the trainer holds it."""
+        """Return the state as the trainer's checkpoint holds it."""
         return {
             "number": self.number,
             "student": self.student.state_dict(),
@@ -119,7 +119,7 @@ class Step:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The inverse of `state_dict`."""
+        """Invert `state_dict`."""
         self.number = state["number"]
         self.student.load_state_dict(state["student"])
         for average, weights in zip(self.averages, state["averages"], strict=True):
@@ -128,7 +128,7 @@ class Step:
             self.critic.load_state_dict(state["critic"])
 
     def parts(self, batch: Batch, generator: torch.Generator) -> dict[str, Callable[[], Any]]:
-        """The parts of the step by themselves, forward and backward."""
+        """Return the parts of the step as separate calls, forward and backward."""
         x1, noise, real, labels = batch.x1, batch.noise, batch.real, batch.labels
         assert x1 is not None
         assert noise is not None
@@ -141,10 +141,10 @@ class Step:
         def loss() -> None:
             distance(self.lines, self.context)(x1.clone().requires_grad_(), x1).mean().backward()
 
-        found = {"student": student, "distance": loss, "optimisers and averages": self.update}
+        parts = {"student": student, "distance": loss, "optimisers and averages": self.update}
         critic, own = self.critic, self.objective.discriminator
         if critic is None or own is None:
-            return found
+            return parts
 
         def look(images: torch.Tensor) -> list[list[torch.Tensor]]:
             with critic.autocast():
@@ -154,33 +154,33 @@ class Step:
             fake = look(x1.clone().requires_grad_())
             adversarial.hinge_generator(critic.frozen(fake, labels)).backward()
             with torch.no_grad():
-                seen = look(real)
-            of_fake = critic([[part.detach() for part in parts] for parts in fake], labels)
-            adversarial.hinge_discriminator(critic(seen, labels), of_fake).backward()
+                real_looks = look(real)
+            fake_logits = critic([[part.detach() for part in parts] for parts in fake], labels)
+            adversarial.hinge_discriminator(critic(real_looks, labels), fake_logits).backward()
 
         def second_look() -> None:
             fake = look(x1.clone().requires_grad_())
             torch.stack([part.float().mean() for parts in fake for part in parts]).sum().backward()
 
-        return found | {"discriminator": discriminator, "second look": second_look}
+        return parts | {"discriminator": discriminator, "second look": second_look}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description="Training speed by policy.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--batch-size", type=int, default=0, help="0: 4 on a CPU, 64 on a GPU")
+    parser.add_argument("--batch-size", type=int, default=0, help="0 means 4 on a CPU, 64 on a GPU")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--phases", nargs="+", default=["reconstruction", "adversarial"])
     parser.add_argument("--no-compile", action="store_true")
-    parser.add_argument("--out", type=Path, help="JSON file; default in benchmarks/results")
+    parser.add_argument("--out", type=Path, help="JSON file; default: in benchmarks/results")
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     size = arguments.batch_size or (64 if device.type == "cuda" else 4)
     config = cifar10().main
     torch.manual_seed(0)
     model = build(CIFAR10).to(device)
-    for parameter in model.parameters():  # far from the zero start of the output layers
+    for parameter in model.parameters():  # the zero initialisation of the output layers would hide errors
         if parameter.ndim > 1:
             nn.init.normal_(parameter, 0, parameter[0].numel() ** -0.5)
     networks = {name: build_backbone(name).to(device) for name in BACKBONES}

@@ -1,11 +1,11 @@
-"""Every stage of a recipe at its full size for a few steps, shards and rows: what fails, how fast the rest is, what it holds.
+"""Run every stage of a recipe at full size for a few steps, shards and rows: finds failures, speeds and memory use.
 
     python cluster/rehearse.py cifar10 --workspace s3://bucket/cifar10
     python cluster/rehearse.py cifar10 --workspace runs/cifar10 --cpu --ranks 2 --weights random
 
-Networks, ranks, precision, compilation, feature networks and storage are those of the recipe. All of it goes to
-<workspace>/rehearsal, a workspace of its own that each rehearsal starts afresh; of the real one, teacher and weights are read.
-estimate.py takes its speeds from rehearsal/rehearsal.json.
+Networks, ranks, precision, compilation, feature networks and storage are those of the recipe. All output goes to
+<workspace>/rehearsal, a separate workspace that each rehearsal empties first. From the real workspace it reads only the teacher
+and the weights. estimate.py takes its speeds from rehearsal/rehearsal.json.
 """
 
 from __future__ import annotations
@@ -63,12 +63,12 @@ def rehearse(
 
     Args:
         workspace: Local folder or s3://bucket/prefix. Only its folder rehearsal/ is written.
-        cpu: Without GPUs: ranks talk by gloo, fp32, nothing is compiled, batches are tiny.
-        ranks: Training processes, in place of every training's workers.count; 0 leaves those.
-        weights: "random" stands in for pretrained networks that <workspace>/weights lacks.
+        cpu: Run without GPUs: gloo, fp32, no compilation, tiny batches.
+        ranks: Training processes, instead of every training's workers.count; 0 keeps those.
+        weights: "random" replaces pretrained networks missing in <workspace>/weights by random ones.
     """
     if ranks < 0:
-        raise BeelineError(f"--ranks is {ranks}; expected the number of training processes, or 0 for those of the recipe")
+        raise BeelineError(f"--ranks is {ranks}; expected a number of training processes, or 0 for those of the recipe")
     there, small = Workspace(workspace, recipe), shrunk(recipe, cpu=cpu, ranks=ranks)
     check_recipe(recipe)
     if there.trouble:
@@ -78,7 +78,7 @@ def rehearse(
     print(f"rehearsal: {recipe.name} in {here}{', which is emptied first' if again else ''}", flush=True)
     if cpu:
         print(
-            f"rehearsal: on CPUs: gloo, fp32, nothing compiled, {CPU_BATCH} images a batch and rank; no GPU's speed", flush=True
+            f"rehearsal: on CPUs: gloo, fp32, no compilation, {CPU_BATCH} images per batch and rank; no GPU speeds", flush=True
         )
     rehearsal = Rehearsal(there, here, small, mode="cpu" if cpu else "full")
     for step in all_steps(there, here, small, rehearsal.works, random=weights == "random"):
@@ -87,15 +87,15 @@ def rehearse(
 
 
 def all_steps(there: Workspace, here: Folder, recipe: Recipe, works: Callable[[str], bool], *, random: bool) -> Iterator[Step]:
-    """Those of run_pipeline.py, a check of the pairs, and a resumed training. Students are measured together, those that
-    `works` says there are."""
+    """List the steps of run_pipeline.py, plus a check of the pairs and a resumed training. Students are measured together; only
+    those that `works` confirms."""
     yield from substitutes.pretrained(there, here, recipe, random=random)
     main, given = student_folder(recipe.main.name), substitutes.teacher(there, here)
     for step in steps(here.uri, recipe):
         if step.name == EVALUATION:
-            found = models(recipe)
-            students = {name: schedules for name, schedules in found.items() if name != TEACHER and works(made_by(name))}
-            yield evaluation(here.uri, recipe, {TEACHER: found[TEACHER]}, f"{EVALUATION}/{TEACHER}")
+            schedules_of = models(recipe)
+            students = {name: schedules for name, schedules in schedules_of.items() if name != TEACHER and works(made_by(name))}
+            yield evaluation(here.uri, recipe, {TEACHER: schedules_of[TEACHER]}, f"{EVALUATION}/{TEACHER}")
             if students:
                 yield evaluation(here.uri, recipe, students, f"{EVALUATION}/{STUDENTS}")
             continue
@@ -108,21 +108,21 @@ def all_steps(there: Workspace, here: Folder, recipe: Recipe, works: Callable[[s
 
 
 def resume(folder: Folder, train: Callable[[], Any]) -> str:
-    """Train on from the last checkpoint, as if the run had been killed after it. Returns whether the same weights come out."""
+    """Resume training from the last checkpoint, as if the run had been killed after it. Returns whether the weights match."""
     saved, log, before = checkpoints.steps(folder), read_log(folder), folder.read(WEIGHTS)
     if not saved:
-        raise BeelineError(f"{folder} has no checkpoint to go on from")
+        raise BeelineError(f"{folder} has no checkpoint to resume from")
     folder.remove(SUCCESS)
     train()
     kept = [row for row in log if row[STEP] <= saved[-1]]
     if read_log(folder)[: len(kept)] != kept:
-        raise BeelineError(f"{folder} was trained from its start, not from its checkpoint of step {saved[-1]}")
+        raise BeelineError(f"{folder} was trained from the start, not from its checkpoint of step {saved[-1]}")
     same = folder.read(WEIGHTS) == before
     return f"from step {saved[-1]}, {'the same weights to the last bit' if same else 'not the same weights to the last bit'}"
 
 
 class Rehearsal:
-    """What has been tried so far, in rehearsal.json from the first step on."""
+    """Results of the rehearsal so far; rehearsal.json is written from the first step on."""
 
     def __init__(self, there: Workspace, here: Folder, recipe: Recipe, *, mode: str) -> None:
         self.there, self.here, self.recipe = there, here, recipe
@@ -138,19 +138,19 @@ class Rehearsal:
         self.memory = Memory()
 
     def attempt(self, step: Step) -> None:
-        """Run a step unless what it needs has failed; note what it took, and print its line."""
+        """Run a step unless a step it depends on has failed; record the result and print its line."""
         missing = [name for name in step.after if not self.works(name)]
-        trouble = f"not tried, for want of {', '.join(missing)}" if missing else self._no_room(step.name)
-        begun, note = time.monotonic(), ""
+        trouble = f"not tried, because it needs {', '.join(missing)}" if missing else self._no_room(step.name)
+        start, note = time.monotonic(), ""
         row = Outcome(stage=step.name, ok=not trouble, reason=trouble)
         if not trouble:
             self.memory.begin()
             try:
                 note = step.run() or ""
-            except Exception as error:  # whatever a stage raises is its line, and not the end of the others
+            except Exception as error:  # the error becomes this stage's line; other stages still run
                 cause = reason(error).replace(str(self.here / "weights"), str(self.there.place / "weights"))
                 row = replace(row, ok=False, reason=cause)
-            seconds, peak = time.monotonic() - begun, self.memory.end()
+            seconds, peak = time.monotonic() - start, self.memory.end()
             row = replace(row, seconds=round(seconds, 2), peak_mb=peak.process, gpu_mb=peak.gpu, note=note)
             if row.ok:
                 row = with_figures(row, step.folders or (step.name,), Workspace(self.here.uri, self.recipe))
@@ -160,11 +160,11 @@ class Rehearsal:
         gc.collect()
 
     def works(self, stage: str) -> bool:
-        """Whether a stage has not failed so far."""
+        """Return whether a stage has not failed so far."""
         return all(row.ok for row in self.rows if row.stage == stage)
 
     def _no_room(self, name: str) -> str:
-        """Why the cluster could never run the stage, or ""."""
+        """Return why the cluster could never run the stage, or ""."""
         asked = [need for need in self.asked if name == need.stage or name.startswith(f"{need.stage}/")]
         lines = [line for need in asked if (line := room(need, self.around)).fix]
         return f"{lines[0].found}. {lines[0].fix}" if lines else ""
@@ -177,8 +177,8 @@ class Rehearsal:
         print(f"\nrehearsal of {self.recipe.name}, {self.here}/{RECORD}", flush=True)
         for row in self.rows:
             print(text(row, width), flush=True)
-        if made := self._substitutes():
-            print(f"stand-ins: {'; '.join(f'{stage}: {what}' for stage, what in made.items())}", flush=True)
+        if replaced := self._substitutes():
+            print(f"substitutes: {'; '.join(f'{stage}: {what}' for stage, what in replaced.items())}", flush=True)
         failed = [row.stage for row in self.rows if not row.ok]
         if failed:
             raise BeelineError(f"{len(failed)} of {len(self.rows)} stages do not work yet: {', '.join(failed)}")
@@ -192,28 +192,28 @@ class Rehearsal:
 
 
 def machine(around: Surroundings, gpus: float) -> dict[str, Any]:
-    """A machine of the cluster that has GPUs, where `gpus` of them are asked for."""
+    """Describe a machine of the cluster, one with GPUs if `gpus` are requested."""
     able = gpus > 0 and any(node.gpus > 0 for node in [*around.nodes, *around.promised])
     remote = ray.remote(num_cpus=0, num_gpus=min(1.0, gpus) if able else 0, max_calls=1)(describe)
     return ray.get(remote.options(name="describe").remote(torch.device("cuda" if able else "cpu")))
 
 
 def clear(here: Folder) -> bool:
-    """Remove what an earlier rehearsal left; whether there was one. Raises BeelineError for anything else."""
+    """Remove an earlier rehearsal; return whether there was one. Raises BeelineError for any other content."""
     files, folders = here.sizes(), here.folders()
     if not files and not folders:
         return False
     record = here.read_json(RECORD)
     if not isinstance(record, dict) or "stages" not in record:
         raise BeelineError(
-            f"{here} holds {', '.join([*folders, *files][:3])} and no {RECORD}: no rehearsal made it, and nothing was removed. "
+            f"{here} holds {', '.join([*folders, *files][:3])} but no {RECORD}, so no rehearsal made it; nothing was removed. "
             "Move it away"
         )
     if here.is_local:
         for path in Path(here.uri).iterdir():
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
-            elif path.name != RECORD:  # it says whose all this is, to the end
+            elif path.name != RECORD:  # removed last, because it marks the folder as a rehearsal
                 path.unlink()
     else:
         _remove(here, keep=RECORD)

@@ -1,10 +1,10 @@
-"""Tells Ray that this machine is about to be taken back: Ray itself listens for no cloud's notice.
+"""Tell Ray that this machine is about to be taken back; Ray itself does not listen for any cloud's notice.
 
-    python cluster/spot_notice.py             # beside the worker on an AWS spot machine: waits for the notice
-    python cluster/spot_notice.py --now 100   # the preStop hook of a Kubernetes pod: it has 100 s left
+    python cluster/spot_notice.py             # next to the worker on an AWS spot machine: waits for the notice
+    python cluster/spot_notice.py --now 100   # the preStop hook of a Kubernetes pod with 100 s left
 
-A node that is drained gets no new work, and training writes a checkpoint at that very step and goes on elsewhere.
-Rebalance recommendations are ignored: most machines that get one live on for hours.
+A drained node gets no new work. Training writes a checkpoint at the current step and continues elsewhere. Rebalance
+recommendations are ignored, because most machines that get one live on for hours.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ DIRECTLY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 def read_metadata(imds: str, path: str) -> str | None:
-    """An item of the machine's metadata, None where there is none. Raises OSError without an answer."""
-    asked = urllib.request.Request(
+    """Read an item of the machine's metadata; None if it does not exist. Raises OSError without an answer."""
+    request = urllib.request.Request(
         f"{imds}/latest/api/token", method="PUT", headers={"X-aws-ec2-metadata-token-ttl-seconds": "60"}
     )
-    with DIRECTLY.open(asked, timeout=2) as answer:
+    with DIRECTLY.open(request, timeout=2) as answer:
         token = answer.read().decode()
     item = urllib.request.Request(f"{imds}/latest/meta-data/{path}", headers={"X-aws-ec2-metadata-token": token})
     try:
@@ -44,19 +44,19 @@ def read_metadata(imds: str, path: str) -> str | None:
 
 
 def seconds_left(notice: str, margin: float) -> int:
-    """Whole seconds until `margin` before the time that a spot/instance-action names, at least 1."""
+    """Return the whole seconds until `margin` before the time in a spot/instance-action notice, at least 1."""
     end = datetime.datetime.fromisoformat(json.loads(notice)["time"])
     return max(1, int((end - datetime.datetime.now(datetime.UTC)).total_seconds() - margin))
 
 
 def own_nodes(address: str, ip: str) -> list[str]:
-    """The hex ids of the living Ray nodes with this machine's address: one, or none once it has left."""
+    """Return the hex ids of live Ray nodes with this machine's address: one, or none once it has left."""
     nodes = GcsClient(address=address).get_all_node_info(timeout=10, state_filter=GcsNodeInfo.GcsNodeState.ALIVE)
     return [node.node_id.hex() for node in nodes.values() if node.node_manager_address == ip]
 
 
 def drain(address: str, ip: str, seconds: int) -> None:
-    """Drain this machine's node. Raises RuntimeError where that is refused or the node is not found."""
+    """Drain this machine's node. Raises RuntimeError if that is refused or the node is not found."""
     nodes = own_nodes(address, ip)
     if len(nodes) != 1:
         raise RuntimeError(f"{len(nodes)} Ray nodes have the address {ip}; expected one")
@@ -70,8 +70,8 @@ def drain(address: str, ip: str, seconds: int) -> None:
 
 
 def watch(imds: str, address: str, ip: str, interval: float, margin: float) -> None:
-    """Wait for the notice and drain; what fails is said and tried again, for the worker must not suffer by it."""
-    trouble = None
+    """Wait for the notice and drain. Failures are printed and retried, so that they never affect the worker."""
+    last_error = None
     while True:
         try:
             if read_metadata(imds, "instance-life-cycle") == "on-demand":
@@ -82,16 +82,16 @@ def watch(imds: str, address: str, ip: str, interval: float, margin: float) -> N
                 say(f"notice: {notice}")
                 drain(address, ip, seconds_left(notice, margin))
                 return
-            trouble = None
+            last_error = None
         except Exception as error:
-            if str(error) != trouble:  # the same one every few seconds would fill the disk
-                trouble = str(error)
+            if str(error) != last_error:  # the same message every few seconds would fill the disk
+                last_error = str(error)
                 say(f"{type(error).__name__}: {error}; trying again")
         time.sleep(interval)
 
 
 def leave(address: str, ip: str, seconds: int) -> None:
-    """Drain now, and return when the node has left, or when its time is over. An idle one may have left before."""
+    """Drain now, and return when the node has left or its time is over. An idle node may have left already."""
     end = time.monotonic() + seconds
     if own_nodes(address, ip):
         drain(address, ip, seconds)
@@ -100,24 +100,24 @@ def leave(address: str, ip: str, seconds: int) -> None:
 
 
 def say(message: str) -> None:
-    """A line of the log, with the time."""
+    """Print a line with the time."""
     print(f"{datetime.datetime.now().isoformat(' ', 'seconds')} {message}", flush=True)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The options, of the command line unless others are given."""
+    """Parse the options from the command line, or from `arguments`."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--now", type=int, metavar="SECONDS", help="drain at once, and wait until the node has left")
-    parser.add_argument("--address", help="the head, HOST:PORT; otherwise RAY_ADDRESS, or that of this machine's node")
-    parser.add_argument("--node-ip", help="this node's address, where it was chosen by hand")
-    parser.add_argument("--interval", type=float, default=5, help="seconds between looks, 5 as AWS recommends")
-    parser.add_argument("--margin", type=float, default=15, help="seconds before the true end that Ray is told")
+    parser.add_argument("--address", help="HOST:PORT of the head; default: RAY_ADDRESS, or that of this machine's node")
+    parser.add_argument("--node-ip", help="this node's address, if it was set manually")
+    parser.add_argument("--interval", type=float, default=5, help="seconds between checks; AWS recommends 5")
+    parser.add_argument("--margin", type=float, default=15, help="seconds before the true end at which Ray expects the end")
     parser.add_argument("--imds", default=IMDS, help="base URL of the metadata service")
     return parser.parse_args(arguments)
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     options = parse()
     address = services.canonicalize_bootstrap_address_or_die(options.address)
     ip = options.node_ip or services.get_node_ip_address(address)

@@ -1,4 +1,4 @@
-"""The steps of a recipe in order, each a call of a stage's own function. run_pipeline.py runs them, rehearse.py tries them, and
+"""Steps of a recipe in order, each a call of a stage's function. run_pipeline.py runs them, rehearse.py tries them, and
 estimate.py follows their order."""
 
 from __future__ import annotations
@@ -29,33 +29,33 @@ from trainers.trials import can_vary, trials_of
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Step:
-    """A call of a stage. `after` are the steps whose results it reads."""
+    """One call of a stage. `after` lists the steps whose results it reads."""
 
     name: str
-    """The folder that it writes."""
+    """The folder that the step writes."""
     folders: tuple[str, ...] = ()
-    """The folders with a `_SUCCESS`, where `name` is not one."""
+    """Folders with a `_SUCCESS`, if they differ from `name`."""
     run: Callable[[], str | None]
-    """Returns a note, or None."""
+    """Runs the step; returns a note for the report, or None."""
     after: tuple[str, ...] = ()
     side_by_side: bool = False
-    """It may run at the same time as its neighbours that say so."""
+    """Whether the step may run in parallel with neighbouring steps that allow it too."""
 
 
 def steps(workspace: str, recipe: Recipe) -> Iterator[Step]:
-    """All steps, in order."""
+    """List all steps of a recipe."""
     name, main = recipe.name, recipe.main
 
-    def step(folder: str, call: Callable[..., Any], *arguments: object, after: tuple[str, ...], together: bool = False) -> Step:
+    def step(folder: str, call: Callable[..., Any], *arguments: object, after: tuple[str, ...], parallel: bool = False) -> Step:
         run = functools.partial(call, workspace, name, *arguments)
-        return Step(name=folder, run=run, after=tuple(dict.fromkeys(after)), side_by_side=together)
+        return Step(name=folder, run=run, after=tuple(dict.fromkeys(after)), side_by_side=parallel)
 
     yield step(IMAGES, ingest_images, recipe.images, after=())
     yield step(PROBE, train_probes, recipe.probe, after=(IMAGES,))
     yield step(TEACHER, train_teacher, recipe.teacher, after=(IMAGES,))
     yield step(PAIRS, gen_pairs, recipe.pairs, after=(TEACHER,))
     for student in recipe.students.values():
-        yield step(student_folder(student.name), train_lmm, student, after=_inputs(student), together=student != main)
+        yield step(student_folder(student.name), train_lmm, student, after=_inputs(student), parallel=student != main)
     after = (IMAGES, PROBE, PAIRS, made_by(recipe.sweep.init))
     if can_vary(main):
         yield step(f"{SWEEPS}/{recipe.sweep.name}", sweep_lmm, recipe.sweep, main, recipe.evaluate, after=after)
@@ -63,14 +63,14 @@ def steps(workspace: str, recipe: Recipe) -> Iterator[Step]:
     yield Step(name="report", run=functools.partial(report, workspace, name))
 
 
-def evaluation(workspace: str, recipe: Recipe, found: Mapping[str, tuple[str, ...]], name: str = EVALUATION) -> Step:
-    """The measurement of models, at these step schedules, by one pool."""
+def evaluation(workspace: str, recipe: Recipe, schedules: Mapping[str, tuple[str, ...]], name: str = EVALUATION) -> Step:
+    """Build the step that measures models at these step schedules, in one pool."""
     probes = (PROBE,) if set(recipe.evaluate.features) & PROBES.keys() else ()
     return Step(
         name=name,
-        run=functools.partial(measure, workspace, recipe.name, recipe.evaluate, found),
-        after=tuple(dict.fromkeys((IMAGES, *probes, *map(made_by, found)))),
-        folders=tuple(f"{EVALUATION}/{model}" for model in found),
+        run=functools.partial(measure, workspace, recipe.name, recipe.evaluate, schedules),
+        after=tuple(dict.fromkeys((IMAGES, *probes, *map(made_by, schedules)))),
+        folders=tuple(f"{EVALUATION}/{model}" for model in schedules),
     )
 
 
@@ -79,8 +79,8 @@ def check_recipe(recipe: Recipe) -> None:
     images, network = recipe.images, recipe.teacher.network
     if (images.resolution, images.channels) != (network.img_resolution, network.img_channels):
         raise BeelineError(
-            f"images has {images.channels} channels at {images.resolution} pixels, teacher.network {network.img_channels} at "
-            f"{network.img_resolution}. Make the two agree"
+            f"images has {images.channels} channels at {images.resolution} pixels, but teacher.network has "
+            f"{network.img_channels} at {network.img_resolution}. Make the two agree"
         )
     check_teacher(recipe.teacher)
     for student in recipe.students.values():
@@ -99,13 +99,13 @@ def check_recipe(recipe: Recipe) -> None:
 
 
 def models(recipe: Recipe) -> dict[str, tuple[str, ...]]:
-    """The models to measure, and the step schedules of each student: several where it takes any level."""
-    students = [found for student in recipe.students.values() for found in student.models().items()]
+    """Return the models to measure, and the step schedules of each student: several if it accepts any level."""
+    students = [model for student in recipe.students.values() for model in student.models().items()]
     return {TEACHER: recipe.evaluate.steps} | {folder: _schedules(recipe, phase) for folder, phase in students}
 
 
 def needed_weights(recipe: Recipe) -> list[str]:
-    """The pretrained networks that losses, discriminators and measurements look through, in the order of their first use."""
+    """The pretrained networks of losses, discriminators and measurements, in the order of their first use."""
     trials = trials_of(recipe.sweep, recipe.main) if can_vary(recipe.main) else {}
     names = [name for student in (*recipe.students.values(), *trials.values()) for name in student.needs().features]
     names += [*recipe.evaluate.features, *([recipe.sweep.features] if trials else [])]
@@ -118,12 +118,12 @@ def _schedules(recipe: Recipe, phase: PhaseConfig) -> tuple[str, ...]:
 
 
 def _inputs(student: StudentConfig) -> tuple[str, ...]:
-    """The steps whose results a student is trained on."""
+    """Return the steps whose results the training of a student reads."""
     needs = student.needs()
     read = {IMAGES: needs.images, PROBE: "probe" in needs.features, PAIRS: needs.pairs}
     return (*(name for name, wanted in read.items() if wanted), *map(made_by, (*needs.models, student.init)))
 
 
 def made_by(model: str) -> str:
-    """The step that makes the model in folder `model`: teacher, students/<name>, students/<name>/reconstruction."""
+    """Return the step that makes the model in folder `model`: teacher, students/<name>, students/<name>/reconstruction."""
     return "/".join(model.split("/")[:2])

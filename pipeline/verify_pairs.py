@@ -131,7 +131,9 @@ def verify_pairs(workspace: str, recipe: tyro.conf.Suppress[str], verify: Verify
         raise BeelineError(
             f"{folder} holds no pairs; make them with: python pipeline/gen_pairs.py {recipe} --workspace {place}"
         )
-    with reading(f"{folder}/{PLAN} was changed or damaged", f"move {folder} away and make it again, or restore the file"):
+    with reading(
+        f"{folder}/{PLAN} is not as its stage writes it", f"move {folder} away and make it again, or restore the file"
+    ):
         config = from_dict(PairsConfig, plan["pairs"])
     shards = range(shard_count(config.count, config.shard_size))
     arguments = {

@@ -1,4 +1,4 @@
-"""A page in headless Chromium, driven through the DevTools protocol, for tests of what people open."""
+"""A page in headless Chromium, driven through the DevTools protocol, for tests of pages that users open."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ START, ANSWER = 40.0, 20.0  # seconds
 
 
 def find() -> str | None:
-    """The path of a Chromium, None where there is none."""
+    """Find the path of a Chromium; None if there is none."""
     return next((path for name in NAMES if (path := shutil.which(name))), None)
 
 
 class Page:
-    """One tab. `errors` are what the console complained of, `requests` the addresses that were asked for."""
+    """One tab. `errors` lists the console's complaints, `requests` the requested addresses."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, socket: aiohttp.ClientWebSocketResponse) -> None:
         self._loop, self._socket, self._number = loop, socket, 0
@@ -38,7 +38,7 @@ class Page:
             self.call(f"{domain}.enable")
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
-        """A command of the protocol and its answer; events that come before it are noted."""
+        """Send a command of the protocol and return its answer; record events that arrive before it."""
         return self._loop.run_until_complete(asyncio.wait_for(self._call(method, parameters), ANSWER))
 
     async def _call(self, method: str, parameters: dict[str, Any]) -> dict[str, Any]:
@@ -63,7 +63,7 @@ class Page:
             self.requests.append(told["request"]["url"])
 
     def open(self, url: str) -> None:
-        """Go there and wait until everything is loaded."""
+        """Open an address and wait until everything is loaded."""
         self._events.clear()
         self.call("Page.navigate", url=url)
         deadline = time.monotonic() + ANSWER
@@ -72,21 +72,21 @@ class Page:
             self.value("0")
 
     def value(self, expression: str) -> Any:
-        """What a JavaScript expression, a promise too, comes to."""
+        """Evaluate a JavaScript expression, awaiting promises."""
         done = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in done, done["exceptionDetails"]
         return done["result"].get("value")
 
     def size(self, width: int, height: int, *, phone: bool = False) -> None:
-        """Of the window, in CSS pixels."""
+        """Set the size of the window, in CSS pixels."""
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=phone)
 
     def scheme(self, name: str) -> None:
-        """What the reader prefers: "light" or "dark"."""
+        """Set the reader's preferred colour scheme: "light" or "dark"."""
         self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": name}])
 
     def click(self, selector: str) -> None:
-        """In the middle of the first element that matches, which is scrolled to before."""
+        """Scroll to the first matching element and click its centre."""
         where = self.value(
             f"(() => {{ const e = document.querySelector({selector!r});"
             " e.scrollIntoView({block: 'center', behavior: 'instant'});"
@@ -96,20 +96,20 @@ class Page:
             self.call("Input.dispatchMouseEvent", type=kind, x=where[0], y=where[1], button="left", clickCount=1)
 
     def press(self, key: str) -> None:
-        """A key by its name, as "Escape"."""
+        """Press a key by its name, such as "Escape"."""
         code = {"Escape": 27, "Enter": 13, "ArrowRight": 39, "ArrowLeft": 37, "Tab": 9}[key]
         text = {"text": "\r"} if key == "Enter" else {}
         self.call("Input.dispatchKeyEvent", type="keyDown", key=key, code=key, windowsVirtualKeyCode=code, **text)
         self.call("Input.dispatchKeyEvent", type="keyUp", key=key, code=key, windowsVirtualKeyCode=code)
 
     def picture(self, *, whole: bool = False) -> bytes:
-        """A PNG of what is in sight, or of the whole page."""
+        """Return a PNG of the visible part, or of the whole page."""
         return base64.b64decode(self.call("Page.captureScreenshot", captureBeyondViewport=whole)["data"])
 
 
 @contextlib.contextmanager
 def browser(path: str) -> Iterator[Page]:
-    """The Chromium at `path` with a profile of its own, and its one tab; both are gone afterwards."""
+    """Start the Chromium at `path` with a separate profile and one tab; both are removed afterwards."""
     with tempfile.TemporaryDirectory(prefix="bl-browser", ignore_cleanup_errors=True) as profile:
         command = [
             path, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",

@@ -1,4 +1,4 @@
-"""Colour images made up on the spot: a zip in EDM's layout, with labels."""
+"""Generated colour images: a zip in EDM's layout, with labels."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from PIL import Image
 
 
 def colour_zip(path: Path, *, resolution: int, classes: int, count: int) -> Path:
-    """`count` smooth PNGs of `resolution` pixels in folders of EDM's names, each class around a colour of its own."""
+    """Write `count` smooth PNGs of `resolution` pixels in folders with EDM's names; each class has its own colour."""
     chance = np.random.default_rng(0)
     colours = chance.integers(0, 256, (classes, 3))
     labels = []

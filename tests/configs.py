@@ -1,4 +1,4 @@
-"""Configs from what JSON says of them."""
+"""Restore configs from JSON."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from beeline.objectives import ObjectiveConfig
 
 
 def restored(config: Any) -> Any:
-    """`config` from its JSON."""
+    """Restore `config` from its JSON."""
     return from_dict(type(config), with_objectives(config, json.loads(json.dumps(to_dict(config)))))
 
 
 def with_objectives(config: Any, values: dict[str, Any]) -> dict[str, Any]:
-    """`values`, those of `config`, as `from_dict` takes them: JSON names the classes of objectives, and reading it loads none,
-    so theirs are made here."""
+    """Convert `values`, those of `config`, to the form that `from_dict` expects: JSON only names the classes of objectives, so
+    they are built here."""
     if isinstance(config, Recipe):
         students = {name: with_objectives(student, values["students"][name]) for name, student in config.students.items()}
         return values | {"students": students}

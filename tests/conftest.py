@@ -1,5 +1,5 @@
-"""What the tests run against: one Ray head for the whole session, an S3 server behind a proxy that injects faults, a small
-trained workspace. All on loopback; commands run as their users run them: as processes."""
+"""Session fixtures: one Ray head, an S3 server behind a proxy that injects faults, and a small trained workspace. All run on
+loopback, and commands run as processes, like those of users."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from pipeline.storage import Folder
 
 
 def pytest_configure() -> None:
-    """Every Ray of the tests asks for a token, as a user's would, and every command has it. Commands take Ctrl-C, also where a
-    shell runs the tests in the background."""
+    """Make every Ray of the tests require a token, and give it to every command. Commands handle Ctrl-C even if a shell runs
+    the tests in the background."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
 
 @pytest.fixture(scope="session")
 def head() -> Iterator[Head]:
-    """A head node with 4 logical CPUs and a dashboard, ended by its process id."""
+    """Start a head node with 4 logical CPUs and a dashboard; end it by its process id."""
     address, dashboard = f"127.0.0.1:{free_port()}", free_port()
     with tempfile.TemporaryDirectory(prefix="bl", dir="/tmp", ignore_cleanup_errors=True) as folder:
         command = [
@@ -70,7 +70,7 @@ def head() -> Iterator[Head]:
 
 @pytest.fixture(scope="session")
 def run(head: Head) -> Run:
-    """Run a command of the project on the session's Ray; `ok=False` where it is meant to fail."""
+    """Run a command of the project on the session's Ray; with `ok=False` it must fail."""
 
     def call(
         script: str, *arguments: str, ok: bool = True, timeout: int = 600, cwd: Path = ROOT
@@ -115,7 +115,7 @@ def proxy(server: S3) -> Iterator[FaultProxy]:
 
 @pytest.fixture
 def bucket(proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[Folder]:
-    """A prefix of its own for each test, as this process sees it through the proxy."""
+    """A separate prefix for each test, as this process sees it through the proxy."""
     for name, value in proxy.s3.variables().items():
         monkeypatch.setenv(name, value)
     forget()

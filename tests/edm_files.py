@@ -1,4 +1,4 @@
-"""Files in the layout of EDM's releases, made here: random weights, and source code that must never run."""
+"""Files in the layout of EDM's releases, with random weights and with source code that must never run."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ NETWORKS = {
 
 @contextlib.contextmanager
 def edm_names() -> Iterator[types.SimpleNamespace]:
-    """The names that a released pickle refers to, importable while a test writes one."""
+    """Make the names in a released pickle importable while a test writes one."""
     persistence, util = types.ModuleType("torch_utils.persistence"), types.ModuleType("dnnlib.util")
     exec("def _reconstruct_persistent_obj(meta): raise SystemExit('the hook was run')", persistence.__dict__)
     exec("class EasyDict(dict): pass", util.__dict__)
@@ -65,7 +65,7 @@ class Persistent:
 
 
 def persistent(edm: Any, module: nn.Module, class_name: str, **attributes: Any) -> Any:
-    """A module in released layout; nn.ModuleDict stays what it is."""
+    """Convert a module to the released layout; nn.ModuleDict is kept."""
     if isinstance(module, nn.ModuleDict):
         plain = nn.ModuleDict()
         plain.__dict__["_modules"] = OrderedDict(
@@ -88,7 +88,7 @@ def persistent(edm: Any, module: nn.Module, class_name: str, **attributes: Any) 
 
 
 def network(kind: str, label_dim: int, sizes: dict[str, Any]) -> tuple[Any, Any]:
-    """A denoiser with random weights and the keyword arguments that EDM would record for its network."""
+    """Build a denoiser with random weights, and the keyword arguments that EDM would record for its network."""
     _, extra = NETWORKS[kind]
     recorded = {**sizes, **extra}
     arguments = {
@@ -114,8 +114,8 @@ def released(
     sizes: dict[str, Any] = SMALL,
     **changes: Any,
 ) -> tuple[bytes, Any]:
-    """The bytes of a file in released layout, and the model whose weights it holds. `edit` changes the network before it is
-    written: a parameter's attribute `stand_in`, if it has one, is written in its place. `changes` are recorded arguments."""
+    """Return the bytes of a file in the released layout, and the model whose weights it holds. `edit` changes the network
+    before it is written; a parameter's attribute `stand_in` is written in its place. `changes` are recorded arguments."""
     model, recorded = network(kind, classes, sizes)
     if edit:
         edit(model.model)
@@ -158,7 +158,7 @@ class Call:
 
 
 def tensor(elements: int, shape: tuple[int, ...], stride: tuple[int, ...], offset: int = 0) -> Call:
-    """A tensor of any shape over a storage of `elements` zeros."""
+    """Build a tensor of any shape over a storage of `elements` zeros."""
     storage = torch.zeros(elements)._typed_storage()
     return Call(
         torch._utils._rebuild_tensor_v2,  # pyright: ignore[reportAttributeAccessIssue]

@@ -37,7 +37,7 @@ _device_of = torch._C.TensorBase.device.__get__  # pyright: ignore[reportAttribu
 
 
 class _Marks:
-    """The storages on the GPU. A weak reference keeps an address from being used again, so that no mark goes stale."""
+    """The storages on the GPU. A weak reference prevents an address from being reused, so that no mark goes stale."""
 
     def __init__(self) -> None:
         self.refs: dict[int, StorageWeakRef] = {}
@@ -89,7 +89,7 @@ class _Mode(TorchDispatchMode):
 
 
 class _Generator(torch.Generator):
-    """A CPU's generator that says whose it was asked for."""
+    """A CPU generator that remembers the device it was requested for."""
 
     said: torch.device
 
@@ -104,7 +104,7 @@ class _Generator(torch.Generator):
 
 
 class _Autocast(torch.autocast):
-    """The CPU's, whatever the device."""
+    """The CPU's autocast, whatever the device."""
 
     def __init__(self, device_type: str, *args: Any, **kwargs: Any) -> None:
         super().__init__("cpu", *args, **kwargs)
@@ -115,7 +115,7 @@ def _is_gpu(device: Any) -> bool:
 
 
 def _moves(arguments: Any, options: dict[str, Any]) -> Any:
-    """The device among the arguments of Tensor.to, or None."""
+    """Return the device among the arguments of Tensor.to, or None."""
     candidates = [*arguments, options.get("device"), options.get("other")]
     for one in candidates:
         if isinstance(one, torch.Tensor):
@@ -127,7 +127,7 @@ def _moves(arguments: Any, options: dict[str, Any]) -> Any:
 
 @contextlib.contextmanager
 def fake_cuda() -> Iterator[torch.device]:
-    """A GPU for the block: the machine's own, or a fake one."""
+    """Provide a GPU for the block: the machine's own, or a fake one."""
     if torch.cuda.is_available():
         yield GPU
         return
@@ -135,7 +135,7 @@ def fake_cuda() -> Iterator[torch.device]:
     mode = _Mode(marks)
 
     def place(tensor: torch.Tensor, device: Any) -> torch.Tensor:
-        """A copy on the device, connected to `tensor` for gradients."""
+        """Copy to the device, connected to `tensor` for gradients."""
         made = tensor.clone(memory_format=torch.preserve_format)  # a copy of a GPU's tensor is on the GPU, so:
         marks.refs.pop(made.untyped_storage()._cdata, None)
         return marks.add(made) if _is_gpu(device) else made

@@ -1,4 +1,4 @@
-"""What tests of the commands share: the settings that make them small, the Ray head they run on, and waiting."""
+"""Tools for tests of commands: settings that make them small, the Ray head they run on, and waiting."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ TINY_PAIRS = [
 
 
 def free_port() -> int:
-    """A port of loopback that nobody uses right now."""
+    """Return a free port on loopback."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -61,7 +61,7 @@ def free_port() -> int:
 
 @dataclasses.dataclass
 class Head:
-    """A Ray head node in a process of its own."""
+    """A Ray head node in a separate process."""
 
     address: str
     dashboard: str
@@ -69,11 +69,11 @@ class Head:
     process: subprocess.Popen[bytes]
 
     def environment(self) -> dict[str, str]:
-        """What a command needs to join it."""
+        """Return the environment that a command needs to join the head."""
         return {**os.environ, "RAY_ADDRESS": self.address, "PYTHONUNBUFFERED": "1"}
 
     def job(self, command: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-        """`ray job COMMAND`, with the head's token."""
+        """Run `ray job COMMAND` with the head's token."""
         ray = Path(sys.executable).parent / "ray"
         environment = {key: value for key, value in self.environment().items() if key != "RAY_ADDRESS"}
         return subprocess.run(
@@ -82,17 +82,17 @@ class Head:
         )  # fmt: skip
 
     def submit(self, *entrypoint: str | Path, options: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
-        """`ray job submit` of a command of the project, as documented."""
+        """Run `ray job submit` with a command of the project, as documented."""
         return self.job("submit", "--working-dir", ".", *options, "--", sys.executable, *map(str, entrypoint))
 
     def workers(self, name: str) -> list[psutil.Process]:
-        """The processes of this head's actors whose title has `name` in it: its raylet is their parent."""
+        """List the processes of this head's actors with `name` in their title; its raylet is their parent."""
         named = [p for p in psutil.process_iter() if name in _title(p)]
         return [p for p in named if (parent := p.parent()) and self.folder in _title(parent)]
 
     def left_over(self) -> tuple[list[str], list[str]]:
-        """Placement groups and classes of actors that are still there, by the State API. Ray Data's services, one each for the
-        cluster, are no command's."""
+        """List placement groups and classes of actors that still exist, by the State API. Ray Data's services, one each per
+        cluster, belong to no command."""
         program = (
             "import json; from ray.util.state import list_actors, list_placement_groups; "
             "groups = [g.placement_group_id for g in list_placement_groups() if g.state != 'REMOVED']; "
@@ -104,12 +104,12 @@ class Head:
         return groups, [name for name in actors if not name.startswith("_") and name != "ActorLocationTracker"]
 
     def session(self) -> str:
-        """Ray's name for this head's session."""
+        """Return Ray's name for this head's session."""
         return (Path(self.folder) / "session_latest").resolve().name
 
     def series(self) -> list[tuple[str, dict[str, str], float]]:
-        """This head's Prometheus series: names, labels and values. Of two heads on a machine the second has no port left for
-        its dashboard's own series, and would hand out the first one's."""
+        """Read this head's Prometheus series: names, labels and values. The second head on a machine has no port for its
+        dashboard's own series, and would return the first one's."""
         discovery, session = Path(self.folder) / "prom_metrics_service_discovery.json", self.session()
         found = []
         for target in json.loads(discovery.read_text())[0]["targets"] if discovery.exists() else []:
@@ -123,7 +123,7 @@ class Head:
         return found
 
     def metrics(self) -> dict[str, float]:
-        """The sums of those series, over their labels."""
+        """Sum those series over their labels."""
         sums: dict[str, float] = {}
         for name, _, value in self.series():
             sums[name] = sums.get(name, 0.0) + value
@@ -141,7 +141,7 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def files(folder: Path, pattern: str) -> dict[str, bytes]:
-    """Names and contents of the files of a folder that match."""
+    """Return names and contents of matching files in a folder."""
     return {path.name: path.read_bytes() for path in sorted(folder.glob(pattern))}
 
 
@@ -149,7 +149,7 @@ LOOPBACK = {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
 
 
 def listening(processes: list[psutil.Process]) -> set[str]:
-    """The addresses at which processes listen."""
+    """List the addresses at which processes listen."""
     found = set()
     for process in processes:
         try:
@@ -168,12 +168,12 @@ def wait_for(condition: Callable[[], bool], seconds: float, what: str) -> None:
 
 
 class Parsed(Exception):
-    """A command's options were understood; nothing of it was run."""
+    """Raised once a command's options are parsed, before anything runs."""
 
 
 def parse_command(words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have ["python", "pipeline/gen_pairs.py", "digits", ...], or ["python", "-m", "beeline.weights", ...], parsed by itself in
-    this process, and by no more. Raises AssertionError if it is not a command of the project, or does not know its options."""
+    """Parse ["python", "pipeline/gen_pairs.py", "digits", ...] or ["python", "-m", "beeline.weights", ...] in this process,
+    without running it. Raises AssertionError if it is not a command of the project, or if it refuses its options."""
     cli, parse_args = tyro.cli, argparse.ArgumentParser.parse_args
 
     def stopped(call: Callable[..., Any], *arguments: Any, **options: Any) -> None:

@@ -1,4 +1,4 @@
-"""Workspaces as the commands leave them, without the work: what tests of the report show and judge."""
+"""Workspaces as the commands leave them, written without the work, for tests of the report."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Way = tuple[str, int, list[int] | None]
 
 
 def finished(place: Folder, name: str, plan: Mapping[str, Any], files: Mapping[str, bytes], **facts: Any) -> None:
-    """A finished stage with these files; `facts` are those of its _SUCCESS."""
+    """Write a finished stage with these files; `facts` go into its _SUCCESS."""
     stage = Stage(place, name, plan)
     assert stage.begin()
     for file, data in files.items():
@@ -35,7 +35,7 @@ def finished(place: Folder, name: str, plan: Mapping[str, Any], files: Mapping[s
 
 
 def figures(model: str, ways: Sequence[Way], metrics: Sequence[str]) -> list[dict[str, Any]]:
-    """Rows of metrics.json with means that are nowhere else."""
+    """Return rows of metrics.json with unique means."""
     made = []
     for k, (label, nfe, steps) in enumerate(ways):
         for j, metric in enumerate(metrics):
@@ -50,7 +50,7 @@ def figures(model: str, ways: Sequence[Way], metrics: Sequence[str]) -> list[dic
 
 
 def measure(place: Folder, model: str, ways: Sequence[Way], metrics: Sequence[str] = DIGITS, **provenance: Any) -> None:
-    """evaluation/<model> as evaluate.py leaves it."""
+    """Write evaluation/<model> as evaluate.py leaves it."""
     curve = [0.5, 0.1, 0.02, 0.0]
     straight = {"sigmas": LEVELS, "values": curve, "own": curve, "speed": curve[::-1], "pairs": 256}
     means = {"mean": 0.155, "own_mean": 0.155, "speed_mean": 0.155}
@@ -70,7 +70,7 @@ def measure(place: Folder, model: str, ways: Sequence[Way], metrics: Sequence[st
 
 
 def trained(place: Folder, name: str, config: StudentConfig, loss: str = "lines") -> None:
-    """students/<name> as train_lmm.py leaves it, without weights; `loss` is its objective's figure."""
+    """Write students/<name> as train_lmm.py leaves it, without weights; `loss` is its objective's figure."""
     phases = list(config.running)
     log = [{"step": step, "phase": 0.0, loss: 1 / step, "skipped": 0, "data_wait": 0.01, "seconds": step} for step in (5, 10)]
     configs = {phase: json.dumps({"format": 1, "kind": "denoiser", "about": config.record(phase)}).encode() for phase in phases}
@@ -81,7 +81,7 @@ def trained(place: Folder, name: str, config: StudentConfig, loss: str = "lines"
 
 
 def with_pairs(place: Folder, **facts: Any) -> None:
-    """pairs/ as gen_pairs.py leaves it, without shards."""
+    """Write pairs/ as gen_pairs.py leaves it, without shards."""
     manifest = Manifest(place / "pairs", {0: 10})
     manifest.add({"shard": 0, "pairs": 2500, "bytes": 10, "sampling_seconds": 34.5})
     manifest.publish()
@@ -89,7 +89,7 @@ def with_pairs(place: Folder, **facts: Any) -> None:
 
 
 def with_sweep(place: Folder) -> None:
-    """sweeps/sot as sweep_lmm.py leaves it, without trials."""
+    """Write sweeps/sot as sweep_lmm.py leaves it, without trials."""
     first = {"trial": 0, "steps": "0", "nfe": 1, "lr": 1e-4, "ema_half_life": 50.0, "step": 40, "fd_probe_losses": 0.09}
     first |= {"stopped": False, "metric": "fd_probe_losses_1797", "distance": 0.082, "std": 0.003}
     stopped = {"trial": 1, "lr": 1e-3, "step": 20, "stopped": True, "metric": None, "distance": None, "std": None}
@@ -99,7 +99,7 @@ def with_sweep(place: Folder) -> None:
 
 
 def made(name: str, ways: Sequence[Way], metrics: Sequence[str], config: StudentConfig | None = None) -> Model:
-    """A model with those figures, trained with `config`."""
+    """Build a model with those figures, trained with `config`."""
     rows = tuple(
         Figure(**{**row, "steps": tuple(row["steps"]) if row["steps"] else None, "draws": tuple(row["draws"])})
         for row in figures(name, ways, metrics)

@@ -1,4 +1,4 @@
-"""Methods of one's own, in small: what an objective may ask of the trainer, and what it may keep."""
+"""Small custom methods that use everything an objective may request from the trainer and keep between steps."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class ConsistencyConfig(ObjectiveConfig):
 
 
 class Consistency(Objective):
-    """One Euler step of the teacher's ODE between two levels."""
+    """Runs one Euler step of the teacher's ODE between two levels."""
 
     def __init__(self, config: ConsistencyConfig, context: Context) -> None:
         self.decay, self.teacher, self.target = config.decay, context.models["teacher"], copy.deepcopy(context.average)
@@ -98,7 +98,7 @@ class MatchingConfig(ObjectiveConfig):
 
 
 class Matching(Objective):
-    """The difference of two scores at one level."""
+    """Uses the difference of two scores at one level."""
 
     def __init__(self, config: MatchingConfig, context: Context) -> None:
         self.every, self.teacher = config.every, context.models["teacher"]
@@ -137,7 +137,7 @@ class Matching(Objective):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class JumpConfig(ObjectiveConfig):
-    """Pairs, and a student that takes the level at which a jump ends: here always 0."""
+    """Pairs, and a student that takes the level at which a jump ends, here always 0."""
 
     def needs(self) -> Needs:
         return Needs(pairs=True, second_level=True)
@@ -153,7 +153,7 @@ class JumpConfig(ObjectiveConfig):
 
 
 class Jump(Objective):
-    """The end of a jump from pure noise."""
+    """Predicts the end of a jump from pure noise."""
 
     def backward(
         self, student: Learner, critic: Learner | None, batch: Batch, generator: torch.Generator

@@ -1,7 +1,7 @@
-"""Damaged and hostile files for the tests of readers: seeded mutations of good ones, and a watch over what reading them does.
+"""Damaged and hostile files for tests of readers: seeded mutations of good files, and a watch over the effects of reading them.
 
-A reader that is given any bytes returns a result or raises BeelineError. It runs no code of the file, opens nothing for
-writing and stays within its memory. BEELINE_FUZZ=20 tries twenty times as many mutations as continuous integration does.
+A reader returns a result or raises BeelineError for any bytes. It runs no code of the file, opens nothing for writing and stays
+within its memory limit. BEELINE_FUZZ=20 tries twenty times as many mutations as continuous integration.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ WORDS = (b"null", b"true", b"[]", b"{}", b"-1", b"1e999", b"NaN", b'""', b'"x"',
 
 
 def mutated(data: bytes, rng: random.Random) -> bytes:
-    """A copy of `data` with one to four changes, each of a kind drawn from below."""
+    """Return a copy of `data` with one to four changes, each of a kind drawn from below."""
     for _ in range(rng.choice((1, 1, 1, 2, 4))):
         data = rng.choice(KINDS)(data, rng) if data else rng.randbytes(rng.randrange(16))
     return data
@@ -58,7 +58,7 @@ def _byte(data: bytes, rng: random.Random) -> bytes:
 
 
 def _number(data: bytes, rng: random.Random) -> bytes:
-    """A length or count, 1 to 8 bytes of either order, becomes an extreme one."""
+    """Replace a length or count, 1 to 8 bytes of either order, by an extreme one."""
     size = rng.choice((1, 2, 4, 8))
     at, value = rng.randrange(len(data)), rng.choice(NUMBERS) % (1 << 8 * size)
     return data[:at] + value.to_bytes(size, rng.choice(("little", "big"))) + data[at + size :]
@@ -84,7 +84,7 @@ def _insert(data: bytes, rng: random.Random) -> bytes:
 
 
 def _digits(data: bytes, rng: random.Random) -> bytes:
-    """A number or word in text becomes another one."""
+    """Replace a number or word in text by another one."""
     words = list(re.finditer(rb"-?\d+|null|true|false|\"[^\"]{0,30}\"", data))
     if not words:
         return _byte(data, rng)
@@ -98,7 +98,7 @@ KINDS = (_flip, _flip, _byte, _number, _number, _cut, _remove, _repeat, _insert,
 
 
 def mutated_value(value: Any, rng: random.Random) -> Any:
-    """A copy of a JSON value in which one entry, drawn at any depth, has another value or type, or is gone or doubled."""
+    """Copy a JSON value; one entry, drawn at any depth, gets another value or type, or is removed or doubled."""
     value = json.loads(json.dumps(value))
     places: list[tuple[Any, Any]] = []
 
@@ -128,7 +128,7 @@ def mutated_value(value: Any, rng: random.Random) -> Any:
 
 
 def mutated_json(value: Any, rng: random.Random) -> bytes:
-    """The text of a mutated value, or the mutated text of a value, or one that is nested too deeply."""
+    """Return the text of a mutated value, the mutated text of a value, or a text that is nested too deeply."""
     if rng.random() < 0.01:
         depth = rng.choice((100, 2000, 100_000))
         return b"[" * depth + b"]" * depth
@@ -138,7 +138,7 @@ def mutated_json(value: Any, rng: random.Random) -> bytes:
 
 
 def safetensors(header: Any, data: bytes) -> bytes:
-    """A safetensors file with this header, right or wrong."""
+    """Build a safetensors file with this header, right or wrong."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return struct.pack("<Q", len(text)) + text + data
 
@@ -156,13 +156,13 @@ OPCODES = (
 
 
 def pickle_parts(data: bytes) -> list[bytes]:
-    """The opcodes of a pickle, each with its argument."""
+    """List the opcodes of a pickle, each with its argument."""
     starts = [int(position or 0) for _, _, position in pickletools.genops(data)]
     return [data[start:end] for start, end in itertools.pairwise([*starts, len(data)])]
 
 
 def mutated_parts(parts: list[bytes], rng: random.Random) -> bytes:
-    """A pickle in which one to three opcodes are gone, doubled, exchanged, changed, or others."""
+    """Return a pickle with one to three opcodes removed, doubled, exchanged, changed or replaced."""
     parts = list(parts)
     for _ in range(rng.choice((1, 1, 2, 3))):
         at, other = rng.randrange(len(parts)), rng.randrange(len(parts))
@@ -211,7 +211,7 @@ def _hook(event: str, arguments: tuple[Any, ...]) -> None:
 
 
 def _code(event: str, arguments: tuple[Any, ...]) -> None:
-    """Modules of this environment may be imported late, and run themselves; code from elsewhere may not."""
+    """Return whether code may run: modules of this environment may be imported late, code from elsewhere may not."""
     assert _seen is not None
     if sys._getframe(2).f_code.co_filename in (typing.__file__, dataclasses.__file__, ast.__file__):
         return  # annotations are evaluated, literals parsed
@@ -228,7 +228,7 @@ def _code(event: str, arguments: tuple[Any, ...]) -> None:
 
 @contextlib.contextmanager
 def watched(writes: bool = False) -> Iterator[None]:
-    """Fail if what is done inside runs code, starts processes, connects or, unless it `writes`, opens a file for writing."""
+    """Fail if the block runs code, starts processes, connects or, unless it `writes`, opens a file for writing."""
     global _seen, _thread, _hooked
     if not _hooked:
         sys.addaudithook(_hook)
@@ -249,7 +249,7 @@ def _status(name: str) -> int:
 
 @contextlib.contextmanager
 def bounded(memory: int = MEMORY) -> Iterator[None]:
-    """Limit what the process may reserve to `memory` bytes more than it has; without Linux's /proc, do nothing."""
+    """Limit the process to `memory` bytes more than it has reserved; without Linux's /proc, do nothing."""
     if not os.path.exists("/proc/self/status"):
         yield
         return
@@ -273,8 +273,8 @@ def _ran_out(error: BaseException | None) -> bool:
 def outcomes(
     read: Callable[[bytes], Any], cases: Iterable[bytes], *, memory: int = MEMORY, writes: bool = False
 ) -> collections.Counter[str]:
-    """How often `read` returned a result, and how often it raised BeelineError. Fails on anything else: another exception, a
-    message of several lines, code that ran, more than `memory` bytes."""
+    """Count how often `read` returned a result, and how often it raised BeelineError. Fails on anything else: another
+    exception, a message of several lines, code that ran, more than `memory` bytes."""
     counts: collections.Counter[str] = collections.Counter()
     with bounded(memory):
         for data in cases:
@@ -296,7 +296,7 @@ def outcomes(
 
 
 def described(data: bytes) -> str:
-    """A failing case, to be tried again: the bytes where they are few, else a file that holds them."""
+    """Describe a failing case so that it can be repeated: its bytes if they are few, otherwise a file that holds them."""
     if len(data) <= 400:
         return f"The file: {data!r}"
     path = Path(tempfile.gettempdir()) / f"beeline-fuzz-{os.getpid()}.bin"

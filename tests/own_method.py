@@ -1,4 +1,4 @@
-"""A method of one's own, outside of the project: its settings, a target network, a sampling rule, a recipe."""
+"""A custom method outside the project: settings, a target network, a sampling rule, a recipe."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from beeline.settings import HalfLife, Steps
 def damped(
     predict: Predict, x: torch.Tensor, sigma: float, following: float, *, noise: torch.Tensor, fresh: Fresh
 ) -> torch.Tensor:
-    """Half the way of the rule "line", half of "same_noise"."""
+    """Move halfway by the rule "line" and halfway by "same_noise"."""
     image = predict(x, sigma)
     return (following / sigma * (x - image) + following * noise) / 2 + image if following else image
 
@@ -55,7 +55,7 @@ class SelfConsistencyConfig(ObjectiveConfig):
 
 
 class SelfConsistency(Objective):
-    """A step of it."""
+    """A training step of self-consistency."""
 
     def __init__(self, config: SelfConsistencyConfig, context: Context) -> None:
         self.config, self.teacher = config, context.models["teacher"]
@@ -85,7 +85,7 @@ class SelfConsistency(Objective):
 
 
 def tiny(seed: int = 0) -> Recipe:
-    """digits with this method as its main student."""
+    """The digits recipe with this method as the main student."""
     recipe = digits(seed)
     optimizer = recipe.main.phases["reconstruction"].optimizer
     phase = PhaseConfig(iterations=12, optimizer=optimizer, objective=SelfConsistencyConfig())

@@ -1,6 +1,6 @@
-"""A real S3 server for the tests, OpenStack Swift with its S3 face, and a proxy before it that injects faults.
+"""A real S3 server for the tests, OpenStack Swift with its S3 interface, behind a proxy that injects faults.
 
-Swift is installed from PyPI into an environment of its own, once, since its dependencies are nobody else's business.
+Swift is installed from PyPI once, into a separate environment, because the project must not depend on its dependencies.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ use = egg:swift#slo
 
 
 def swift_environment() -> Path:
-    """The folder of Swift's programs; installed first if need be (a minute), by one of the tests' processes alone."""
+    """Return the folder of Swift's programs; one of the tests' processes installs them first if needed (a minute)."""
     with open(ENVIRONMENT.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (ENVIRONMENT / "done").exists():
@@ -108,17 +108,17 @@ def swift_environment() -> Path:
 
 @dataclasses.dataclass(frozen=True)
 class S3:
-    """Where a server is."""
+    """Location of a server."""
 
     port: int
 
     @property
     def url(self) -> str:
-        """Its endpoint."""
+        """Return its endpoint."""
         return f"http://127.0.0.1:{self.port}"
 
     def variables(self, key: str = KEY, secret: str = SECRET) -> dict[str, str]:
-        """The standard variables of a client."""
+        """Return the standard environment variables of a client."""
         return {
             "AWS_ENDPOINT_URL": self.url,
             "AWS_ACCESS_KEY_ID": key,
@@ -128,7 +128,7 @@ class S3:
         }
 
     def client(self) -> s3fs.S3FileSystem:
-        """Another client than the project's, to look at what is there and to break it."""
+        """Return a client other than the project's, to inspect and damage the content."""
         return s3fs.S3FileSystem(
             key=KEY, secret=SECRET, endpoint_url=self.url, client_kwargs={"region_name": "us-east-1"}, use_listings_cache=False,
             skip_instance_cache=True,
@@ -137,7 +137,7 @@ class S3:
 
 @contextlib.contextmanager
 def swift(folder: Path) -> Iterator[S3]:
-    """Swift's four servers on free ports of loopback, their data in `folder`."""
+    """Run Swift's four servers on free ports of loopback, with their data in `folder`."""
     programs, etc = swift_environment(), folder / "etc"
     etc.mkdir(parents=True)
     (folder / "data" / "d1").mkdir(parents=True)
@@ -176,7 +176,7 @@ def swift(folder: Path) -> Iterator[S3]:
 
 
 def listens(port: int) -> bool:
-    """Whether a server takes connections on this port of loopback."""
+    """Return whether a server accepts connections on this port of loopback."""
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
@@ -200,7 +200,7 @@ class Fault:
         self.random, self.hits = random.Random(self.seed), 0
 
     def strikes(self, method: str, path: str) -> bool:
-        """Whether this request is one of those; counts it then."""
+        """Return whether this request is affected, and count it."""
         if self.times == 0 or not re.fullmatch(self.method, method) or not re.search(self.path, path):
             return False
         if self.random.random() >= self.chance:
@@ -211,7 +211,7 @@ class Fault:
 
 
 class FaultProxy(ThreadingHTTPServer):
-    """Stands before an S3 server. Hands Host and path on as they are, so that signatures stay valid."""
+    """Stands before an S3 server. It passes Host and path on unchanged, so that signatures stay valid."""
 
     daemon_threads = True
     request_queue_size = 256
@@ -224,14 +224,14 @@ class FaultProxy(ThreadingHTTPServer):
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     def fault(self, method: str, path: str) -> str:
-        """The kind of fault that this request meets, or ""."""
+        """Return the kind of fault for this request, or ""."""
         with self.lock:
             kind = next((fault.kind for fault in self.faults if fault.strikes(method, path)), "")
             self.log.append((method, path, kind))
         return kind
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """Broken connections are what this proxy is for."""
+        """Ignore broken connections, which this proxy causes on purpose."""
 
 
 class _Relay(BaseHTTPRequestHandler):
@@ -304,11 +304,11 @@ class _Relay(BaseHTTPRequestHandler):
         self.connection.close()
 
     def log_message(self, format: str, *args: object) -> None:
-        """Say nothing."""
+        """Print nothing."""
 
 
 def forget() -> None:
-    """Drop the clients that this process keeps, so that the variables are read again."""
+    """Drop the clients cached in this process, so that the variables are read again."""
     storage._s3_reader.cache_clear()
     storage._count_retries.cache_clear()
     s3fs.S3FileSystem.clear_instance_cache()

@@ -1,4 +1,4 @@
-"""A workspace made in this process, without Ray: images, probes, a teacher and a student of random weights, pairs."""
+"""A workspace made in this process, without Ray: images, probes, a teacher and a student with random weights, pairs."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ FEW_STEP = FewStep(num_steps=4)
 
 
 def workspace(path: Path, network: NetworkConfig = NETWORK) -> Folder:
-    """The workspace in `path`, finished stages all of them."""
+    """Write the workspace in `path`, with all stages finished."""
     place = Folder(str(path))
     write_images(place, network)
     write_models(place, network)
@@ -41,7 +41,7 @@ def workspace(path: Path, network: NetworkConfig = NETWORK) -> Folder:
 
 
 def write_images(place: Folder, network: NetworkConfig) -> None:
-    """images/: COUNT random pictures in three shards."""
+    """Write images/: COUNT random pictures in three shards."""
     channels, side = network.img_channels, network.img_resolution
     config = {"count": COUNT, "shard_size": SHARD, "num_classes": CLASSES, "resolution": side, "channels": channels}
     plan, chance, files = {"images": config}, np.random.default_rng(0), {}
@@ -53,7 +53,7 @@ def write_images(place: Folder, network: NetworkConfig) -> None:
 
 
 def write_models(place: Folder, network: NetworkConfig) -> None:
-    """probe/losses, probe/measure, teacher and students/lmm."""
+    """Write probe/losses, probe/measure, teacher and students/lmm."""
     torch.manual_seed(0)
     losses = ProbeNetworkConfig(widths=(8, 12), strides=(1, 2))
     for which, config in (("losses", losses), ("measure", dataclasses.replace(losses, activation="gelu"))):
@@ -69,7 +69,7 @@ def write_models(place: Folder, network: NetworkConfig) -> None:
 
 
 def write_pairs(place: Folder, config: PairsConfig = PAIRS) -> None:
-    """pairs/ of the teacher."""
+    """Write pairs/ of the teacher."""
     teacher, teacher_digest = require_model(place, "teacher", "digits")
     plan, files = plan_of(config, teacher, teacher_digest, None), {}
     for k in range(shard_count(config.count, config.shard_size)):
@@ -81,5 +81,5 @@ def write_pairs(place: Folder, config: PairsConfig = PAIRS) -> None:
 
 
 def plans(place: Folder) -> dict[str, Any]:
-    """The plans of pairs/ and images/, as commands hand them on."""
+    """Return the plans of pairs/ and images/, as commands pass them on."""
     return {name: (place / name).read_json(PLAN) for name in ("pairs", "images")}

@@ -1,4 +1,4 @@
-"""What a user gets wrong is told in one message, without a traceback and with a non-zero exit status."""
+"""User errors give one message, without a traceback and with a non-zero exit status."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_settings_that_contradict_each_other(run: Run, trained: Path, tmp_path: 
     line = run("trainers/train_lmm.py", *place, "--student.name", "x", f"{LINES}.objective.line", "ve", ok=False)
     assert line.stderr.startswith("error: LinesMatchingConfig.rule is 'line'; expected a rule that follows the line 've'")
     steps = run("trainers/train_lmm.py", *place, "--student.name", "x", f"{ADVERSARIAL}.objective.steps", "8", "0", ok=False)
-    assert steps.stderr.startswith(f"error: {ADVERSARIAL}.objective.steps is (8, 0); expected rising indices from 0")
+    assert steps.stderr.startswith(f"error: {ADVERSARIAL}.objective.steps is (8, 0); expected increasing indices from 0")
     batch = run("trainers/train_lmm.py", *place, "--student.name", "odd", "--student.batch-size", "33", ok=False)
     assert "batch size 33 does not divide among 2 workers" in batch.stderr
     workspace = tmp_path / "ws"

@@ -1,4 +1,4 @@
-"""The documents say what is there: every message, command, path and link in them exists."""
+"""The documents match the code: every message, command, path and link in them exists."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ERRORS = ("BeelineError", "SettingError", "StorageError", "_fail", "reading")
 
 
 def messages() -> Iterator[tuple[str, str]]:
-    """Where an error is raised, and its message, with … for what is filled in."""
+    """List the places where errors are raised, and their messages, with … for inserted values."""
     for folder in ("beeline", "pipeline", "evaluation", "trainers", "cluster"):
         for path in sorted((ROOT / folder).rglob("*.py")):
             for node in ast.walk(ast.parse(path.read_text())):
@@ -74,8 +74,8 @@ def test_paths_exist(path: Path) -> None:
 
 
 def commands(path: Path) -> list[list[str]]:
-    """The commands in a document's indented or fenced blocks, and in its tables, as words: python ..., make ...; those behind
-    `ray job submit` as well."""
+    """List the commands in a document's indented or fenced blocks, and in its tables, as words: python ..., make ...; also
+    those in `ray job submit`."""
     text = path.read_text()
     blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
@@ -90,7 +90,7 @@ def commands(path: Path) -> list[list[str]]:
 
 @pytest.fixture
 def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The modules that documents show, after their names, in a folder that Python looks in."""
+    """Write the modules that documents show to a folder on Python's path."""
     for path in DOCUMENTS:
         for name, block in re.findall(r"`(\w+)\.py`:\n\n```python\n(.*?)^```", path.read_text(), re.DOTALL | re.MULTILINE):
             (tmp_path / f"{name}.py").write_text(block)

@@ -1,4 +1,4 @@
-"""Every path that makes tensors, on a GPU: a fake one (fake_cuda.py says what it sees), or the machine's own."""
+"""Every code path that creates tensors, on a GPU: a fake one (fake_cuda.py describes its limits), or the machine's own."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ COLOUR = replace(small.NETWORK, img_resolution=32, img_channels=3, attn_resoluti
 
 
 def student(*objectives: ObjectiveConfig, optimizer: OptimizerConfig = OPTIMIZER, **changes: Any) -> StudentConfig:
-    """One phase for each objective; the last takes `optimizer`."""
+    """Build a student with one phase per objective; the last one uses `optimizer`."""
     phases = {f"phase-{k}": replace(PHASE, objective=objective) for k, objective in enumerate(objectives)}
     last = f"phase-{len(objectives) - 1}"
     phases[last] = replace(phases[last], optimizer=optimizer)
@@ -88,7 +88,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Folder:
 
 @pytest.fixture
 def place(made: Folder, tmp_path: Path) -> Folder:
-    """The same, to write to."""
+    """A copy of that workspace, to write to."""
     return Folder(str(shutil.copytree(made.uri, tmp_path / "ws")))
 
 
@@ -99,7 +99,7 @@ def device() -> Iterator[torch.device]:
 
 
 def same(on_gpu: Any, on_cpu: Any) -> None:
-    """Nearly equal: the GPU looks at other numbers of images at once."""
+    """Assert that values are nearly equal; the GPU uses other batch sizes."""
     if isinstance(on_cpu, dict):
         assert on_gpu.keys() == on_cpu.keys()
         for key, value in on_cpu.items():
@@ -203,7 +203,7 @@ def test_measuring_networks(made: Folder, device: torch.device, name: str) -> No
 
 
 def measured(place: Folder) -> dict[str, Any]:
-    """What every item of a measurement of teacher and student writes, by file."""
+    """List what every item of a measurement of teacher and student writes, by file."""
     plans = small.plans(place)
     config = EvaluateConfig(draws=1, shard_size=16, batch_size=8, samples=6, neighbours=20)
     setup = Setup(workspace=place, recipe="digits", config=config, count=40, **plans)
@@ -262,7 +262,7 @@ def test_a_validation(made: Folder, device: torch.device) -> None:
 
 
 def trained(place: Folder, device: torch.device, config: StudentConfig) -> None:
-    """A student through its phases with validation, checkpoints at every step; then again from each."""
+    """Train a student through its phases with validation and checkpoints at every step, then again from each."""
 
     def task(session: loop.Session) -> Training:
         return student_training(session=session, workspace=place, recipe="digits", config=config, **small.plans(place))
@@ -310,7 +310,7 @@ def test_students(place: Folder, device: torch.device, config: StudentConfig) ->
     ],
 )
 def test_pretrained_networks(device: torch.device, distance: Any, network: Any) -> None:
-    """A step in colour with real images mirrored, and with random weights in the frozen networks."""
+    """A step on colour images with mirrored real images, and random weights in the frozen networks."""
     torch.manual_seed(0)
     critic = replace(CRITICS, networks=(network,), resize=128, mirror=True)
     config = replace(ADVERSARIAL, distance=distance, resize=48, discriminator=critic)
@@ -333,7 +333,7 @@ def test_pretrained_networks(device: torch.device, distance: Any, network: Any) 
 
 
 def test_a_teacher(place: Folder, device: torch.device) -> None:
-    """EDM's loss and averages, with augmentation, with mirrored images, in parts, under autocast."""
+    """EDM's loss and averages, with augmentation, mirrored images, accumulation and autocast."""
     for changes in ({"augment": 0.5, "accumulate": 2}, {"flip": True, "precision": "bf16", "ema_ramp": 0.0}):
         network = replace(small.NETWORK, augment_dim=LABELS if "augment" in changes else 0, dropout=0.1)
         settings: dict[str, Any] = {"network": network, "iterations": 3, "batch_size": 8, "ema_half_life": 2.0} | changes

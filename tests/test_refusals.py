@@ -1,4 +1,4 @@
-"""Settings that cannot be: each command refuses them in one line that names the option, before anything is written."""
+"""Invalid settings: each command refuses them in one line that names the option, before anything is written."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ REFUSED: list[tuple[tuple[str, str], str, str]] = [
     (SWEEP, "--sweep.promote best --sweep.promote-nfe 9", "--sweep.promote-nfe is 9;"),
     (SWEEP, "--sweep.trials 1000000000000000", "--sweep.trials is 1000000000000000;"),
     (SWEEP, "--sweep.trials 0", "--sweep.trials is 0;"),
-    (SWEEP, "--sweep.schedules 8,0", "--sweep.schedules is ('8,0',); expected values, each text with rising indices from 0"),
+    (SWEEP, "--sweep.schedules 8,0", "--sweep.schedules is ('8,0',); expected values, each text with increasing"),
     (SWEEP, "--sweep.schedules", "--sweep.schedules is ();"),
     (SWEEP, "--sweep.schedules 0,18", "--sweep.schedules is ('0,18',); expected indices below the objective's num_steps, 18"),
     (SWEEP, "--student kd", "the last phase of 'kd', distillation, is end points alone"),
@@ -162,11 +162,11 @@ REFUSED: list[tuple[tuple[str, str], str, str]] = [
     (EVALUATE, "--neighbours 0", "--neighbours is 0;"),
     (EVALUATE, "--seed 99999999999999999999999", "--seed is '99999999999999999999999';"),
     (REPORT, "--seed x", "--seed is 'x';"),
-    (PIPELINE, "--images.resolution 16", "images has 1 channels at 16 pixels, teacher.network 1 at 8. Make the two agree"),
+    (PIPELINE, "--images.resolution 16", "images has 1 channels at 16 pixels, but teacher.network has 1 at 8. Make"),
     (PIPELINE, "--students.l2.name other", "--students.l2.name is 'other'; expected 'l2'"),
     (PIPELINE, "--students.l2.phases.reconstruction.iterations -1", "--students.l2.phases.reconstruction.iterations is -1;"),
     (PIPELINE, "--few-steps 0,99", "the last step in few_steps is 99; expected a whole number from 0 to 17"),
-    (PIPELINE, "--students.l2.phases.reconstruction.objective.distance lpips", "the distance 'lpips' is asked for at 8 pixels"),
+    (PIPELINE, "--students.l2.phases.reconstruction.objective.distance lpips", "the distance 'lpips' would run at 8 pixels"),
     (ESTIMATE, "--price nan", "--price is nan;"),
     (ESTIMATE, "--utilisation nan", "--utilisation is nan;"),
     (ESTIMATE, "--utilisation 0", "--utilisation is 0.0; expected a number above 0"),

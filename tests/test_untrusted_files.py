@@ -1,5 +1,5 @@
-"""Every reader of files that anyone may have written: thousands of damaged and hostile ones end in a result or a BeelineError,
-run no code and stay within their memory.
+"""Every reader of untrusted files: thousands of damaged and hostile files end in a result or a BeelineError, run no code and
+stay within their memory limit.
 
 BEELINE_FUZZ=20 python -m pytest tests/test_untrusted_files.py -s tries twenty times as many, and prints the counts.
 """
@@ -51,7 +51,7 @@ Cases = Iterable[bytes]
 
 
 def drawn(name: str, count: int, make: Callable[[random.Random], bytes]) -> Iterator[bytes]:
-    """`count` cases, the same ones in every run; more with BEELINE_FUZZ."""
+    """Draw `count` cases, the same in every run; more with BEELINE_FUZZ."""
     rng = random.Random(zlib.crc32(name.encode()))
     return (make(rng) for _ in range(count * CASES))
 
@@ -108,7 +108,7 @@ def probe_files() -> dict[str, bytes]:
 
 
 def headers(weights: bytes, rng: random.Random) -> bytes:
-    """The weights under another header, or with other bytes."""
+    """Return the weights under another header, or with other bytes."""
     if rng.random() < 0.3:
         return mutated(weights, rng)
     size = int.from_bytes(weights[:8], "little")
@@ -184,7 +184,7 @@ def test_arrays() -> None:
 
 
 def in_workspace(tmp_path: Path, name: str, call: Callable[[], Any]) -> Callable[[bytes], Any]:
-    """`call`, after the file `name` has been written."""
+    """Call `call` after the file `name` has been written."""
 
     def both(data: bytes) -> None:
         (tmp_path / name).write_bytes(data)
@@ -246,7 +246,7 @@ def test_plans_and_markers(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Everything that the report reads."""
+    """A workspace with everything that the report reads."""
     path = tmp_path_factory.mktemp("untrusted") / "ws"
     place, recipe = Folder(str(path)), RECIPES["digits"](0)
     images = {"count": 1797, "resolution": 8, "channels": 1, "num_classes": 10, "source": "digits"}
@@ -282,7 +282,7 @@ def changed(data: bytes, name: str, rng: random.Random) -> bytes:
 
 @pytest.mark.parametrize("name", REPORTED)
 def test_what_the_report_reads(workspace: Path, name: str) -> None:
-    """All that is read, for every case; the whole page for some."""
+    """Every reader for every case; the whole page for some."""
     place, file = Folder(str(workspace)), workspace / name
     good = file.read_bytes()
 

@@ -1,8 +1,8 @@
-"""The settings of every stage, as frozen keyword-only dataclasses. A recipe (beeline/recipes) is a function that returns all of
+"""Settings of every stage, as frozen keyword-only dataclasses. A recipe (beeline/recipes) is a function that returns all of
 them.
 
-Fields made with `resource(...)` say how work is spread over machines: they may change when a run is resumed. Every other
-field identifies the result: a run with another value refuses the existing artifact.
+Fields made with `resource(...)` say how work is spread over machines and may change on resume. All other fields identify the
+result: a run with another value refuses the existing artifact.
 """
 
 from beeline.config.data import ImagesConfig, PairsConfig, PoolConfig, VerifyConfig

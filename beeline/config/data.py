@@ -1,4 +1,4 @@
-"""Settings of the stages that read, make and check data with a pool of actors."""
+"""Settings of the stages that read, make and check data with an actor pool."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ class PoolConfig(Settings):
 
     min_actors: Processes = resource(1)
     max_actors: Processes = resource(2)
-    """The pool grows up to here as long as there is work and the cluster, or its autoscaler, has room."""
+    """Maximum size of the pool. It grows up to this while there is work and the cluster, or its autoscaler, has room."""
     gpus: Gpus = resource(0)
     """GPUs of each actor; fractions share one."""
     cpus: Cpus = resource(0.5)
-    """Ray CPUs that each actor reserves. Below 1 where actors would otherwise take every CPU and starve Ray Data."""
+    """Ray CPUs that each actor reserves. Less than 1 if the actors would otherwise take every CPU and starve Ray Data."""
     threads: Threads = resource(1)
     """CPU threads of each actor."""
     price: Amount = resource(0.0)
-    """What an hour of one actor costs, in any currency; 0 leaves money out of the progress."""
+    """Cost of one actor-hour, in any currency; 0 hides costs in the progress line."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -50,7 +50,7 @@ class PoolConfig(Settings):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ImagesConfig(PoolConfig):
-    """Real images into images/."""
+    """Real images for images/."""
 
     source: Text = "digits"
     """"digits" (scikit-learn's, built in), a folder or zip of images (sub-folders are classes, or dataset.json lists them),
@@ -59,33 +59,34 @@ class ImagesConfig(PoolConfig):
     """Side in pixels."""
     channels: Annotated[int, OneOf((1, 3))] = 1
     fit: Literal["crop", "stretch", "adm"] = "crop"
-    """How other images are fitted: centre square and Lanczos, the whole image stretched, or as ADM prepared ImageNet."""
+    """How images of other sizes are fitted: centre square or whole image, resized with a Lanczos filter, or like ADM's
+    ImageNet."""
     shard_size: Size = 1024
     """Images per Parquet file."""
     limit: Whole = 0
-    """Take only so many images, evenly spread over the classes; 0 takes all."""
+    """Use only this many images, evenly spread over the classes; 0 uses all."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PairsConfig(PoolConfig):
-    """Noise-image pairs from the teacher into pairs/."""
+    """Noise-image pairs, sampled from the teacher into pairs/."""
 
     count: Count
     shard_size: Size
-    """Pairs per Parquet file: what one actor makes in one to three minutes, at most 128 MB."""
+    """Pairs per Parquet file: one to three minutes of work for an actor, at most 128 MB."""
     batch_size: Size = 256
-    """Pairs sampled at once; part of the identity, since kernels are not exactly batch-invariant."""
+    """Pairs sampled at once; part of the identity, because kernels are not exactly batch-invariant."""
     solver: Literal["heun", "calibrated"] = "heun"
-    """"heun" is the paper's; "calibrated" takes the levels in the teacher's solver.json (python -m beeline.calibrate)."""
+    """"heun" is the paper's; "calibrated" uses the levels in the teacher's solver.json (python -m beeline.calibrate)."""
     num_steps: Steps = 18
-    """Heun steps; 2 num_steps - 1 evaluations."""
+    """Heun steps; they take 2 num_steps - 1 evaluations."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Of the network inside; the solver's state is float64 always."""
+    """Precision of the network; the solver's state is always float64."""
     compiled: bool = False
-    """Compile the network: pays on large networks and many pairs, costs minutes at the start of each actor."""
+    """Compile the network. Pays for large networks and many pairs; costs minutes at the start of each actor."""
     dtype: Literal["float32", "float16", "uint8"] = "float32"
-    """Of x1 in the store. float16 is off by at most 2.4e-4 within [-1, 1], a fiftieth of the solver's own error; uint8 by
-    4e-3, and clipped."""
+    """Data type of x1 in the store. float16 has an error of at most 2.4e-4 within [-1, 1], a fiftieth of the solver's own;
+    uint8 has an error of at most 4e-3 and is clipped."""
     seed: Seed = 0
 
     def __post_init__(self) -> None:
@@ -95,16 +96,16 @@ class PairsConfig(PoolConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VerifyConfig(PoolConfig):
-    """A check of a store of pairs."""
+    """Check of a store of pairs."""
 
     remake: Whole = 8
-    """Shards, drawn at random, whose noise is made again and compared by its CRC-32."""
+    """Shards, chosen at random, whose noise is drawn again and compared by CRC-32."""
     resample: Whole = 0
-    """Batches, drawn at random, that the teacher samples again."""
+    """Batches, chosen at random, that the teacher samples again."""
     shown: Annotated[int, Range(0, MAX_SHOWN)] = 100
-    """Pairs on the contact sheet, drawn at random."""
+    """Pairs on the contact sheet, chosen at random."""
     remove: bool = False
-    """Remove what is damaged, so that gen_pairs.py makes it again."""
+    """Remove damaged shards, so that gen_pairs.py makes them again."""
     seed: Seed = 0
 
 

@@ -10,7 +10,7 @@ from beeline.settings import Channels, Classes, Divisible, Range, Seed, Settings
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NetworkConfig(Settings):
-    """A denoiser's network, in the terms of EDM's configs."""
+    """Network of a denoiser, in the terms of EDM's configs."""
 
     kind: Literal["ddpmpp", "ncsnpp", "adm"]
     img_resolution: Side
@@ -24,7 +24,7 @@ class NetworkConfig(Settings):
     attn_resolutions: tuple[Side, ...] = (16,)
     dropout: ShareBelow1 = 0.0
     second_level: bool = False
-    """An input for a second noise level, where a jump ends: for flow maps."""
+    """Adds an input for a second noise level, where a jump ends; for flow maps."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -32,28 +32,28 @@ class NetworkConfig(Settings):
         self.require(
             self.img_resolution % halved == 0,
             "img_resolution",
-            f"a multiple of {halved}, since channel_mult {self.channel_mult} makes {levels} levels, each half as large",
+            f"a multiple of {halved}, because channel_mult {self.channel_mult} makes {levels} levels, each half as large",
         )
 
 
-GROUPS = 4  # of a probe's normalisation
+GROUPS = 4  # groups of a probe's normalisation
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ProbeNetworkConfig(Settings):
-    """A probe: one convolution per entry of `widths`."""
+    """Network of a probe: one convolution per entry of `widths`."""
 
     widths: Some[Channels]
     strides: Some[Annotated[int, Range(1, 16)]]
     kernel: Annotated[int, Range(1, 31)] = 3
     activation: Literal["relu", "silu", "gelu"] = "relu"
     norm: bool = True
-    """Group normalisation after each convolution. Without it features grow with what is wrong in an image: a distance
-    in them does not saturate."""
+    """Group normalisation after each convolution. Without it, features grow with the errors of an image, so a distance in them
+    does not saturate."""
     seed: Seed = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require(len(self.strides) == len(self.widths), "strides", f"one for each of the widths {self.widths}")
         for width in self.widths:
-            self.require(width % GROUPS == 0 or not self.norm, "widths", f"multiples of {GROUPS}, since norm is on")
+            self.require(width % GROUPS == 0 or not self.norm, "widths", f"multiples of {GROUPS}, because norm is on")

@@ -1,4 +1,4 @@
-"""A recipe: the settings of every stage."""
+"""Recipe: the settings of every stage."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from beeline.settings import Name, RecipeName, Settings, Some, StepList
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe(Settings):
-    """Everything that one data set needs, stage by stage. `students` are the main one and its ablations."""
+    """All settings for one data set, stage by stage. `students` are the main one and its ablations."""
 
     name: RecipeName
     images: ImagesConfig
@@ -23,17 +23,17 @@ class Recipe(Settings):
     teacher: TeacherConfig
     pairs: PairsConfig
     students: dict[Name, StudentConfig]
-    """The first is the main one, which sweeps vary."""
+    """The first is the main one, used by sweeps."""
     few_steps: Some[StepList]
-    """Step schedules at which students that take any level are measured."""
+    """Step schedules at which to measure students that accept any level."""
     sweep: SweepConfig
     evaluate: EvaluateConfig
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require(bool(self.students), "students", "one student or more")
+        self.require(bool(self.students), "students", "at least one student")
         for key, student in self.students.items():
-            student.require(student.name == key, "name", f"{key!r}, as the recipe calls this student")
+            student.require(student.name == key, "name", f"{key!r}, its name in the recipe")
 
     @property
     def main(self) -> StudentConfig:

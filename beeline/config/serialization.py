@@ -1,4 +1,4 @@
-"""Configs to and from JSON-ready dicts; fields that may change on resume."""
+"""Conversion of configs to and from JSON-ready dicts; fields that may change on resume."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ T = TypeVar("T")
 
 
 def resource(default: Any) -> Any:
-    """A dataclass field that changes how, not what: workers, threads, how often to log."""
+    """Declare a dataclass field that changes how work is done, not its result: workers, threads, logging intervals."""
     return dataclasses.field(default=default, metadata={"resource": True})
 
 
 def to_dict(config: Any, *, resources: bool = True) -> dict[str, Any]:
-    """A config as JSON-ready dict (tuples become lists); without `resources`, only what the result depends on. An objective's
-    settings also name their class, as "method"."""
+    """Convert a config to a JSON-ready dict (tuples become lists); without `resources`, only fields that affect the result. An
+    objective's settings also name their class, as "method"."""
     values: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         if resources or not field.metadata.get("resource"):
@@ -35,14 +35,14 @@ def to_dict(config: Any, *, resources: bool = True) -> dict[str, Any]:
 
 
 def from_dict(cls: type[T], values: Mapping[str, Any]) -> T:
-    """The inverse of `to_dict`, for configs without objectives. Raises TypeError for an unknown or missing key."""
+    """Invert `to_dict`, for configs without objectives. Raises TypeError for an unknown or missing key."""
     hints = typing.get_type_hints(cls)
-    made = {}
+    arguments = {}
     for name, value in values.items():
         hint = hints.get(name)
         if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
             value = from_dict(typing.cast(type, hint), value)
         elif typing.get_origin(hint) is dict:
             value = {key: from_dict(typing.get_args(hint)[1], item) for key, item in value.items()}
-        made[name] = tuple(value) if isinstance(value, list) else value
-    return cls(**made)
+        arguments[name] = tuple(value) if isinstance(value, list) else value
+    return cls(**arguments)

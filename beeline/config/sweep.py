@@ -29,34 +29,34 @@ from beeline.settings import (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SweepConfig(Settings):
-    """A sweep over SOT step schedules, learning rates and weights, every trial from one shared student. Each trial is one
-    process; as many run side by side as the cluster has room for."""
+    """A sweep over SOT step schedules, learning rates and weights; all trials start from one shared student. Each trial is one
+    process; as many run at once as fit into the cluster."""
 
     name: Name = "sot"
     init: ModelPath = "students/lmm/reconstruction"
     trials: Annotated[int, Range(1, MAX_TRIALS)] = resource(8)
-    """More may be added to a finished sweep: the first ones stay as they are."""
+    """Trials. A finished sweep can be extended with more; the first ones stay as they are."""
     schedules: Some[StepList] = ("0", "0,1")
-    """Step schedules, each as "0,8", in turn: a trial trains on and is measured at them."""
+    """Step schedules, each as "0,8", used in turn: a trial trains on its schedule and is measured at it."""
     learning_rates: tuple[Positive, Positive] = (1e-4, 1e-3)
-    """Bounds of the generator's, drawn log-uniformly."""
+    """Bounds of the generator's learning rate, drawn log-uniformly."""
     critic_learning_rates: tuple[Positive, Positive] = (5e-4, 5e-3)
-    """Bounds of the discriminator's, drawn log-uniformly."""
+    """Bounds of the discriminator's learning rate, drawn log-uniformly."""
     adversarial_weights: Some[Amount] = (0.0,)
-    """Of which one is drawn; 0 leaves the discriminator out."""
+    """Weights of the adversarial term to draw from; 0 means no discriminator."""
     ema_half_lives: Some[HalfLife] = (693.0,)
-    """In iterations; of which one is drawn."""
+    """Half-lives of the averaged weights to draw from, in iterations."""
     iterations: Count = 1000
     rungs: Annotated[int, Range(1, 30)] = 2
-    """Measurements of a trial, at equal steps; ASHA stops the worse half at the first, the second, the fourth and so on."""
+    """Measurements of a trial, at equal intervals; ASHA stops the worse half at the first, second, fourth and so on."""
     features: Literal["probe_losses", "probe", "inception", "dinov2_vitl14", "dinov2_vits14"] = "probe_losses"
-    """Where finished trials are judged by the evaluation pool. Best not where students are reported: what is chosen by a
-    measure looks better in it than it is."""
+    """Feature network in which the evaluation pool compares finished trials. Choose another one than in the report: a metric
+    used for selection looks too good afterwards."""
     promote: NameOrNone = resource("")
-    """Publish the best trial of `promote_nfe` evaluations as students/<this name>."""
+    """Publish the best trial with `promote_nfe` evaluations as students/<this name>."""
     promote_nfe: Steps = resource(1)
     max_concurrent: Annotated[int, Range(0, MAX_PROCESSES)] = resource(0)
-    """Trials side by side; 0 for as many as the cluster has room for."""
+    """Trials at once; 0 means as many as fit into the cluster."""
     max_failures: Restarts = resource(3)
     """Restarts of a trial, from its last checkpoint, before it counts as failed."""
     threads: Threads = resource(1)
@@ -66,4 +66,4 @@ class SweepConfig(Settings):
         super().__post_init__()
         for name in ("learning_rates", "critic_learning_rates"):
             low, high = getattr(self, name)
-            self.require(low <= high, name, "the lower bound, then the upper one")
+            self.require(low <= high, name, "the lower bound, then the upper bound")

@@ -1,7 +1,7 @@
-"""Frozen feature networks: perceptual losses, discriminators and metrics see images through them.
+"""Frozen feature networks for perceptual losses, discriminators and metrics.
 
-All obey one small protocol. probe.py holds the network that needs no download: a small classifier that is trained on the
-real images. backbones.py holds pretrained networks for losses, measuring.py those for metrics.
+All follow one small protocol. probe.py holds a network that needs no download: a small classifier trained on the real images.
+backbones.py holds pretrained networks for losses, measuring.py those for metrics.
 """
 
 from __future__ import annotations
@@ -19,27 +19,27 @@ class FeatureNetwork(Protocol):
 
     @property
     def tap_channels(self) -> tuple[int, ...]:
-        """Channels of each feature map of `taps`."""
+        """Number of channels of each feature map that `taps` returns."""
         ...
 
     @property
     def tap_strides(self) -> tuple[int, ...]:
-        """Pixels of the image from one place of each feature map to the next."""
+        """Stride in pixels of each feature map."""
         ...
 
     @property
     def tap_weights(self) -> tuple[torch.Tensor, ...] | None:
-        """How much each channel of each tap counts in a perceptual distance, (C_l,) each; None: all the same."""
+        """Weight of each channel of each tap in a perceptual distance, (C_l,) each; None for equal weights."""
         ...
 
     def taps(self, images: torch.Tensor) -> list[torch.Tensor]:
-        """Feature maps (B, C_l, H_l, W_l) of images (B, C, H, W) in [-1, 1], shallow to deep."""
+        """Compute feature maps (B, C_l, H_l, W_l) of images (B, C, H, W) in [-1, 1], shallow to deep."""
         ...
 
 
 class Frozen:
-    """A feature network that is only looked through: a copy on `device` in eval mode, channels last, in `dtype`, compiled if
-    asked. Taps come in `dtype`; gradients reach the images and stop there."""
+    """A frozen feature network: a copy on `device` in eval mode, channels last, in `dtype`, optionally compiled. Taps have
+    `dtype`; gradients reach the images but no parameters."""
 
     def __init__(
         self,
@@ -53,27 +53,27 @@ class Frozen:
         weights = network.tap_weights
         self.tap_weights = None if weights is None else tuple(weight.detach().to(device, copy=True) for weight in weights)
         self.dtype = dtype
-        made = copy.deepcopy(cast(nn.Module, network)).eval().requires_grad_(False)
-        made = made.to(device, dtype, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-        taps = cast(FeatureNetwork, made).taps
+        frozen = copy.deepcopy(cast(nn.Module, network)).eval().requires_grad_(False)
+        frozen = frozen.to(device, dtype, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        taps = cast(FeatureNetwork, frozen).taps
         self._taps = torch.compile(taps, dynamic=False) if compiled else taps
 
     def taps(self, images: torch.Tensor) -> list[torch.Tensor]:
-        """As the network's own, of images (B, C, H, W) in [-1, 1] of any precision."""
+        """Compute the network's feature maps of images (B, C, H, W) in [-1, 1] of any precision."""
         return self._taps(images.to(self.dtype, memory_format=torch.channels_last))
 
 
 def resized(images: torch.Tensor, side: int) -> torch.Tensor:
-    """Images (B, C, H, W) at `side` pixels, bilinear; unchanged if `side` is 0 or what they have."""
+    """Resize images (B, C, H, W) bilinearly to `side` pixels; unchanged if `side` is 0 or their own size."""
     if side in (0, images.shape[-1]):
         return images
     return bilinear(images, (side, side), align_corners=False)
 
 
 def bilinear(maps: torch.Tensor, size: tuple[int, int], *, align_corners: bool) -> torch.Tensor:
-    """`F.interpolate` of maps (B, C, H, W) to `size`, as two matrix products.
+    """Resize maps (B, C, H, W) like `F.interpolate` to `size`, as two matrix products.
 
-    On a GPU the gradient of `F.interpolate` is either not deterministic or slow; products are neither.
+    On a GPU the gradient of `F.interpolate` is either not deterministic or slow. The products are deterministic and fast.
     """
     with torch.autocast(maps.device.type, enabled=False):
         down, across = (_weights(old, new, maps, align_corners) for old, new in zip(maps.shape[2:], size, strict=True))
@@ -81,7 +81,7 @@ def bilinear(maps: torch.Tensor, size: tuple[int, int], *, align_corners: bool) 
 
 
 def _weights(old: int, new: int, like: torch.Tensor, align_corners: bool) -> torch.Tensor:
-    """What linear interpolation from `old` to `new` places makes of the identity: (old, new)."""
+    """Build the matrix (old, new) of linear interpolation from `old` to `new` positions."""
     with torch.no_grad():
         identity = torch.eye(old, device=like.device)[None]
         return F.interpolate(identity, new, mode="linear", align_corners=align_corners)[0].to(like.dtype)

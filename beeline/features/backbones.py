@@ -1,9 +1,9 @@
 """Frozen pretrained feature networks: VGG16 for perceptual distances, EfficientNet-lite0 and DeiT for the discriminator.
 
-Each obeys the `FeatureNetwork` protocol of `beeline.features`, takes images in [-1, 1] with one channel or three, and scales
-them as its weights expect. They stay in eval mode and their parameters take no gradients; gradients reach the images.
+Each follows the `FeatureNetwork` protocol of `beeline.features`, takes images in [-1, 1] with one channel or three, and scales
+them as its weights expect. They stay in eval mode; their parameters take no gradients, but gradients reach the images.
 
-`build_backbone` gives random weights; `beeline.weights` fetches the pretrained ones and loads them.
+`build_backbone` builds networks with random weights; `beeline.weights` fetches the pretrained weights and loads them.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from torch.nn import functional as F
 from beeline.errors import BeelineError
 from beeline.features.torchvision_shim import import_torchvision
 
-# The convolutions of VGG16 (Simonyan & Zisserman 2015, configuration D), by block; a pooling stands between blocks.
+# The convolutions of VGG16 (Simonyan & Zisserman 2015, configuration D), by block, with pooling between blocks.
 VGG16_BLOCKS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
-# timm's networks, with the arguments that choose the taps: the last layer at each stride, or every third of twelve blocks.
+# timm's networks, with the arguments that select the taps: the last layer at each stride, or every third of twelve blocks.
 TIMM: dict[str, dict[str, Any]] = {
     "tf_efficientnet_lite0": {"out_indices": (1, 2, 3, 4)},
     "deit_base_distilled_patch16_224": {"out_indices": (2, 5, 8, 11), "dynamic_img_size": True},
 }
 BACKBONES = ("vgg16", *TIMM)
-VGG16_AVG = "vgg16_avg"  # VGG16 with average pooling: the same weights
+VGG16_AVG = "vgg16_avg"  # VGG16 with average pooling; uses the weights of vgg16
 
 
 class _Frozen(nn.Module):
-    """A network that is only looked through: `train()` leaves it in eval mode, so that no statistics are ever updated."""
+    """A frozen network: `train()` keeps it in eval mode, so that no statistics are ever updated."""
 
     def train(self, mode: bool = True) -> Self:
         return super().train(False)
@@ -45,7 +45,7 @@ class VGG16(_Frozen):
     tap_channels: tuple[int, ...] = tuple(widths[-1] for widths in VGG16_BLOCKS)
     tap_strides: tuple[int, ...] = (1, 2, 4, 8, 16)
     pooling: Literal["max", "average"] = "max"
-    """How maps are halved. CTM uses "average" in its LPIPS (piq's `replace_pooling`)."""
+    """Pooling between blocks. CTM uses "average" in its LPIPS (piq's `replace_pooling`)."""
     shift: torch.Tensor
     scale: torch.Tensor
 
@@ -58,7 +58,9 @@ class VGG16(_Frozen):
                 layers.append(nn.MaxPool2d(2))
             for width in widths:
                 conv = nn.Conv2d(channels, width, 3, padding=1)
-                nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")  # torch's default would fade out with depth
+                nn.init.kaiming_normal_(
+                    conv.weight, nonlinearity="relu"
+                )  # with torch's default, signals would vanish with depth
                 layers += [conv, nn.ReLU(inplace=True)]
                 channels = width
         self.features = nn.Sequential(*layers)
@@ -73,7 +75,7 @@ class VGG16(_Frozen):
         return tuple(self.lins)
 
     def taps(self, images: torch.Tensor) -> list[torch.Tensor]:
-        """relu1_2, relu2_2, relu3_3, relu4_3 and relu5_3, at strides 1, 2, 4, 8 and 16, of images (B, 1 or 3, H, W) in
+        """Compute relu1_2, relu2_2, relu3_3, relu4_3 and relu5_3, at strides 1, 2, 4, 8 and 16, of images (B, 1 or 3, H, W) in
         [-1, 1] with sides of at least 16. Raises ValueError for other shapes."""
         x = (_rgb(images) - self.shift) / self.scale
         if min(images.shape[2:]) < 16:
@@ -89,24 +91,24 @@ class VGG16(_Frozen):
 
 
 class TimmBackbone(_Frozen):
-    """A network of timm, cut to what its four taps need, for images whose sides are multiples of 32.
+    """A network of timm, truncated after its four taps, for images whose sides are multiples of 32.
 
     `tf_efficientnet_lite0` gives a pyramid: 24, 40, 112 and 320 channels at strides 4, 8, 16 and 32.
-    `deit_base_distilled_patch16_224` gives its 3rd, 6th, 9th and 12th block, 768 channels each, class and distillation tokens
-    dropped, all at stride 16; the discriminator makes a pyramid of them. At 224 DeiT is the network as trained; at other
-    sizes its positions are interpolated.
+    `deit_base_distilled_patch16_224` gives its 3rd, 6th, 9th and 12th block, 768 channels each, without class and distillation
+    tokens, all at stride 16; the discriminator makes a pyramid of them. At 224 pixels DeiT is the network as trained; at other
+    sizes its positional embeddings are interpolated.
     """
 
     mean: torch.Tensor
     std: torch.Tensor
 
     def __init__(self, name: str) -> None:
-        """Raises BeelineError where timm or torchvision is not installed."""
+        """Build the network with random weights. Raises BeelineError if timm or torchvision is not installed."""
         super().__init__()
         self.name = name
         import_torchvision()
         try:
-            import timm  # here, not above: it takes seconds, and only these two networks need it
+            import timm  # imported here because it takes seconds and only these two networks need it
         except ModuleNotFoundError as error:
             if error.name != "timm":
                 raise
@@ -121,12 +123,12 @@ class TimmBackbone(_Frozen):
 
     @property
     def tap_weights(self) -> None:
-        """There are none: only LPIPS learned weights of channels."""
+        """None: only LPIPS learned channel weights."""
         return None
 
     def taps(self, images: torch.Tensor) -> list[torch.Tensor]:
-        """Maps (B, C_l, H/s_l, W/s_l), s_l the network's `tap_strides`, of images (B, 1 or 3, H, W) in [-1, 1]; H and W are
-        multiples of 32. Raises ValueError for other shapes."""
+        """Compute maps (B, C_l, H/s_l, W/s_l), s_l the network's `tap_strides`, of images (B, 1 or 3, H, W) in [-1, 1]; H and
+        W are multiples of 32. Raises ValueError for other shapes."""
         x = ((_rgb(images) + 1) / 2 - self.mean) / self.std
         height, width = images.shape[2:]
         if height % 32 or width % 32:
@@ -137,9 +139,9 @@ class TimmBackbone(_Frozen):
 
 
 def build_backbone(name: str) -> VGG16 | TimmBackbone:
-    """The backbone of that name with random weights, frozen, in eval mode: one of BACKBONES, or VGG16_AVG.
+    """Build the backbone `name`, one of BACKBONES or VGG16_AVG, with random weights, frozen, in eval mode.
 
-    Raises BeelineError for any other name, and where a package that it needs is not installed.
+    Raises BeelineError for any other name, and if a package that it needs is not installed.
     """
     if weights_of(name) not in BACKBONES:
         raise BeelineError(f"backbone {name!r} is unknown; expected one of: {', '.join(BACKBONES)}")
@@ -147,12 +149,12 @@ def build_backbone(name: str) -> VGG16 | TimmBackbone:
 
 
 def weights_of(name: str) -> str:
-    """The name of the backbone whose weights the feature network `name` has: its own, but for VGG16_AVG."""
+    """Return the name of the backbone whose weights the feature network `name` uses: its own, except for VGG16_AVG."""
     return VGG16.name if name == VGG16_AVG else name
 
 
 def with_pooling_of(network: VGG16 | TimmBackbone, name: str) -> VGG16 | TimmBackbone:
-    """The backbone, pooling as the feature network `name` does."""
+    """Set the backbone's pooling to that of the feature network `name`."""
     if isinstance(network, VGG16):
         network.pooling = "average" if name == VGG16_AVG else "max"
     return network

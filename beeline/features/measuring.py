@@ -1,10 +1,10 @@
-"""What a measurement sees: frozen networks that turn images, as they would be saved, into features and class logits.
+"""Feature networks for metrics: frozen networks that turn 8-bit images into features and class logits.
 
-    probe            the measuring probe of the workspace: a few features, no download
-    inception        Inception v3 of 2015-12-05, 2048 features and 1008 logits: what FID, IS and KID are defined in
-    dinov2_vitl14    DINOv2 ViT-L/14, 1024 features (Stein et al. 2023), and its small sister dinov2_vits14, 384
+    probe            the measuring probe of the workspace: few features, no download
+    inception        Inception v3 of 2015-12-05, 2048 features and 1008 logits: the network that defines FID, IS and KID
+    dinov2_vitl14    DINOv2 ViT-L/14, 1024 features (Stein et al. 2023), and the smaller dinov2_vits14, 384 features
 
-Images are measured as 8-bit ones, real and generated alike. Features are float32; everything after them is float64.
+Real and generated images are both measured as 8-bit images. Features are float32; everything after them is float64.
 """
 
 from __future__ import annotations
@@ -31,52 +31,52 @@ GPU_BATCH = 256
 
 @dataclasses.dataclass(frozen=True)
 class Looks:
-    """What a network sees in n images: `features` (n, D) float32 and, where it classifies, `logits` (n, K) float32."""
+    """Output of a network for n images: `features` (n, D) float32 and, if it classifies, `logits` (n, K) float32."""
 
     features: np.ndarray
     logits: np.ndarray | None = None
 
     @staticmethod
     def join(parts: Sequence[Looks]) -> Looks:
-        """Of all the images, in the order of `parts`."""
+        """Concatenate the outputs for all images, in the order of `parts`."""
         logits = [part.logits for part in parts if part.logits is not None]
         return Looks(np.concatenate([part.features for part in parts]), np.concatenate(logits) if logits else None)
 
 
 class MeasuringNetwork(Protocol):
-    """A network to measure in. `cpu_batch` is the number of images that a CPU looks at fastest."""
+    """A network to measure in. `cpu_batch` is the fastest batch size on a CPU."""
 
     cpu_batch: int
 
     def look(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Features (B, D) and logits (B, K) or None of uint8 images (B, 1 or 3, H, W)."""
+        """Compute features (B, D) and logits (B, K) or None of uint8 images (B, 1 or 3, H, W)."""
         ...
 
     def ready(self, device: torch.device) -> nn.Module:
-        """A frozen copy on `device`, made for speed, whose `look` gives the same up to rounding."""
+        """Return a frozen copy on `device`, optimised for speed, whose `look` gives the same up to rounding."""
         ...
 
 
 class _Frozen(nn.Module):
-    """A network that is only looked through, and never leaves eval mode."""
+    """A frozen network that never leaves eval mode."""
 
     name: str
     resize: str
-    """How images come to its resolution, for the record."""
+    """How images are resized for the network, recorded with results."""
     dimensions: int
-    """Features of an image."""
+    """Number of features of an image."""
     cpu_batch = 16
 
     def train(self, mode: bool = True) -> Self:
         return super().train(False)
 
     def ready(self, device: torch.device) -> nn.Module:
-        """See `MeasuringNetwork`: channels last."""
+        """See `MeasuringNetwork`; uses the channels-last memory format."""
         return copy.deepcopy(self).to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
 
 class Inception(_Frozen):
-    """torch-fidelity's Inception v3, with TensorFlow 1's resizing to 299 pixels (Heusel et al. 2017's network)."""
+    """torch-fidelity's Inception v3, with TensorFlow 1's resizing to 299 pixels (the network of Heusel et al. 2017)."""
 
     name, resize = "inception", "TensorFlow 1 bilinear to 299"
 
@@ -87,7 +87,7 @@ class Inception(_Frozen):
 
         class Network(FeatureExtractorInceptionV3):
             def load_state_dict(self, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
-                # The constructor insists on reading a file of weights, as a pickle; it gets an empty one.
+                # The constructor always reads a file of weights, as a pickle; it gets an empty one.
                 return super().load_state_dict(state_dict, *args, **kwargs) if state_dict else None
 
         empty = io.BytesIO()
@@ -98,21 +98,21 @@ class Inception(_Frozen):
         self.eval().requires_grad_(False)
 
     def look(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Features (B, 2048) and logits without their bias (B, 1008) of uint8 images (B, 1 or 3, H, W)."""
+        """Compute features (B, 2048) and logits without bias (B, 1008) of uint8 images (B, 1 or 3, H, W)."""
         features, logits = self.network(images.expand(-1, 3, -1, -1))
         return features, logits
 
     def ready(self, device: torch.device) -> nn.Module:
-        """See `MeasuringNetwork`: channels last, and each batch norm folded into its convolution."""
-        made = copy.deepcopy(self)
-        blocks: list[Any] = [block for block in made.network.modules() if type(block).__name__ == "BasicConv2d"]
+        """See `MeasuringNetwork`; uses the channels-last memory format and folds each batch norm into its convolution."""
+        folded = copy.deepcopy(self)
+        blocks: list[Any] = [block for block in folded.network.modules() if type(block).__name__ == "BasicConv2d"]
         for block in blocks:
             block.conv, block.bn = fuse_conv_bn_eval(block.conv, block.bn), nn.Identity()
-        return made.to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        return folded.to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
 
 class DinoV2(_Frozen):
-    """timm's DINOv2: the normalised class token, of images resized to 224 pixels and normalised as ImageNet's."""
+    """timm's DINOv2: the normalised class token of images resized to 224 pixels and normalised like ImageNet."""
 
     resize = "bicubic, antialiased, to 224"
     mean: torch.Tensor
@@ -131,14 +131,14 @@ class DinoV2(_Frozen):
         self.eval().requires_grad_(False)
 
     def look(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Features (B, D) of uint8 images (B, 1 or 3, H, W); no logits."""
+        """Compute features (B, D) of uint8 images (B, 1 or 3, H, W); no logits."""
         x = images.expand(-1, 3, -1, -1).to(torch.float32)
         x = F.interpolate(x, (224, 224), mode="bicubic", antialias=True, align_corners=False).clamp(0, 255) / 255
         return self.network((x - self.mean) / self.std), None
 
 
 class MeasuringProbe(_Frozen):
-    """A probe of the workspace, to measure in."""
+    """A probe of the workspace, used for measuring."""
 
     name, resize, cpu_batch = "probe", "none", 256
 
@@ -148,7 +148,7 @@ class MeasuringProbe(_Frozen):
         self.eval().requires_grad_(False)
 
     def look(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Features (B, D) of uint8 images (B, C, H, W); no logits: a probe knows too few classes for a score of them."""
+        """Compute features (B, D) of uint8 images (B, C, H, W); no logits, because a probe has too few classes for a score."""
         return self.probe.features(images.to(torch.float32) / 127.5 - 1), None
 
 
@@ -162,12 +162,12 @@ RESIZES: dict[str, str] = {
 
 
 def build_measuring(name: str) -> Inception | DinoV2:
-    """The measuring network `name`, one of MEASURING, with random weights."""
+    """Build the measuring network `name`, one of MEASURING, with random weights."""
     return Inception() if name == Inception.name else DinoV2(name)
 
 
 class Eye:
-    """A measuring network on a device, looking at batches whose size depends on the kind of device alone."""
+    """A measuring network on a device, applied to batches whose size depends only on the kind of device."""
 
     def __init__(self, network: MeasuringNetwork, device: torch.device) -> None:
         self.device = device
@@ -176,10 +176,10 @@ class Eye:
 
     @torch.inference_mode()
     def look(self, images: torch.Tensor) -> Looks:
-        """What the network sees in uint8 images (n, 1 or 3, H, W), in float32 (beeline.numerics: without TF32)."""
+        """Compute the output for uint8 images (n, 1 or 3, H, W), in float32 (beeline.numerics: without TF32)."""
         features, logits = [], []
         for part in images.split(self._batch):
-            seen = self._network.look(part.to(self.device))
-            features.append(seen[0].to(torch.float32).cpu())
-            logits += [] if seen[1] is None else [seen[1].to(torch.float32).cpu()]
+            output = self._network.look(part.to(self.device))
+            features.append(output[0].to(torch.float32).cpu())
+            logits += [] if output[1] is None else [output[1].to(torch.float32).cpu()]
         return Looks(torch.cat(features).numpy(), torch.cat(logits).numpy() if logits else None)

@@ -1,7 +1,7 @@
 """The probe: a feature network that needs no download, a small classifier trained on the real images in seconds.
 
-A recipe trains two probes, one for the losses and one, of another architecture and seed, for measuring. So no score is
-measured in features that a loss used.
+A recipe trains two probes of different architecture and seed: one for losses, one for measuring. So no metric uses features
+that a loss has used.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from beeline.config.networks import GROUPS
 
 
 class Probe(nn.Module):
-    """A convolutional classifier whose layers are the taps and whose last layer, averaged over space, is the feature."""
+    """A convolutional classifier. Its layers are the taps; its last layer, averaged over space, is the feature vector."""
 
     def __init__(self, config: ProbeNetworkConfig, *, channels: int, num_classes: int) -> None:
         super().__init__()
@@ -54,21 +54,21 @@ class Probe(nn.Module):
         return maps
 
     def features(self, images: torch.Tensor) -> torch.Tensor:
-        """The feature vector (B, widths[-1]) that distances are measured in."""
+        """Compute the feature vector (B, widths[-1]) in which distances are measured."""
         return self.taps(images)[-1].mean(dim=(2, 3))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Class logits (B, K)."""
+        """Compute class logits (B, K)."""
         return self.head(self.features(images))
 
 
 def train_probe(
     probe: Probe, images: torch.Tensor, labels: torch.Tensor, *, iterations: int, batch_size: int, lr: float, seed: int
 ) -> float:
-    """Train the probe in place on images (n, C, H, W) in [-1, 1]; return its accuracy on the tenth held out, NaN if its logits
-    are not finite.
+    """Train the probe in place on images (n, C, H, W) in [-1, 1]. Returns its accuracy on the tenth of the images that is held
+    out, or NaN if its logits are not finite.
 
-    Augmentation: shifts of up to one pixel and noise of 0.1, so that features see content rather than position.
+    Augmentation: shifts of up to one pixel and noise of 0.1, so that features depend on content rather than position.
     """
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(images), generator=generator)

@@ -1,10 +1,10 @@
-"""torchvision beside a CPU build of torch: makes it importable, which timm and lpips need.
+"""torchvision with a CPU build of torch: makes it importable, as timm and lpips require.
 
-torchvision's wheel on PyPI is a CUDA build. Beside a CPU torch its compiled part does not load, and the import then ends with
-"operator torchvision::nms does not exist", because torchvision describes two of its operators to torch without looking
-whether they are there. Declaring those two, without an implementation, is all that the import needs; the networks that we
-take from timm and lpips call neither. Where torch and torchvision match, nothing is declared: a second declaration would
-keep torchvision's own from loading.
+torchvision's wheel on PyPI is a CUDA build. With a CPU build of torch, its compiled part does not load, and the import fails
+with "operator torchvision::nms does not exist", because torchvision describes two of its operators to torch without checking
+that they exist. Declaring those two, without an implementation, makes the import work; the networks from timm and lpips that we
+use call neither. If torch and torchvision match, nothing is declared, because a second declaration would keep torchvision's
+own from loading.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ SCHEMA = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
 def import_torchvision() -> None:
     """Import torchvision, declaring `torchvision::nms` and `torchvision::qnms` first if they are missing.
 
-    Call it before timm or lpips is imported; a second call does nothing. Raises BeelineError where torchvision is not
-    installed.
+    Call it before timm or lpips is imported; a second call does nothing. Raises BeelineError if torchvision is not installed.
     """
     try:
         import torchvision

@@ -1,11 +1,11 @@
-"""EDM's pickles as records of plain data: modules by the names of their classes, tensors that are read when asked for.
+"""EDM's pickles as records of plain data: modules by the names of their classes, tensors that are read on demand.
 
-Every module in a released file was written by EDM's persistence hook as (class name, Python source, state), to be rebuilt by
-executing that source. Here a reader of plain data (beeline.files.unpickling) admits a short list of names. None of them is the
-real thing: modules become records of their state, NumPy scalars and tensors are decoded from their bytes. Any other name ends
-the reading at once.
+EDM's persistence hook wrote every module of a released file as (class name, Python source, state); loading would execute that
+source. Here a reader of plain data (beeline.files.unpickling) admits a short list of names, and none of them is the real
+object: modules become records of their state, NumPy scalars and tensors are decoded from their bytes. Any other name ends the
+reading at once.
 
-Nothing here copies, compares or prints what a file holds before it is known to be small: see beeline.files.unpickling.
+Nothing here copies, compares or prints content of a file before it is known to be small: see beeline.files.unpickling.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from beeline.files.unpickling import Bounded, Name, unpickled
 
 MAX_MODULES = 20_000  # EDM's largest network has 1,100
 MAX_TENSORS = 50_000  # EDM's largest network has 1,500
-MAX_DEPTH = 20  # of modules within modules, and of what else is in them; EDM's have 5
+MAX_DEPTH = 20  # of nested modules and other nested content; EDM's have 5
 MAX_AXES = 8  # of a tensor
 MAX_NAME = 100  # characters of a module's or tensor's name
 MAX_STORAGE_OPCODES = 100  # of the pickles before a tensor's bytes; there are 50
 
 
 class Record:
-    """A pickled module as data: the name of its class and the attributes it had. Nothing of the class itself."""
+    """A pickled module as data: the name of its class and its attributes, without the class itself."""
 
     def __init__(self, class_name: str = "ModuleDict", state: Mapping[str, Any] | None = None) -> None:
         self.class_name = class_name
@@ -44,26 +44,26 @@ class Record:
         self.class_name, self.state = "ModuleDict", mapping(state)
 
     def part(self, name: str) -> Mapping[str, Any]:
-        """One of the state's dicts, such as `_parameters`; empty where it is missing."""
+        """Return one of the state's dicts, such as `_parameters`; empty if it is missing."""
         return mapping(self.state.get(name, {}))
 
 
 def mapping(value: Any) -> Mapping[str, Any]:
-    """`value`, which must be a dict."""
+    """Return `value` if it is a dict. Raises BeelineError otherwise."""
     if not isinstance(value, Mapping):
         raise BeelineError(f"the file holds a {type(value).__name__} where EDM's release has a dict")
     return value
 
 
 class _Attributes(dict):
-    """Stands in for dnnlib.util.EasyDict and for an OrderedDict: made empty, then filled."""
+    """Stand-in for dnnlib.util.EasyDict and OrderedDict: created empty, then filled."""
 
     def __init__(self) -> None:
         super().__init__()
 
 
 class _Dtype:
-    """A NumPy dtype by its code, "f8" for example; what else the file says of it (byte order flags) is ignored."""
+    """A NumPy dtype by its code, such as "f8"; other content (byte order flags) is ignored."""
 
     def __init__(self, code: Any, *_: Any) -> None:
         if not isinstance(code, str) or not re.fullmatch(r"[fiu][1248]|b1", code):
@@ -79,7 +79,7 @@ def _scalar(dtype: _Dtype, data: bytes) -> int | float | bool:
 
 
 def _persistent(meta: Any) -> Record:
-    """The persistence hook: takes name and state, leaves the source where it is."""
+    """Replace the persistence hook: uses name and state, ignores the source."""
     known = isinstance(meta, Mapping) and meta.get("type") == "class" and isinstance(meta.get("class_name"), str)
     if not known or not isinstance(meta.get("state"), Mapping):
         raise BeelineError("the file holds a persistent object of an unknown layout; expected EDM's type 'class', version 6")
@@ -88,7 +88,7 @@ def _persistent(meta: Any) -> Record:
 
 @dataclasses.dataclass(frozen=True)
 class _Storage:
-    """The elements of a tensor: `count` of `dtype` from the byte `start` of `data`, as torch.save wrote them."""
+    """Elements of a tensor: `count` of `dtype` from byte `start` of `data`, as torch.save wrote them."""
 
     data: bytes
     start: int
@@ -107,8 +107,8 @@ STORAGES = {
 
 
 def _storage(data: bytes) -> _Storage:
-    """A storage in torch.save's layout before 1.6: four pickles (magic number, version, byte order, the storage's type and
-    size), the list of storages, the number of elements as 8 bytes, the elements."""
+    """Parse a storage in torch.save's layout before 1.6: four pickles (magic number, version, byte order, the storage's type
+    and size), the list of storages, the number of elements as 8 bytes, the elements."""
 
     def find(module: str, name: str) -> Callable[..., Any]:
         if module != "torch" or name not in STORAGES:
@@ -136,7 +136,7 @@ def _storage(data: bytes) -> _Storage:
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """A tensor of the file that is not read yet: a view of a storage."""
+    """A tensor of the file that has not been read yet: a view of a storage."""
 
     storage: _Storage
     offset: int
@@ -145,11 +145,11 @@ class Tensor:
 
     @property
     def size(self) -> int:
-        """Bytes in the file."""
+        """Number of bytes in the file."""
         return math.prod(self.shape) * self.storage.dtype.itemsize
 
     def read(self) -> torch.Tensor:
-        """The tensor in float32, contiguous."""
+        """Read the tensor as float32, contiguous."""
         width = self.storage.dtype.itemsize
         elements = np.frombuffer(self.storage.data, f"u{width}", self.storage.count, self.storage.start)
         strides = [step * width for step in self.stride]
@@ -164,7 +164,7 @@ def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> Tens
     if not whole or not all(type(n) is int and 0 <= n <= storage.count for n in (offset, *shape, *stride)):
         raise BeelineError(f"the file holds a tensor of {shown(shape)} over {storage.count} elements: it is damaged")
     last = offset + sum((n - 1) * step for n, step in zip(shape, stride, strict=True)) if all(shape) else -1
-    if last >= storage.count or math.prod(shape) > storage.count:  # a stride of 0 repeats elements without end
+    if last >= storage.count or math.prod(shape) > storage.count:  # a stride of 0 can repeat elements any number of times
         raise BeelineError(f"the file holds a tensor of {shown(shape)} over {storage.count} elements: it is damaged")
     return Tensor(storage, offset, shape, stride)
 
@@ -174,7 +174,8 @@ def _parameter(data: Any, *_: Any) -> Any:
 
 
 def shown(value: Any) -> str:
-    """A plain value, or numbers in a tuple or list, as text; of all else the type, since the text might have no end."""
+    """Format a plain value, or numbers in a tuple or list. Other values are shown by type, because their text may be
+    endless."""
     if isinstance(value, str | bytes | int | float | bool | None):
         return f"{value!r:.80}" if not isinstance(value, int) or abs(value) < 10**30 else "a very large number"
     if isinstance(value, tuple | list) and len(value) <= 20 and all(isinstance(item, int | float) for item in value):
@@ -201,12 +202,12 @@ def _admitted(module: str, name: str) -> Callable[..., Any]:
         return ADMITTED[module, name]
     except KeyError:
         raise BeelineError(
-            f"the file asks for {module}.{name}, which no released EDM checkpoint does; it was refused and nothing was run"
+            f"the file asks for {module}.{name}, which no released EDM checkpoint does; it was refused and no code was run"
         ) from None
 
 
 class _Hashed:
-    """A stream that digests what is read from it."""
+    """A stream that computes the SHA-256 of the bytes read from it."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream, self.sha256 = stream, hashlib.sha256()
@@ -223,9 +224,9 @@ class _Hashed:
 
 
 def read(file: Path) -> tuple[Record, str]:
-    """The `ema` of a released checkpoint, as records, and the SHA-256 of the file: of the very bytes that were read.
+    """Read the `ema` of a released checkpoint as records, and the SHA-256 of the file, computed from the same bytes.
 
-    Raises BeelineError for anything but such a file, without its name.
+    Raises BeelineError for any other file, without naming it.
     """
     with open(file, "rb") as stream:
         hashed: Any = _Hashed(stream)
@@ -235,25 +236,26 @@ def read(file: Path) -> tuple[Record, str]:
             raise BeelineError(f"the file is cut off ({error}); download it again") from None
         while hashed.read(1 << 20):
             pass
-    found = content.get("ema") if isinstance(content, Mapping) else None
-    if not isinstance(found, Record):
+    network = content.get("ema") if isinstance(content, Mapping) else None
+    if not isinstance(network, Record):
         keys = ", ".join(shown(key) for key in list(content)[:10]) if isinstance(content, Mapping) else type(content).__name__
         raise BeelineError(f"the file holds {keys}; expected a dict whose 'ema' is a network, as EDM releases them")
-    return found, hashed.sha256.hexdigest()
+    return network, hashed.sha256.hexdigest()
 
 
 def tensors_of(network: Record) -> dict[str, Tensor]:
-    """The tensors of a network's records by the names of EDM's own `state_dict()`. Raises BeelineError for too many of them."""
-    found: dict[str, Tensor] = {}
+    """Collect the tensors of a network's records by the names of EDM's own `state_dict()`. Raises BeelineError if there are too
+    many."""
+    collected: dict[str, Tensor] = {}
     waiting = [("", network, 0)]
     for _ in range(MAX_MODULES):
         if not waiting:
-            return found
+            return collected
         prefix, module, depth = waiting.pop()
         tensors = [item for kind in ("_parameters", "_buffers") for item in module.part(kind).items()]
-        found |= {f"{prefix}{named(name)}": tensor for name, tensor in tensors if isinstance(tensor, Tensor)}
+        collected |= {f"{prefix}{named(name)}": tensor for name, tensor in tensors if isinstance(tensor, Tensor)}
         children = [(name, child) for name, child in module.part("_modules").items() if isinstance(child, Record)]
-        if len(found) > MAX_TENSORS or (depth == MAX_DEPTH and children):
+        if len(collected) > MAX_TENSORS or (depth == MAX_DEPTH and children):
             break
         waiting += [(f"{prefix}{named(name)}.", child, depth + 1) for name, child in children]
     raise BeelineError(
@@ -263,7 +265,7 @@ def tensors_of(network: Record) -> dict[str, Tensor]:
 
 
 def named(name: Any) -> str:
-    """`name`, which must be a short text."""
+    """Return `name` if it is a short text. Raises BeelineError otherwise."""
     if not isinstance(name, str) or len(name) > MAX_NAME:
         raise BeelineError(f"the file holds a module or tensor named {shown(name)}; expected a short text")
     return name

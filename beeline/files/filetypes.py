@@ -1,4 +1,4 @@
-"""What a file is that was taken for another: by its first bytes, and, where torch.save wrote it, by the names in it."""
+"""Recognise the actual kind of a file: by its first bytes, and, if torch.save wrote it, by the names in it."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from beeline.errors import BeelineError
 from beeline.files.unpickling import Bounded
 
 HEAD = 512  # bytes
-MAX_NAMES = 1 << 22  # bytes of torch.save's pickle that are searched for names
-LEGACY_TORCH = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # what torch.save began with before it wrote zips
+MAX_NAMES = 1 << 22  # bytes of torch.save's pickle to search for names
+LEGACY_TORCH = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # start of torch.save's format before it used zips
 BEGINNINGS = {
     b"version https://git-lfs": "a pointer of Git LFS, not the file itself (git lfs pull fetches it)",
     b"PK\x03\x04": "a zip archive",
@@ -31,7 +31,8 @@ BEGINNINGS = {
 
 
 def kind_of(head: bytes, size: int) -> str:
-    """What a file of `size` bytes is that begins with `head`, as "a web page"; "" for a pickle, and where nothing tells."""
+    """Name the kind of a file of `size` bytes that begins with `head`, like "a web page"; "" for a pickle or an unknown
+    kind."""
     if not size:
         return "an empty file"
     start = head.lstrip()[:64].lower()
@@ -43,11 +44,11 @@ def kind_of(head: bytes, size: int) -> str:
 
 
 def checked_file(file: Path, what: str) -> tuple[str, bytes]:
-    """The kind of a regular file that can be read, and how it begins. Raises BeelineError for a missing file, a folder, and
-    whatever is no file; `what` was expected."""
+    """Return the kind of a readable regular file, and its first bytes. Raises BeelineError, naming `what` was expected, for
+    a missing file, a folder, and anything else that is not a regular file."""
     try:
         if not os.path.lexists(file):
-            raise BeelineError(f"{file} is not there; expected {what}")
+            raise BeelineError(f"{file} does not exist; expected {what}")
         if not file.is_file():
             raise BeelineError(f"{file} is {'a folder' if file.is_dir() else 'not a regular file'}; expected {what}")
         with open(file, "rb") as stream:
@@ -58,8 +59,10 @@ def checked_file(file: Path, what: str) -> tuple[str, bytes]:
 
 
 def torch_names(file: Path) -> set[str]:
-    """The texts in the pickle of a file of torch.save, such as keys and names of tensors, without unpickling; of other and of
-    damaged files those that are met first, perhaps none."""
+    """Collect the texts, such as keys and tensor names, in the pickle of a torch.save file, without unpickling.
+
+    In other or damaged files it returns the texts it meets first, possibly none.
+    """
     names: set[str] = set()
     try:
         with open(file, "rb") as stream:
@@ -71,7 +74,7 @@ def torch_names(file: Path) -> set[str]:
             else:
                 stream.seek(0)
                 _collect(stream, names)
-    except Exception:  # whatever is wrong with it: this only helps to say what the file is
+    except Exception:  # ignored: the names only help to describe the file
         return names
     return names
 

@@ -1,21 +1,21 @@
-"""What a JSON file must hold before it is used: its layout, declared as plain Python, and a check against it.
+"""Declared layouts of JSON files, as plain Python, and the check of a value against one.
 
 str, float, bool          a text, a number, true or false
-3                         a whole number from 3 on
+3                         a whole number of at least 3
 [layout]                  a list of such values
-{"key": layout, ...}      an object with at least these keys; of "key?", the value may be null or left out
+{"key": layout, ...}      an object with at least these keys; the value of "key?" may be null or missing
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-MOST = 2**63  # whole numbers beyond are damage, and Python would take its time to print them
+MOST = 2**63  # larger whole numbers are damage, and Python prints them slowly
 NAMES = {str: "a text", float: "a number", bool: "true or false"}
 
 
 def check_layout(value: Any, layout: Any, at: str = "it") -> None:
-    """Raise ValueError, which says where and what, unless `value` has this layout."""
+    """Raise ValueError, naming the place and the problem, unless `value` has this layout."""
     if isinstance(layout, dict):
         _expect(isinstance(value, dict), value, "an object", at)
         for key, inner in layout.items():
@@ -33,11 +33,11 @@ def check_layout(value: Any, layout: Any, at: str = "it") -> None:
         plain = isinstance(value, kind) and (layout is bool or not isinstance(value, bool))
         _expect(plain and not (isinstance(value, int) and abs(value) > MOST), value, NAMES[layout], at)
     else:
-        _expect(type(value) is int and layout <= value <= MOST, value, f"a whole number from {layout} on", at)
+        _expect(type(value) is int and layout <= value <= MOST, value, f"a whole number of at least {layout}", at)
 
 
 def _expect(right: bool, value: Any, expected: str, at: str) -> None:
     if not right:
         plain = value if isinstance(value, str | float | bool | None) else type(value).__name__
-        found = value if type(value) is int and abs(value) <= MOST else plain
-        raise ValueError(f"{at} is {found!r:.60}; expected {expected}")
+        shown = value if type(value) is int and abs(value) <= MOST else plain
+        raise ValueError(f"{at} is {shown!r:.60}; expected {expected}")

@@ -1,7 +1,7 @@
-"""Pickles as data, within bounds: a stack machine that knows the opcodes of plain values and of admitted names, no others.
+"""Read pickles as data, within limits: a stack machine that knows only the opcodes of plain values and of admitted names.
 
-Python's own unpickler, even one restricted by `find_class`, does what a file asks for. Ten bytes reserve 3 GB (an index of the
-memo), forty nested tuples take hours (their hash, where one is a key), BUILD writes into whatever lies on the stack. Here
+Python's own unpickler, even if restricted by `find_class`, does what a file asks for. Ten bytes reserve 3 GB (an index of the
+memo), forty nested tuples take hours (their hash, if one is a key), and BUILD writes into any object on the stack. Here
 every length is compared with the bytes that are left, keys are plain values, and the number of opcodes is limited.
 """
 
@@ -20,31 +20,31 @@ EMPTY: dict[str, Callable[[], Any]] = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "
 NUMBERS = {"INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"}
 TEXTS = {"UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"}
 BYTES = {"SHORT_BINBYTES", "BINBYTES", "BINBYTES8"}
-OLD_STRINGS = {"STRING", "SHORT_BINSTRING", "BINSTRING"}  # of Python 2
+OLD_STRINGS = {"STRING", "SHORT_BINSTRING", "BINSTRING"}  # strings of Python 2
 TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 PUT, GET = {"PUT", "BINPUT", "LONG_BINPUT"}, {"GET", "BINGET", "LONG_BINGET"}
 IGNORED = {"PROTO", "FRAME"}
-KEYS = (str, bytes, int, float, type(None))  # a tuple's hash takes time exponential in its depth, if its parts are shared
+KEYS = (str, bytes, int, float, type(None))  # no tuples: a hash takes time exponential in the depth, if parts are shared
 
 
 class Bounded:
-    """The next `size` bytes of a stream, which reserves no memory for bytes that are not there."""
+    """The next `size` bytes of a stream; reserves no memory for bytes that do not exist."""
 
     def __init__(self, stream: BinaryIO, size: int) -> None:
         if size > MAX_BYTES:
-            raise ValueError(f"it has {size:,} bytes; at most {MAX_BYTES:,} are read")
+            raise ValueError(f"it has {size:,} bytes; expected at most {MAX_BYTES:,}")
         self._stream, self.left = stream, size
 
     def read(self, count: int) -> bytes:
-        """Exactly `count` bytes. Raises EOFError where fewer are left."""
+        """Read exactly `count` bytes. Raises EOFError if fewer are left."""
         data = self._stream.read(count) if 0 <= count <= self.left else b""
         if len(data) != count:
-            raise EOFError(f"it announces {count:,} bytes where {self.left:,} are left")
+            raise EOFError(f"it announces {count:,} bytes, but only {self.left:,} are left")
         self.left -= count
         return data
 
     def readline(self) -> bytes:
-        """The bytes up to the next line feed, and that."""
+        """Read the bytes up to and including the next line feed."""
         line = self._stream.readline(min(self.left, MAX_LINE))
         self.left -= len(line)
         return line
@@ -58,17 +58,17 @@ def unpickled(
     persistent: Callable[[Any], Any] | None = None,
     max_opcodes: int = MAX_OPCODES,
 ) -> Any:
-    """The object of the pickle that begins here; the stream stands behind it afterwards.
+    """Read the object of the pickle that begins here; afterwards the stream is at the byte after it.
 
-    `find(module, name)` returns what stands in for a name, or raises. Stand-ins are called with arguments from the file, and
-    so is `__setstate__` of what they return. They must neither copy nor print what they are given: a file of a few bytes can
-    hand over a large object many times, and nest it so that its text has no end. `strings`: what strings of Python 2 become.
-    `persistent` resolves persistent ids.
+    `find(module, name)` returns the stand-in for a name, or raises. Stand-ins are called with arguments from the file, and so
+    is `__setstate__` of their results. They must neither copy nor print their arguments: a file of a few bytes can pass a
+    large object many times, and nest it so that its text is endless. `strings`: the type for strings of Python 2. `persistent`
+    resolves persistent ids.
 
-    Raises whatever the damage leads to: the caller is the boundary (beeline.errors.reading).
+    Damaged data can raise anything; the caller handles it (beeline.errors.reading).
     """
     machine = _Machine(find, strings, persistent)
-    source: Any = stream  # all that genops asks for is `read` and `readline`
+    source: Any = stream  # genops needs only `read` and `readline`
     for count, (opcode, argument, _) in enumerate(pickletools.genops(source)):
         if count >= max_opcodes:
             raise ValueError(f"it has more than {max_opcodes:,} opcodes")
@@ -79,14 +79,14 @@ def unpickled(
 
 
 class Name:
-    """What stands in for a name of the file. Only these are called."""
+    """Stand-in for a name of the file. Only these are called."""
 
     def __init__(self, call: Callable[..., Any]) -> None:
         self.call = call
 
 
 class _Machine:
-    """The state of unpickling: a stack, the stacks below its marks, and the memo."""
+    """State of unpickling: a stack, the stacks below its marks, and the memo."""
 
     def __init__(
         self,
@@ -100,7 +100,7 @@ class _Machine:
         self.memo: dict[int, Any] = {}
 
     def step(self, name: str, argument: Any) -> None:
-        """Do what one opcode says."""
+        """Execute one opcode."""
         if name in IGNORED:
             return
         if name in PUT:
@@ -119,7 +119,7 @@ class _Machine:
             self.stack.append(value)
 
     def _value(self, name: str, argument: Any) -> Any:
-        """What an opcode puts on the stack."""
+        """Return the value that an opcode pushes onto the stack."""
         if name in CONSTANTS:
             return CONSTANTS[name]
         if name in EMPTY:
@@ -146,21 +146,21 @@ class _Machine:
             return name_of.call(*arguments)
         if name == "BINPERSID" and self.persistent is not None:
             return self.persistent(self.stack.pop())
-        raise ValueError(f"opcode {name} is not one of plain data")
+        raise ValueError(f"opcode {name} does not belong to plain data")
 
     def _change(self, name: str) -> None:
-        """Change the object below an opcode's arguments."""
+        """Change the object below an opcode's arguments on the stack."""
         if name == "BUILD":
             state = self.stack.pop()
             restore = getattr(self.stack[-1], "__setstate__", None)
             if restore is None:
-                raise TypeError(f"it gives a state to a {type(self.stack[-1]).__name__}")
+                raise TypeError(f"it sets the state of a {type(self.stack[-1]).__name__}")
             restore(state)
             return
         values = self._popped({"APPEND": 1, "SETITEM": 2}[name]) if name in ("APPEND", "SETITEM") else self._marked()
         target, kind = self.stack[-1], {"APPEND": list, "APPENDS": list, "ADDITEMS": set}.get(name, dict)
         if not isinstance(target, kind):
-            raise TypeError(f"{name} goes to a {type(target).__name__}")
+            raise TypeError(f"{name} is applied to a {type(target).__name__}")
         if isinstance(target, list):
             target.extend(values)
         elif isinstance(target, set):
@@ -176,7 +176,7 @@ class _Machine:
     def _popped(self, count: int) -> list[Any]:
         values = self.stack[-count:]
         if len(values) != count:
-            raise IndexError("it takes more from the stack than is there")
+            raise IndexError("it pops more values than the stack holds")
         del self.stack[-count:]
         return values
 

@@ -3,7 +3,7 @@
     d^2 = |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2))          (Heusel et al. 2017, eq. 6)
 
 Statistics are (n, mean, centred second moment), merged by Chan's formula. Shards are always merged in the order of their
-index, so a distance does not depend on how many actors made them.
+index, so a distance does not depend on the number of actors.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from beeline.files.arrays import pack, unpack
 
 
 class Gaussian(Protocol):
-    """All that a Fréchet distance asks of a distribution: `mean` (D,) and `covariance` (D, D), float64."""
+    """Distribution as a Fréchet distance needs it: `mean` (D,) and `covariance` (D, D), float64."""
 
     @property
     def mean(self) -> np.ndarray: ...
@@ -31,19 +31,19 @@ class Gaussian(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Moments:
-    """A mean (D,) and a covariance (D, D), float64, of samples that are not at hand."""
+    """Mean (D,) and covariance (D, D), float64, of samples that are not available themselves."""
 
     mean: np.ndarray
     covariance: np.ndarray
 
     @staticmethod
     def from_npz(data: bytes) -> Moments:
-        """Reference statistics as EDM publishes them: an .npz file with `mu` (D,) and `sigma` (D, D). Raises ValueError for
-        anything else."""
-        found = unpack(data, "an .npz file with mu and sigma")
-        if not {"mu", "sigma"} <= found.keys():
-            raise ValueError(f"an .npz file with {', '.join(found)}; expected mu and sigma")
-        mean, covariance = (np.asarray(found[key], np.float64) for key in ("mu", "sigma"))
+        """Read reference statistics as EDM publishes them: an .npz file with `mu` (D,) and `sigma` (D, D). Raises ValueError
+        for anything else."""
+        arrays = unpack(data, "an .npz file with mu and sigma")
+        if not {"mu", "sigma"} <= arrays.keys():
+            raise ValueError(f"an .npz file with {', '.join(arrays)}; expected mu and sigma")
+        mean, covariance = (np.asarray(arrays[key], np.float64) for key in ("mu", "sigma"))
         if covariance.shape != 2 * mean.shape or mean.ndim != 1 or not np.allclose(covariance, covariance.T, equal_nan=True):
             raise ValueError(f"mu has shape {mean.shape}, sigma {covariance.shape}; expected (D,) and a symmetric (D, D)")
         if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
@@ -53,7 +53,10 @@ class Moments:
 
 @dataclasses.dataclass(frozen=True)
 class Statistics:
-    """Of n feature vectors: `mean` (D,) and centred second moment `m2` (D, D) = sum (f - mean)(f - mean)^T, float64."""
+    """Statistics of n feature vectors: `mean` (D,) and centred second moment `m2` (D, D), float64.
+
+    m2 = sum (f - mean)(f - mean)^T.
+    """
 
     n: int
     mean: np.ndarray
@@ -61,14 +64,14 @@ class Statistics:
 
     @staticmethod
     def of(features: np.ndarray) -> Statistics:
-        """Statistics of `features` (n, D), n >= 1."""
+        """Compute the statistics of `features` (n, D), n >= 1."""
         features = np.asarray(features, dtype=np.float64)
         mean = features.mean(axis=0)
         centred = features - mean
         return Statistics(len(features), mean, centred.T @ centred)
 
     def __add__(self, other: Statistics) -> Statistics:
-        """Those of both samples together (Chan, Golub & LeVeque 1983)."""
+        """Merge two samples' statistics (Chan, Golub & LeVeque 1983)."""
         n = self.n + other.n
         delta = other.mean - self.mean
         return Statistics(
@@ -79,36 +82,36 @@ class Statistics:
 
     @property
     def covariance(self) -> np.ndarray:
-        """(D, D), normalised by n - 1."""
+        """Covariance (D, D), normalised by n - 1."""
         if self.n < 2:
             raise ValueError(f"a covariance needs at least 2 samples, found {self.n}")
         return self.m2 / (self.n - 1)
 
     def to_npz(self) -> bytes:
-        """The statistics as the bytes of an .npz file; the same statistics give the same bytes."""
+        """Encode the statistics as the bytes of an .npz file; the same statistics give the same bytes."""
         return pack({"n": np.int64(self.n), "mean": self.mean, "m2": self.m2})
 
     @staticmethod
     def from_npz(data: bytes) -> Statistics:
-        """The inverse of `to_npz`. Raises ValueError for anything damaged."""
-        found = unpack(data, "statistics")
-        if not {"n", "mean", "m2"} <= found.keys():
-            raise ValueError(f"an .npz file with {', '.join(found)}; expected n, mean and m2")
-        n, mean, m2 = (found[key] for key in ("n", "mean", "m2"))
+        """Invert `to_npz`. Raises ValueError for anything damaged."""
+        arrays = unpack(data, "statistics")
+        if not {"n", "mean", "m2"} <= arrays.keys():
+            raise ValueError(f"an .npz file with {', '.join(arrays)}; expected n, mean and m2")
+        n, mean, m2 = (arrays[key] for key in ("n", "mean", "m2"))
         if n.shape != () or mean.ndim != 1 or m2.shape != 2 * mean.shape:
             raise ValueError(f"n, mean and m2 have shapes {n.shape}, {mean.shape} and {m2.shape}; expected (), (D,) and (D, D)")
         return Statistics(int(n), mean, m2)
 
 
 def merge(parts: Iterable[Statistics]) -> Statistics:
-    """The parts together, added from first to last."""
+    """Merge the parts in their order."""
     return functools.reduce(lambda a, b: a + b, parts)
 
 
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
-    """Fréchet distance (the squared one, as FID reports it) between two feature distributions."""
+    """Compute the Fréchet distance (squared, as FID reports it) between two feature distributions."""
     if a.mean.shape != b.mean.shape:
-        raise ValueError(f"features have {a.mean.size} and {b.mean.size} dimensions; they must be of one network")
+        raise ValueError(f"features have {a.mean.size} and {b.mean.size} dimensions; they must come from the same network")
     s1, s2 = a.covariance, b.covariance
     try:  # the eigenvalues of S1 S2 are those of the symmetric L^T S2 L, S1 = L L^T: much cheaper than sqrtm
         root = scipy.linalg.cholesky(s1, lower=True)

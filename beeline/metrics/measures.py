@@ -1,16 +1,16 @@
-"""Figures of a set of samples against real images, from what a measuring network saw in both.
+"""Metrics of samples against real images, computed from the outputs of a measuring network.
 
-    fid, fd_<network>            Fréchet distance (Heusel et al. 2017); "fid" in Inception's features alone
+    fid, fd_<network>            Fréchet distance (Heusel et al. 2017); "fid" only for Inception's features
     kid                          kernel distance, polynomial kernel, 100 subsets of 1000 (Binkowski et al. 2018)
     is                           Inception Score, 10 splits (Salimans et al. 2016)
     precision, recall            k = 3 nearest neighbours (Kynkaanniemi et al. 2019)
     density, coverage            k = 5 (Naeem et al. 2020)
-    authenticity                 share of samples farther from their nearest real image than that one from its own
-                                 nearest (Alaa et al. 2022): low where training images are copied
+    authenticity                 share of samples that are farther from their nearest real image than that image is from its
+                                 own nearest (Alaa et al. 2022): low if training images are copied
 
-All but the first in Inception's features go by their own name, elsewhere as precision_<network>. Every name ends in the
-number of samples: fid_50k, recall_10k. Features are taken to float64 first; the definitions of KID and IS are torch-fidelity's
-own code, and the others equal its figures (tests/beeline/test_measures.py).
+In Inception's features, all but the first have the names above; in other features, names like precision_<network>. Every name
+ends in the number of samples: fid_50k, recall_10k. Features are converted to float64 first. KID and IS use torch-fidelity's
+own code; the others equal its results (tests/beeline/test_measures.py).
 """
 
 from __future__ import annotations
@@ -56,43 +56,46 @@ def is_diversity(metric: str) -> bool:
 
 
 def rises(metric: str) -> bool:
-    """Whether more is better, for a name with or without its count."""
+    """Return whether higher is better, for a metric's name with or without its count."""
     return metric.split("_")[0] in RISING
 
 
 def counted(name: str, n: int) -> str:
-    """The metric's name with its number of samples: fid_50k, fd_probe_1797."""
+    """Return the metric's name with its number of samples: fid_50k, fd_probe_1797."""
     return f"{name}_{n // 1000}k" if n % 1000 == 0 else f"{name}_{n}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """The real images as a network sees them: `moments` of all of them (or of EDM's file), `features` (m, D) of some, evenly
-    spread, for what needs single images, at `rows` (m,) of images/."""
+    """Real images in the features of a network: `moments` of all of them (or of EDM's file); `features` (m, D) of an evenly
+    spread subset, for metrics that need single images, at `rows` (m,) of images/."""
 
     moments: Gaussian
     features: np.ndarray
     rows: np.ndarray
 
     def some(self, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """At most `count` of the features, evenly spread, and their rows."""
+        """Return at most `count` of the features, evenly spread, and their rows."""
         chosen = spread(min(count, len(self.rows)), len(self.rows))
         return self.features[chosen], self.rows[chosen]
 
 
 def measures(seen: Looks, real: Reference, network: str, *, neighbours: int) -> dict[str, float]:
-    """All figures of one set of samples, by name. Precision and its kin look at `neighbours` of them, evenly spread as the real
-    ones are, since their cost grows with the square; KID is left out below 1000 samples, for which it is not defined."""
+    """Compute all metrics of one set of samples, by name.
+
+    Precision, recall, density, coverage and authenticity use `neighbours` samples and as many real images, both evenly spread,
+    because their cost is quadratic. KID is omitted below 1000 samples, where it is not defined.
+    """
     n, inception = len(seen.features), network == "inception"
-    found = {counted(frechet_name(network), n): frechet_distance(Statistics.of(seen.features), real.moments)}
+    values = {counted(frechet_name(network), n): frechet_distance(Statistics.of(seen.features), real.moments)}
     if inception and min(n, len(real.features)) >= KID_SUBSET:
-        found[counted(KID, n)] = kernel_distance(seen.features, real.features)
+        values[counted(KID, n)] = kernel_distance(seen.features, real.features)
     if seen.logits is not None:
-        found[counted(INCEPTION_SCORE, n)] = inception_score(seen.logits)
+        values[counted(INCEPTION_SCORE, n)] = inception_score(seen.logits)
     chosen = seen.features[spread(min(neighbours, n), n)]  # samples are in the order of images/, often by class
     near = neighbourhoods(chosen, real.some(neighbours)[0])
     suffix = "" if inception else f"_{network}"
-    return found | {counted(f"{name}{suffix}", min(n, neighbours)): value for name, value in near.items()}
+    return values | {counted(f"{name}{suffix}", min(n, neighbours)): value for name, value in near.items()}
 
 
 def measures_flops(n: int, kept: int, dimensions: int, network: str, *, neighbours: int) -> float:
@@ -106,16 +109,16 @@ def measures_flops(n: int, kept: int, dimensions: int, network: str, *, neighbou
 
 
 def kernel_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """KID between features (n, D) and (m, D): the mean over subsets of the unbiased squared MMD."""
+    """Compute KID between features (n, D) and (m, D): the mean over subsets of the unbiased squared MMD."""
     import_torchvision()
     from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metric
 
-    made = kid_features_to_metric(_double(a), _double(b), kid_subset_size=KID_SUBSET, rng_seed=SEED, verbose=False)
-    return made[KEY_METRIC_KID_MEAN]
+    metric = kid_features_to_metric(_double(a), _double(b), kid_subset_size=KID_SUBSET, rng_seed=SEED, verbose=False)
+    return metric[KEY_METRIC_KID_MEAN]
 
 
 def inception_score(logits: np.ndarray) -> float:
-    """Inception Score of logits (n, K): the mean over ten splits of a shuffled order."""
+    """Compute the Inception Score of logits (n, K): the mean over ten splits of a shuffled order."""
     import_torchvision()
     from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metric
 
@@ -123,11 +126,11 @@ def inception_score(logits: np.ndarray) -> float:
 
 
 def neighbourhoods(samples: np.ndarray, real: np.ndarray) -> dict[str, float]:
-    """Precision, recall, density, coverage and authenticity of features (n, D) against real ones (m, D), n, m > 5."""
+    """Compute precision, recall, density, coverage and authenticity of features (n, D) against real ones (m, D), n, m > 5."""
     fake, true = _double(samples), _double(real)
     if min(len(fake), len(true)) <= NEAREST_DC:
         raise BeelineError(
-            f"{len(fake)} samples and {len(true)} real images; neighbourhoods need more than {NEAREST_DC} of each"
+            f"{len(fake)} samples and {len(true)} real images; expected more than {NEAREST_DC} of each for neighbourhoods"
         )
     fake_radius = _radii(fake, (NEAREST_PR,))[0]
     nearest, radius, wide = _radii(true, (1, NEAREST_PR, NEAREST_DC))
@@ -153,17 +156,17 @@ def neighbourhoods(samples: np.ndarray, real: np.ndarray) -> dict[str, float]:
 
 
 def nearest(samples: np.ndarray, real: np.ndarray) -> np.ndarray:
-    """The row of `real` (m, D) that is nearest to each of `samples` (n, D), int64 (n,)."""
+    """Find the row of `real` (m, D) that is nearest to each of `samples` (n, D), int64 (n,)."""
     return torch.cat([torch.cdist(part, _double(real)).argmin(dim=1) for part in _double(samples).split(BLOCK)]).numpy()
 
 
 def _radii(features: torch.Tensor, orders: tuple[int, ...]) -> list[torch.Tensor]:
-    """Distance of each row to its k-th nearest other, (n,), for each k of `orders`; the row itself is the 0th."""
-    found = [
+    """Compute the distance of each row to its k-th nearest other, (n,), for each k of `orders`; the row itself is the 0th."""
+    distances = [
         torch.cdist(part, features).topk(max(orders) + 1, dim=1, largest=False, sorted=True).values
         for part in features.split(BLOCK)
     ]
-    return [torch.cat([part[:, k] for part in found]) for k in orders]
+    return [torch.cat([part[:, k] for part in distances]) for k in orders]
 
 
 def _double(array: np.ndarray) -> torch.Tensor:

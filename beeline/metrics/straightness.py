@@ -1,9 +1,9 @@
-"""How straight a denoiser's flow is: along given lines, and along its own trajectories.
+"""Straightness of a denoiser's flow: along given lines, and along its own trajectories.
 
-For a flow Z from noise to data, straightness is the integral over t of E|(Z_1 - Z_0) - dZ_t/dt|^2 (Liu et al. 2022). On
-either line of lines.py a denoiser's velocity (x_sigma - D) / sigma differs from the line's own by (x1 - D) / sigma:
-the residual that is measured is |D - x1|^2, averaged over levels and divided by the variance of x1, so that 0 is
-perfectly straight and 1 is as bad as always predicting the mean image. Along a trajectory of its own x1 is where it ends.
+For a flow Z from noise to data, straightness is the integral over t of E|(Z_1 - Z_0) - dZ_t/dt|^2 (Liu et al. 2022). On both
+lines of lines.py, a denoiser's velocity (x_sigma - D) / sigma differs from the line's own by (x1 - D) / sigma. So the measured
+residual is |D - x1|^2, averaged over levels and divided by the variance of x1: 0 is perfectly straight, and 1 is as bad as
+always predicting the mean image. Along the denoiser's own trajectory, x1 is its end point.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ def straightness(
     *,
     line: lines.Line,
 ) -> list[float]:
-    """E|D(x_sigma; sigma) - x1|^2 / Var(x1) at each level of `sigmas` (N,), over pairs of images and unit-variance noise
-    (B, C, H, W) on the denoiser's device. `line`: where x_sigma lies; a student's own (`FewStep.line`), "ve" for teachers."""
+    """Compute E|D(x_sigma; sigma) - x1|^2 / Var(x1) at each level of `sigmas` (N,), over pairs of images and unit-variance
+    noise (B, C, H, W) on the denoiser's device. `line` places x_sigma: a student's own (`FewStep.line`), "ve" for teachers."""
     variance = x1.to(torch.float64).var(dim=0, correction=0).mean()
     values = []
     for sigma in sigmas.to(x1.device, torch.float32):
@@ -40,18 +40,18 @@ def straightness(
 def trajectories(
     denoiser: nn.Module, noise: torch.Tensor, labels: torch.Tensor | None, *, num_steps: int
 ) -> tuple[list[float], list[float]]:
-    """Straightness and unevenness of speed along the denoiser's own trajectories from unit-variance `noise` (B, C, H, W), at
-    each of the `num_steps` levels of EDM's schedule, which Heun integrates.
+    """Compute straightness and unevenness of speed along the denoiser's own trajectories from unit-variance `noise`
+    (B, C, H, W), at each of the `num_steps` levels of EDM's schedule, which Heun integrates.
 
-    Straightness: E|D(x_sigma; sigma) - x_0|^2 / Var(x_0), x_0 being where the trajectory ends. Speed is constant where what
-    remains of the path, |x_sigma - x_0|, is linear in sigma (LMM, eq. 4): the unevenness is the root mean square of
-    |x_sigma - x_0| sigma_max / (|x_max - x_0| sigma) - 1.
+    Straightness: E|D(x_sigma; sigma) - x_end|^2 / Var(x_end), where x_end is the end of the trajectory. Speed is constant if
+    the remaining path, |x_sigma - x_end|, is linear in sigma (LMM, eq. 4). Unevenness is the root mean square of |x_sigma -
+    x_end| sigma_max / (|x_max - x_end| sigma) - 1.
     """
     passed: dict[float, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def watched(x: torch.Tensor, sigma: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
         denoised = denoiser(x, sigma, labels)
-        passed[float(sigma[0])] = x, denoised  # Heun sees each level twice; the later point is the corrected one
+        passed[float(sigma[0])] = x, denoised  # Heun evaluates each level twice; the second point is the corrected one
         return denoised
 
     end = solve(watched, noise, labels, solver="heun", num_steps=num_steps).to(torch.float64)
@@ -64,5 +64,5 @@ def trajectories(
 
 
 def _norm(x: torch.Tensor) -> torch.Tensor:
-    """Of each image, (B,), in float64."""
+    """Compute the norm of each image, (B,), in float64."""
     return x.to(torch.float64).flatten(1).norm(dim=1)

@@ -1,4 +1,4 @@
-"""A network's tensors by name and shape, without their numbers: what a file is compared with before anything is built."""
+"""A network's tensors by name and shape, without values, to compare files with before anything is built."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 Shapes = Mapping[str, tuple[int, ...]]
-# First weights need no numbers here; and normal ones, on the meta device, would import torch._dynamo, which takes a second.
+# Initial weights need no values here, and normal ones would import torch._dynamo on the meta device, which takes a second.
 FILLS = {"normal_", "uniform_", "zero_", "fill_", "mul_", "add_", "div_", "erfinv_", "clamp_"}
 DRAWS = {"randn", "rand"}
 
 
 class _Unfilled(TorchFunctionMode):
-    """Leaves tensors as they are allocated."""
+    """Leaves tensors uninitialised."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -28,15 +28,15 @@ class _Unfilled(TorchFunctionMode):
 
 
 def shapes_of(make: Callable[[], nn.Module]) -> dict[str, tuple[int, ...]]:
-    """The tensors of the state dict of what `make` builds. It is built on the meta device: no memory for weights is reserved,
-    no random numbers are drawn."""
+    """Return the shapes of the state dict of the module that `make` builds. It is built on the meta device, without memory for
+    weights and without random numbers."""
     with torch.device("meta"), _Unfilled():
         return {name: tuple(tensor.shape) for name, tensor in make().state_dict().items()}
 
 
 def mismatch(found: Shapes, expected: Shapes) -> str:
-    """How the tensors in a file differ from those of a network, in a few words; "" if they do not."""
-    for problem, names in (("are missing", expected.keys() - found.keys()), ("are too many", found.keys() - expected.keys())):
+    """Describe briefly how the tensors of a file differ from those of a network; "" if they match."""
+    for problem, names in (("are missing", expected.keys() - found.keys()), ("are unexpected", found.keys() - expected.keys())):
         if names:
             return f"{len(names):,} tensors {problem}, {min(names)} for example"
     other = next((name for name, shape in found.items() if shape != expected[name]), None)

@@ -1,4 +1,4 @@
-"""Whether a network can be what its settings say: it is built on the meta device, which takes no memory."""
+"""Check that a network can be built from its settings, on the meta device, which takes no memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MAX_PARAMETERS = 10**10  # 40 GB of weights in float32
 
 
 def check_network(name: str, config: NetworkConfig) -> None:
-    """Raise BeelineError, calling the network `name`, unless it can be built and takes an image of its own size."""
+    """Raise BeelineError, naming the network `name`, unless it can be built and accepts an image of its own size."""
 
     def attempt() -> nn.Module:
         model = build(config)
@@ -28,7 +28,7 @@ def check_network(name: str, config: NetworkConfig) -> None:
 
 
 def check_probe(name: str, config: ProbeNetworkConfig, *, channels: int, num_classes: int) -> None:
-    """Raise BeelineError, calling the probe `name`, unless it can be built. It takes images of any side."""
+    """Raise BeelineError, naming the probe `name`, unless it can be built. It accepts images of any size."""
     _check(name, lambda: Probe(config, channels=channels, num_classes=num_classes))
 
 
@@ -36,7 +36,7 @@ def _check(name: str, attempt: Callable[[], nn.Module]) -> None:
     try:
         with torch.device("meta"):
             model = attempt()
-    except (RuntimeError, ValueError) as error:  # what layers raise for channels or sides that they cannot take
+    except (RuntimeError, ValueError) as error:  # raised by layers for unsupported channels or sides
         reason = " ".join(str(error).splitlines()[0].split()).removesuffix(".")
         raise BeelineError(f"{name} cannot be built: {reason}. Change its channels, levels or resolution") from error
     size = sum(parameter.numel() for parameter in model.parameters())

@@ -83,7 +83,7 @@ class DhariwalUNet(nn.Module):
 
     @property
     def last_layer(self) -> nn.Parameter:
-        """The weight of the output convolution: where the adversarial phase compares its two gradients."""
+        """The weight of the output convolution, at which the adversarial phase compares its two gradients."""
         assert self.out_conv.weight is not None
         return self.out_conv.weight
 
@@ -95,7 +95,7 @@ class DhariwalUNet(nn.Module):
         augment_labels: torch.Tensor | None = None,
         to_labels: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """x (B, C, H, W), noise_labels (B,) = c_noise(sigma), labels one-hot (B, K) or None, to (B, C_out, H, W).
+        """Map x (B, C, H, W), noise_labels (B,) = c_noise(sigma) and labels, one-hot (B, K) or None, to (B, C_out, H, W).
 
         `to_labels` (B,) = c_noise of a second noise level, for a network with `second_level`.
         """
@@ -109,7 +109,7 @@ class DhariwalUNet(nn.Module):
         augment_labels: torch.Tensor | None = None,
         to_labels: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """All but the output convolution, which two losses are compared at: what training compiles."""
+        """Compute everything before the output convolution, at which two losses are compared. Training compiles this part."""
         emb = self.map_noise(noise_labels)
         if self.map_augment is not None and augment_labels is not None:
             emb = emb + self.map_augment(augment_labels)

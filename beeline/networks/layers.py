@@ -1,4 +1,4 @@
-"""Layers that DDPM++ and ADM share: resampling convolution, U-Net block with attention, embeddings of the noise level.
+"""Layers shared by DDPM++ and ADM: resampling convolution, U-Net block with attention, embeddings of the noise level.
 
 Parameter names follow EDM's state dicts (Karras et al. 2022, appendix F), so released weights need no renaming.
 """
@@ -17,7 +17,7 @@ Init = Callable[[torch.Tensor, int, int], None]
 
 
 def xavier(gain: float = 1.0) -> Init:
-    """Uniform on +-gain sqrt(6 / (fan_in + fan_out))."""
+    """Initialise uniformly in +-gain sqrt(6 / (fan_in + fan_out))."""
 
     def init(tensor: torch.Tensor, fan_in: int, fan_out: int) -> None:
         nn.init.uniform_(tensor, -1, 1).mul_(gain * (6 / (fan_in + fan_out)) ** 0.5)
@@ -26,7 +26,7 @@ def xavier(gain: float = 1.0) -> Init:
 
 
 def kaiming(gain: float = 1.0) -> Init:
-    """Uniform on +-gain sqrt(3 / fan_in)."""
+    """Initialise uniformly in +-gain sqrt(3 / fan_in)."""
 
     def init(tensor: torch.Tensor, fan_in: int, fan_out: int) -> None:
         nn.init.uniform_(tensor, -1, 1).mul_(gain * (3 / fan_in) ** 0.5)
@@ -35,7 +35,7 @@ def kaiming(gain: float = 1.0) -> Init:
 
 
 class Linear(nn.Linear):
-    """A linear layer with an explicit initialiser for the weight and, where `init_bias` is given, the bias (else 0)."""
+    """A linear layer with an explicit initialiser for the weight and, if `init_bias` is given, the bias (otherwise 0)."""
 
     def __init__(
         self, in_features: int, out_features: int, *, init: Init, bias: bool = True, init_bias: Init | None = None
@@ -52,9 +52,9 @@ def _zero(tensor: torch.Tensor, fan_in: int, fan_out: int) -> None:
 
 
 class Conv2d(nn.Module):
-    """Convolution of size `kernel` ("same" padding), after a factor-two resampling `up` or `down` through a FIR filter.
+    """Convolution of size `kernel` ("same" padding) after optional factor-two resampling, `up` or `down`, with a FIR filter.
 
-    `kernel` 0 resamples only. The [1, 1] filter is nearest-neighbour up and 2x2 mean down; [1, 3, 3, 1] is NCSN++'s.
+    `kernel` 0 only resamples. The [1, 1] filter is nearest-neighbour up and 2x2 mean down; [1, 3, 3, 1] is NCSN++'s.
     `fused` runs the convolution before the down-sampling filter (NCSN++'s residual encoder).
     """
 
@@ -92,7 +92,7 @@ class Conv2d(nn.Module):
             self.register_buffer("resample_filter", (taps.outer(taps) / taps.sum() ** 2)[None, None])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, in, H, W) to (B, out, H', W') with H' = 2H, H/2 or H."""
+        """Map (B, in, H, W) to (B, out, H', W') with H' = 2H, H/2 or H."""
         if self.up:
             x = self._filter(x, up=True)
         elif self.down and not self.fused:
@@ -119,10 +119,10 @@ class Conv2d(nn.Module):
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group normalisation with EDM's rule for the number of groups: 32, or as many as leave 4 channels in each."""
+    """Group normalisation with EDM's number of groups: 32, or fewer so that each has at least 4 channels."""
 
     contiguous = False
-    """Whether inputs are made contiguous first, as forward-mode differentiation wants it (beeline/objectives/derivative.py)."""
+    """Whether inputs are made contiguous first, as forward-mode differentiation requires (beeline/objectives/derivative.py)."""
 
     def __init__(self, channels: int, eps: float) -> None:
         super().__init__(min(32, channels // 4), channels, eps=eps)
@@ -134,14 +134,14 @@ class GroupNorm(nn.GroupNorm):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BlockStyle:
-    """What distinguishes the blocks of one architecture from those of another."""
+    """Settings that distinguish the blocks of one architecture from those of another."""
 
     emb_channels: int
     dropout: float
     eps: float
     skip_scale: float
     adaptive_scale: bool  # the embedding scales and shifts (ADM), or only shifts (DDPM++)
-    resample_proj: bool  # a resampling shortcut has a 1x1 convolution even where the width does not change
+    resample_proj: bool  # a resampling shortcut has a 1x1 convolution even if the width does not change
     resample_filter: tuple[float, ...]
     channels_per_head: int | None  # None: one attention head
     init: Init
@@ -151,7 +151,7 @@ class BlockStyle:
 
 
 class UNetBlock(nn.Module):
-    """Residual block: two normalised convolutions modulated by the embedding, then self-attention where asked."""
+    """Residual block: two normalised convolutions modulated by the embedding, then optional self-attention."""
 
     def __init__(
         self,
@@ -184,7 +184,7 @@ class UNetBlock(nn.Module):
             self.proj = Conv2d(out_channels, out_channels, 1, init=style.init_zero)
 
     def forward(self, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
-        """(B, in, H, W) and embedding (B, E) to (B, out, H', W')."""
+        """Map (B, in, H, W) and an embedding (B, E) to (B, out, H', W')."""
         shortcut = x if self.skip is None else self.skip(x)
         x = self.conv0(F.silu(self.norm0(x)))
         params = self.affine(emb).to(x.dtype)[:, :, None, None]
@@ -201,7 +201,7 @@ class UNetBlock(nn.Module):
 
     def _attend(self, x: torch.Tensor) -> torch.Tensor:
         batch, channels, height, width = x.shape
-        # EDM lays the qkv channels out as (head, channel, which): the released weights fix this order.
+        # EDM orders the qkv channels as (head, channel, which), and so do the released weights.
         qkv = self.qkv(x).reshape(batch, self.num_heads, channels // self.num_heads, 3, height * width)
         q, k, v = qkv.permute(3, 0, 1, 4, 2).contiguous().unbind(0)
         return F.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(batch, channels, height, width)
@@ -222,8 +222,8 @@ class PositionalEmbedding(nn.Module):
 
 
 class LevelEmbedding(nn.Module):
-    """A second noise level, added to the embedding of the first: (B,) to (B, out_channels), 0 at the start of training, so
-    that a network with it starts as the one without."""
+    """Embedding of a second noise level, added to that of the first: (B,) to (B, out_channels). It is 0 at the start of
+    training, so that a network with it starts as the one without."""
 
     def __init__(self, channels: int, out_channels: int, *, init: Init) -> None:
         super().__init__()
@@ -236,7 +236,7 @@ class LevelEmbedding(nn.Module):
 
 
 class FourierEmbedding(nn.Module):
-    """Sinusoids of the noise level at random frequencies (NCSN++), kept as a buffer: (B,) to (B, channels), [cos, sin]."""
+    """Sinusoids of the noise level at random frequencies (NCSN++), stored as a buffer: (B,) to (B, channels), [cos, sin]."""
 
     freqs: torch.Tensor
 

@@ -1,4 +1,4 @@
-"""The derivative of a denoiser along a path of noisy images, which continuous-time consistency models and flow maps train on.
+"""Derivative of a denoiser along a path of noisy images, for training continuous-time consistency models and flow maps.
 
     D'(x, sigma) = d/du D(x + u v; sigma e^u)  at u = 0
 
@@ -20,9 +20,9 @@ from beeline.networks.layers import GroupNorm
 
 Derivative = Literal["difference", "jvp"]
 STEP = 1e-2
-"""Step in ln sigma of the central difference. In float32 its error is 1e-4 to 4e-4 for sigma in .1 ... 60 on digits' network,
-and grows on both sides: smaller steps lose digits, larger ones curvature. NCSN++ sees sigma through frequencies up to some
-hundred per unit of ln sigma: its error is 1 % and more, and it should take "jvp"."""
+"""Step in ln sigma of the central difference. In float32 its error is 1e-4 to 4e-4 for sigma in .1 ... 60 on the network of the
+digits. Smaller steps lose digits, larger ones add curvature error. NCSN++ embeds sigma with frequencies up to a few hundred per
+unit of ln sigma; there the error is 1 % or more, and "jvp" is the better choice."""
 
 
 @torch.no_grad()
@@ -36,11 +36,11 @@ def rate(
     to: torch.Tensor | None = None,
     derivative: Derivative = "difference",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """D (B, C, H, W) and D' (B, C, H, W), without gradients, at noisy images `x` (B, C, H, W) and noise levels `sigma` (B,),
-    along `velocity` = dx / d ln sigma (B, C, H, W). A second level `to` (B,) stays as it is.
+    """Compute D (B, C, H, W) and D' (B, C, H, W), without gradients, at noisy images `x` (B, C, H, W) and levels `sigma` (B,),
+    along `velocity` = dx / d ln sigma (B, C, H, W). A second level `to` (B,) stays constant.
 
-    "difference" takes two further evaluations, in float32 whatever autocast says. "jvp" takes one pass of forward-mode
-    differentiation at the cost of three, with any precision; `denoiser` must not be wrapped for parallel training.
+    "difference" takes two more evaluations, always in float32, even under autocast. "jvp" takes one pass of forward-mode
+    differentiation at the cost of three, in any precision; `denoiser` must not be wrapped for parallel training.
     """
     levels = sigma.reshape(-1, 1, 1, 1)
     if derivative == "difference":
@@ -54,8 +54,8 @@ def rate(
 
     start = torch.zeros_like(levels)
     with _forward_mode(denoiser):
-        found = torch.func.jvp(at, (x, start), (velocity, torch.ones_like(start)))
-    return found[0], found[1]
+        results = torch.func.jvp(at, (x, start), (velocity, torch.ones_like(start)))
+    return results[0], results[1]
 
 
 def _scaled(levels: torch.Tensor, by: float) -> torch.Tensor:
@@ -64,8 +64,8 @@ def _scaled(levels: torch.Tensor, by: float) -> torch.Tensor:
 
 @contextlib.contextmanager
 def _forward_mode(model: nn.Module) -> Iterator[None]:
-    """What forward-mode differentiation wants of a network: attention by its plain formula, since the fused kernels have no
-    such derivative, and group norms on contiguous inputs, since theirs takes a view."""
+    """Prepare a network for forward-mode differentiation: plain attention, because fused kernels have no such derivative, and
+    contiguous inputs for group norms, because their derivative uses a view."""
     norms = [module for module in model.modules() if isinstance(module, GroupNorm)]
     for norm in norms:
         norm.contiguous = True

@@ -2,7 +2,7 @@
 
     E |N(x0, sigma_max) - x1|^2
 
-It is lines matching at sigma_max alone, in squared pixel distance: the control for what the lines bring.
+This is lines matching only at sigma_max, with squared pixel distance: the control that shows what the lines add.
 """
 
 from __future__ import annotations
@@ -24,32 +24,32 @@ class DistillationConfig(ObjectiveConfig):
     """Knowledge distillation."""
 
     num_steps: Steps = 18
-    """Levels of the schedule whose first level the student is sampled at."""
+    """Levels of the schedule; the student is sampled at the first."""
 
     def needs(self) -> Needs:
-        """Pairs."""
+        """Only pairs."""
         return Needs(pairs=True)
 
     def sampling(self) -> FewStep:
-        """One step from pure noise."""
+        """Sampling in one step from pure noise."""
         return FewStep(num_steps=self.num_steps, trained_steps=(0,))
 
     def about(self) -> str:
-        """As the report shows it."""
+        """Describe the objective for the report."""
         return "end points alone: knowledge distillation, L2"
 
     def build(self, context: Context) -> Distillation:
-        """The objective."""
+        """Build the objective."""
         return Distillation()
 
 
 class Distillation(Objective):
-    """A step of knowledge distillation."""
+    """Training step of knowledge distillation."""
 
     def backward(
         self, student: Learner, critic: Learner | None, batch: Batch, generator: torch.Generator
     ) -> dict[str, torch.Tensor]:
-        """The figure "distillation"."""
+        """Compute gradients. Figure: "distillation"."""
         assert batch.x1 is not None
         assert batch.noise is not None
         sigma = torch.full((batch.size,), SIGMA_MAX, device=batch.x1.device)

@@ -1,13 +1,13 @@
-"""Lines Matching: the student learns to see the end x1 of a line from any point on it (Matityahu & Fattal, eq. 3).
+"""Lines Matching: the student learns to predict the end x1 of a line from any point on it (Matityahu & Fattal, eq. 3).
 
     L_lines = E over pairs (x0, x1) and sigma of d(N(x_sigma, sigma), x1)
 
 Points on the line between image x1 and noise x0 = sigma_max * noise, where noise ~ N(0, I):
 
-    ve    x_sigma = x1 + sigma noise                                (goes with the sampling rule "same_noise")
-    lerp  x_sigma = (1 - sigma/sigma_max) x1 + sigma noise          (goes with the sampling rule "line")
+    ve    x_sigma = x1 + sigma noise                                (for the sampling rule "same_noise")
+    lerp  x_sigma = (1 - sigma/sigma_max) x1 + sigma noise          (for the sampling rule "line")
 
-The two readings of the paper differ by a factor on x1 that matters only near sigma_max.
+These two interpretations of the paper differ by a factor on x1 that matters only near sigma_max.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ LevelLaw = Literal["schedule", "sigma"]
 
 
 def point(x1: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor, line: Line) -> torch.Tensor:
-    """x_sigma (B, C, H, W) on the line from `x1` (B, C, H, W) to sigma_max * `noise` (unit variance) at `sigma` (B,)."""
+    """Return x_sigma (B, C, H, W) on the line from `x1` (B, C, H, W) to sigma_max * `noise` (unit variance), at `sigma`
+    (B,)."""
     sigma = sigma.reshape(-1, 1, 1, 1)
     return (x1 if line == "ve" else (1 - sigma / SIGMA_MAX) * x1) + sigma * noise
 
@@ -32,9 +33,9 @@ def point(x1: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor, line: Line
 def draw_levels(
     count: int, *, num_steps: int, law: LevelLaw, steps: Sequence[int] | None, generator: torch.Generator
 ) -> torch.Tensor:
-    """`count` noise levels, float32 (count,) on the generator's device.
+    """Draw `count` noise levels, float32 (count,), on the generator's device.
 
-    `steps`: sampling-optimised training (SOT), uniform over those schedule indices. Otherwise `law`: "schedule", uniform
+    `steps`: sampling-optimised training (SOT), uniform over these schedule indices. Otherwise `law`: "schedule", uniform
     over all `num_steps` indices, or "sigma", uniform in [sigma_min, sigma_max].
     """
     device = generator.device

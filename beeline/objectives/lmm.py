@@ -3,7 +3,7 @@
     L = L_lines + weight lambda L_adv
 
 L_lines is a distance in pixels or in features (eq. 3). L_adv is the hinge loss of a discriminator that compares the student's
-images with real ones. Distance, levels or SOT steps, and adversarial weight are settings.
+images with real ones. The distance, the levels or SOT steps, and the adversarial weight are settings.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from beeline.settings import MAX_SIDE, Amount, Index, Range, Some, Steps
 
 SMALLEST_VGG16 = 16  # pixels: VGG16 halves images four times
 NETWORK = {"probe": "probe", "lpips": "vgg16", "lpips_avg": "vgg16_avg", "johnson": "vgg16"}
-"""The feature network of each distance that has one."""
+"""The feature network of each distance that needs one."""
 DISTANCES = {
     "l2": "pixel distance (L2)",
     "huber": "pixel distance (Huber)",
@@ -50,70 +50,71 @@ def loss_label(settings: Mapping[str, Any]) -> str:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LinesMatchingConfig(ObjectiveConfig):
-    """Lines matching. Without `steps` levels follow `levels`; with them (SOT) only those are drawn."""
+    """Lines matching. Training levels follow `levels`, or, with `steps` (SOT), only those steps are drawn."""
 
     num_steps: Steps = 18
     """Levels of the EDM schedule."""
     line: Literal["ve", "lerp"] = "lerp"
-    """"lerp" is the segment from the image to x0: at sigma_max the student trains on exactly what it samples from. "ve" adds
-    noise to the image: at sigma_max the input still holds the image, which is missing when the student samples."""
+    """Line between image and x0. "lerp" is the segment: at sigma_max the student trains on exactly what it samples from. "ve"
+    adds noise to the image: at sigma_max the input still holds the image, which is missing when the student samples."""
     rule: Literal["same_noise", "line", "fresh_noise"] = "line"
-    """Sampling rule: "line" goes with the line "lerp", "same_noise" with "ve"."""
+    """Sampling rule: "line" for the line "lerp", "same_noise" for "ve"."""
     levels: Literal["schedule", "sigma"] = "schedule"
-    """Law of the levels: uniform over the schedule, or uniform in sigma."""
+    """Distribution of the training levels: uniform over the schedule, or uniform in sigma."""
     steps: Some[Index] | None = None
-    """SOT: the schedule indices that are trained, from 0."""
+    """SOT: schedule indices to train, starting with 0."""
     distance: Literal["l2", "huber", "probe", "lpips", "lpips_avg", "johnson"] = "probe"
-    """Of pixels: squared, or pseudo-Huber. Of features: the losses' probe; LPIPS in VGG16, or the same with average pooling
-    (as CTM uses it); "johnson", unnormalised VGG16 features (Johnson et al. 2016, whom the LMM paper cites)."""
+    """In pixels: "l2" (squared) or "huber" (pseudo-Huber). In features: "probe" (the losses' probe), "lpips" (VGG16),
+    "lpips_avg" (VGG16 with average pooling, as in CTM), or "johnson" (unnormalised VGG16 features; Johnson et al. 2016, cited
+    in the LMM paper)."""
     resize: Annotated[int, Range(0, MAX_SIDE)] = 0
-    """Side in pixels at which features are taken; 0 leaves images as they are."""
+    """Side in pixels at which features are computed; 0 keeps the images' own size."""
     pixel_weight: Amount = 0.0
-    """Weight of the squared pixel distance in addition to one of features."""
+    """Weight of a squared pixel distance, added to a distance in features."""
     adversarial_weight: Amount = 0.0
-    """Weight of the adversarial term, times its adaptive weight; 0 leaves the discriminator out."""
+    """Weight of the adversarial term, multiplied by its adaptive weight; 0 means no discriminator."""
     discriminator: DiscriminatorConfig = DiscriminatorConfig(optimizer=OptimizerConfig())
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.steps is not None:
             rising = self.steps[0] == 0 and all(a < b for a, b in itertools.pairwise(self.steps))
-            self.require(rising, "steps", "rising indices from 0, the level of pure noise, for example 0 or 0 8")
+            self.require(rising, "steps", "increasing indices from 0, the level of pure noise, for example 0 or 0 8")
             self.require(self.steps[-1] < self.num_steps, "steps", f"indices below num_steps, {self.num_steps}")
         follows = (self.line, self.rule) not in (("ve", "line"), ("lerp", "same_noise"))
         self.require(follows, "rule", f"a rule that follows the line {self.line!r}: same_noise with ve, line with lerp")
         self.require(not self._too_small(self.resize or MAX_SIDE), "resize", f"{SMALLEST_VGG16} or more, for VGG16")
 
     def needs(self) -> Needs:
-        """Pairs; real images for the adversarial term; the networks of distance and discriminator."""
+        """Pairs; real images for the adversarial term; feature networks of the distance and the discriminator."""
         names = [NETWORK[self.distance]] if self.distance in NETWORK else []
         if self.adversarial_weight:
             names += [name for name in self.discriminator.networks if name != SCRATCH]
         return Needs(pairs=True, images=self.adversarial_weight > 0, features=tuple(dict.fromkeys(names)))
 
     def sampling(self) -> FewStep:
-        """At any levels, or at the steps of SOT."""
+        """Sampling at any levels, or only at the steps of SOT."""
         return FewStep(num_steps=self.num_steps, rule=self.rule, line=self.line, trained_steps=self.steps)
 
     def about(self) -> str:
-        """As "lines, perceptual distance (probe), adversarial term, SOT at steps 0"."""
+        """Describe the objective, like "lines, perceptual distance (probe), adversarial term, SOT at steps 0"."""
         parts = ["lines", DISTANCES[self.distance], *["adversarial term"] * (self.adversarial_weight > 0)]
         return ", ".join([*parts, *([] if self.steps is None else [f"SOT at steps {','.join(map(str, self.steps))}"])])
 
     def build(self, context: Context) -> LinesMatching:
-        """The objective, with a discriminator where there is an adversarial term."""
+        """Build the objective, with a discriminator if there is an adversarial term."""
         return LinesMatching(self, context)
 
     def check(self, resolution: int) -> None:
-        """Raise BeelineError for images that are too small for the network of the distance."""
+        """Raise BeelineError if images are too small for the feature network of the distance."""
         if self._too_small(self.resize or resolution):
             raise BeelineError(
-                f"the distance {self.distance!r} is asked for at {self.resize or resolution} pixels; VGG16 halves images four "
-                f"times: set the objective's resize to {SMALLEST_VGG16} or more, or take another distance"
+                f"the distance {self.distance!r} would run at {self.resize or resolution} pixels, but VGG16 halves images four "
+                f"times; set the objective's resize to {SMALLEST_VGG16} or more, or choose another distance"
             )
 
     def representative(self) -> LinesMatchingConfig:
-        """Without weights, levels and the learning rate of the discriminator."""
+        """Replace weights, levels and the discriminator's learning rate by defaults that do not affect the cost."""
         return dataclasses.replace(
             self,
             steps=None,
@@ -127,7 +128,7 @@ class LinesMatchingConfig(ObjectiveConfig):
 
 
 class LinesMatching(Objective):
-    """A step of lines matching."""
+    """Training step of lines matching."""
 
     def __init__(self, config: LinesMatchingConfig, context: Context) -> None:
         self.config = config
@@ -149,7 +150,7 @@ class LinesMatching(Objective):
     def backward(
         self, student: Learner, critic: Learner | None, batch: Batch, generator: torch.Generator
     ) -> dict[str, torch.Tensor]:
-        """The figures "lines" and, with a discriminator, its losses and the shares of logits above 0."""
+        """Compute gradients. Figures: "lines" and, with a discriminator, its losses and the shares of positive logits."""
         assert batch.x1 is not None
         assert batch.noise is not None
         config = self.config
@@ -175,18 +176,18 @@ class LinesMatching(Objective):
         real_images = mirrored(batch.real, generator) if config.discriminator.mirror else batch.real
         with critic.autocast(), torch.no_grad():
             real = self.discriminator.look(real_images, generator)
-        of_fake = critic([[part.detach() for part in look] for look in fake], batch.labels)
-        of_real = critic(real, batch.real_labels)
-        loss_of_critic = adversarial.hinge_discriminator(of_real, of_fake)
+        fake_logits = critic([[part.detach() for part in look] for look in fake], batch.labels)
+        real_logits = critic(real, batch.real_labels)
+        loss_of_critic = adversarial.hinge_discriminator(real_logits, fake_logits)
         (batch.weight * loss_of_critic).backward()
         figures = {LOSS: loss, "adversarial": fooling, "lambda": balance, "critic": loss_of_critic}
-        signs = {"real_positive": of_real, "fake_positive": of_fake}
-        figures |= {name: torch.stack([(part > 0).float().mean() for part in of]).mean() for name, of in signs.items()}
+        signs = {"real_positive": real_logits, "fake_positive": fake_logits}
+        figures |= {name: torch.stack([(part > 0).float().mean() for part in logits]).mean() for name, logits in signs.items()}
         return {name: value.detach() for name, value in figures.items()}
 
 
 def distance(config: LinesMatchingConfig, context: Context) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """The distance d(images, targets), per image (B,)."""
+    """Return the distance d(images, targets), per image (B,)."""
     if config.distance == "l2":
         return perceptual.l2
     if config.distance == "huber":
@@ -197,7 +198,7 @@ def distance(config: LinesMatchingConfig, context: Context) -> Callable[[torch.T
 
 
 def last_layer(model: nn.Module) -> nn.Parameter:
-    """The weight of the denoiser's output convolution."""
+    """Return the weight of the denoiser's output convolution."""
     assert isinstance(model, Denoiser)
     weight = model.model.last_layer
     assert isinstance(weight, nn.Parameter)

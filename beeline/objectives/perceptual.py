@@ -1,4 +1,4 @@
-"""Distances d of the line loss: pixels, or features of a frozen network. Each is per image, (B,), of images in [-1, 1]."""
+"""Distances d of the line loss, in pixels or in features of a frozen network: per image, (B,), for images in [-1, 1]."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ JOHNSON_TAPS = 4
 
 
 def l2(images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Mean squared pixel difference per image, (B,), of two (B, C, H, W)."""
+    """Compute the mean squared pixel difference per image, (B,), of two (B, C, H, W)."""
     return (images - targets).square().mean(dim=(1, 2, 3))
 
 
 def pseudo_huber(images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """sqrt(|a - b|^2 + c^2) - c with c = 0.00054 sqrt(C H W), (B,): far away it grows as the distance, not as its square,
-    so that single bad images do not lead (Song & Dhariwal 2023, section 3.3)."""
+    """Compute sqrt(|a - b|^2 + c^2) - c with c = 0.00054 sqrt(C H W), per image (B,). It grows linearly for large distances, so
+    that single bad images do not dominate (Song & Dhariwal 2023, section 3.3)."""
     c = 0.00054 * math.sqrt(images[0].numel())
     return ((images - targets).square().sum(dim=(1, 2, 3)) + c * c).sqrt() - c
 
@@ -26,18 +26,18 @@ def pseudo_huber(images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 def perceptual(
     network: FeatureNetwork, images: torch.Tensor, targets: torch.Tensor, *, pixel_weight: float = 0.0, side: int = 0
 ) -> torch.Tensor:
-    """Feature distance per image, (B,): squared differences of channel-normalised feature maps, weighted by channel and
-    summed over channels, averaged over space and summed over taps (LPIPS; Zhang et al. 2018, eq. 1).
+    """Compute the feature distance per image, (B,): squared differences of channel-normalised feature maps, weighted by channel
+    and summed over channels, averaged over space and summed over taps (LPIPS; Zhang et al. 2018, eq. 1).
 
-    With VGG16 and its learned channel weights this is LPIPS; networks without such weights count all channels alike.
-    Images are resized to `side` pixels before the network. `pixel_weight` times the pixel distance at their own size is
-    added, which keeps what the features do not see.
+    With VGG16 and its learned channel weights this is LPIPS; networks without such weights weight all channels equally. Images
+    are resized to `side` pixels for the network. `pixel_weight` times the pixel distance at their own size is added, to
+    cover differences that the features miss.
     """
     with torch.no_grad():
-        wanted = network.taps(resized(targets, side))
+        target_taps = network.taps(resized(targets, side))
     total = pixel_weight * l2(images, targets)
-    weights = network.tap_weights or [None] * len(wanted)
-    for ours, theirs, weight in zip(network.taps(resized(images, side)), wanted, weights, strict=True):
+    weights = network.tap_weights or [None] * len(target_taps)
+    for ours, theirs, weight in zip(network.taps(resized(images, side)), target_taps, weights, strict=True):
         difference = (_unit(ours) - _unit(theirs)).square()
         if weight is not None:
             difference = difference * weight[:, None, None]
@@ -48,14 +48,14 @@ def perceptual(
 def johnson(
     network: FeatureNetwork, images: torch.Tensor, targets: torch.Tensor, *, pixel_weight: float = 0.0, side: int = 0
 ) -> torch.Tensor:
-    """Feature reconstruction loss per image, (B,): mean squared difference of unnormalised feature maps, summed over the
-    first four taps (Johnson et al. 2016, eq. 2; with VGG16: relu1_2, relu2_2, relu3_3, relu4_3, the layers of their loss
-    network). `side` and `pixel_weight` as in `perceptual`.
+    """Compute the feature reconstruction loss per image, (B,): mean squared difference of unnormalised feature maps, summed
+    over the first four taps (Johnson et al. 2016, eq. 2; with VGG16: relu1_2, relu2_2, relu3_3, relu4_3, the layers of their
+    loss network). `side` and `pixel_weight` as in `perceptual`.
     """
     with torch.no_grad():
-        wanted = network.taps(resized(targets, side))[:JOHNSON_TAPS]
+        target_taps = network.taps(resized(targets, side))[:JOHNSON_TAPS]
     total = pixel_weight * l2(images, targets)
-    for ours, theirs in zip(network.taps(resized(images, side)), wanted, strict=False):
+    for ours, theirs in zip(network.taps(resized(images, side)), target_taps, strict=False):
         total = total + (ours.float() - theirs.float()).square().mean(dim=(1, 2, 3))
     return total
 

@@ -1,8 +1,8 @@
-"""Rectified flow on the teacher's pairs (Liu et al. 2023): reflow, with the teacher's ODE as the flow that is straightened.
+"""Rectified flow on the teacher's pairs (Liu et al. 2023): reflow that straightens the teacher's ODE.
 
 Between image x1 and unit-variance noise z, x_t = (1 - t) x1 + t z has the velocity z - x1, which the network predicts for t
-uniform in (0, 1) (eq. 1 there). Divided by 1 - t, x_t is x1 + sigma z with sigma = t / (1 - t): a denoiser's input, whose
-output N implies the velocity (x_t - N) / t. So
+uniform in (0, 1) (their eq. 1). Divided by 1 - t, x_t is x1 + sigma z with sigma = t / (1 - t). That is a denoiser's input,
+whose output N implies the velocity (x_t - N) / t. So
 
     E |v(x_t, t) - (z - x1)|^2 = E |N(x1 + sigma z, sigma) - x1|^2 / t^2
 
@@ -28,32 +28,32 @@ class RectifiedFlowConfig(ObjectiveConfig):
     """Rectified flow."""
 
     num_steps: Steps = 18
-    """Levels of the schedule whose indices few-step schedules name."""
+    """Levels of the schedule to which the indices of few-step schedules refer."""
 
     def needs(self) -> Needs:
-        """Pairs."""
+        """Only pairs."""
         return Needs(pairs=True)
 
     def sampling(self) -> FewStep:
-        """Euler's method, at any levels."""
+        """Sampling by Euler's method, at any levels."""
         return FewStep(num_steps=self.num_steps, rule="line", line="ve", trained_steps=None)
 
     def about(self) -> str:
-        """As the report shows it."""
+        """Describe the objective for the report."""
         return "rectified flow on the same pairs"
 
     def build(self, context: Context) -> RectifiedFlow:
-        """The objective."""
+        """Build the objective."""
         return RectifiedFlow()
 
 
 class RectifiedFlow(Objective):
-    """A step of velocity matching on straight lines."""
+    """Training step of velocity matching on straight lines."""
 
     def backward(
         self, student: Learner, critic: Learner | None, batch: Batch, generator: torch.Generator
     ) -> dict[str, torch.Tensor]:
-        """The figure "velocity"."""
+        """Compute gradients. Figure: "velocity"."""
         assert batch.x1 is not None
         assert batch.noise is not None
         first, last = (sigma / (1 + sigma) for sigma in (SIGMA_MIN, SIGMA_MAX))

@@ -1,7 +1,7 @@
-"""Recipes: a function per data set that returns the settings of every stage, seeded as a whole.
+"""Recipes: one function per data set that returns the settings of every stage; one seed sets all others.
 
-A variant is `dataclasses.replace`. A recipe of one's own is a function like these in any module that Python can import:
-commands take `package.module:function` in place of a recipe's name.
+Make a variant with `dataclasses.replace`. Your own recipe is such a function in any importable module: commands accept
+`package.module:function` in place of a recipe's name.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ RECIPES: dict[str, Callable[[int], Recipe]] = {
 
 
 def find(name: str, seed: int = 0) -> Recipe:
-    """The recipe called `name`: one of RECIPES, or `package.module:function`, which is imported and called with `seed`.
+    """Return the recipe called `name`: one of RECIPES, or `package.module:function`, which is imported and called with `seed`.
 
-    Raises BeelineError where there is no such recipe, or the function returns something else.
+    Raises BeelineError if there is no such recipe, or if the function returns something else.
     """
     if name in RECIPES:
         return RECIPES[name](seed)
@@ -39,14 +39,16 @@ def find(name: str, seed: int = 0) -> Recipe:
     if not colon:
         raise BeelineError(f"recipe {name!r} is unknown; expected {', '.join(RECIPES)}, or package.module:function")
     if re.fullmatch(OWN_RECIPE, name) is None:
-        raise BeelineError(f"recipe {name!r} is no package.module:function; write for example recipes:mine, without .py or /")
+        raise BeelineError(
+            f"recipe {name!r} is not of the form package.module:function; write for example recipes:mine, without .py or /"
+        )
     try:
-        made = getattr(importlib.import_module(module), function)(seed)
+        recipe = getattr(importlib.import_module(module), function)(seed)
     except (ImportError, AttributeError) as error:
         raise BeelineError(
-            f"recipe {name!r} cannot be imported ({plain(error)}); expected a function {function}(seed) in a module that is in "
-            "this folder, or installed"
+            f"recipe {name!r} cannot be imported ({plain(error)}); expected a function {function}(seed) in a module in this "
+            "folder or an installed one"
         ) from error
-    if not isinstance(made, Recipe):
-        raise BeelineError(f"recipe {name!r} returns a {type(made).__name__}; expected a beeline.config.Recipe")
-    return replace(made, name=name)  # as messages, and commands in them, call it
+    if not isinstance(recipe, Recipe):
+        raise BeelineError(f"recipe {name!r} returns a {type(recipe).__name__}; expected a beeline.config.Recipe")
+    return replace(recipe, name=name)  # messages, and the commands in them, use this name

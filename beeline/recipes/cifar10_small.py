@@ -1,4 +1,4 @@
-"""CIFAR-10 in small, without pretrained weights."""
+"""Small CIFAR-10 recipe, without pretrained weights."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from beeline.recipes.published import cifar10
 
 
 def cifar10_small(seed: int = 0) -> Recipe:
-    """CIFAR-10 at 32x32 in small, without pretrained weights: about 100 PFLOP in bf16 with its own teacher and all students,
-    reckoned to take one H200 some 20 minutes. From any zip in EDM's layout: `--images.source FILE`."""
+    """CIFAR-10 at 32x32 with small networks, without pretrained weights: about 100 PFLOP in bf16 including the teacher and all
+    students, an estimated 20 minutes on one H200. Reads any zip in EDM's layout: `--images.source FILE`."""
     recipe = cifar10(seed)
     one_gpu = WorkersConfig(count=1, gpus=1, threads=4)
     one_actor: dict[str, Any] = {"max_actors": 1}

@@ -1,4 +1,4 @@
-"""The recipe of the demo: 8x8 digits, minutes on a CPU."""
+"""Demo recipe: 8x8 digits, minutes on a CPU."""
 
 from __future__ import annotations
 

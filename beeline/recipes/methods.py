@@ -1,4 +1,4 @@
-"""The students of a recipe beside its main one: ablations and other methods, on the same pairs at the same cost."""
+"""Students other than the main one: ablations and other methods, on the same pairs at the same cost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the published recipes share: EDM's training, pairs made on GPUs, and the paper's students (recipes.py)."""
+"""Recipes of the paper's data sets: EDM's training, pairs made on GPUs, and the paper's students."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ONE_GPU_EACH: dict[str, Any] = {"max_actors": 64, "gpus": 1, "cpus": 1}
 def edm_training(
     network: NetworkConfig, seed: int, *, batch_size: int, images: float, lr: float, ema_images: float, augment: float
 ) -> TeacherConfig:
-    """EDM's training (Karras et al. 2022, table 7): everything that it counts in images, in iterations of `batch_size`."""
+    """Return EDM's training (Karras et al. 2022, table 7); quantities counted in images become iterations of `batch_size`."""
     return TeacherConfig(
         network=network,
         iterations=round(images / batch_size),
@@ -46,8 +46,8 @@ def edm_training(
 
 
 def gpu_pairs(count: int, seed: int, *, num_steps: int, shard_size: int, batch_size: int) -> PairsConfig:
-    """Pairs on GPUs: fp16, whose error is a seventh of bf16's (docs/training.md), stored as float16. A shard is 12 to 18
-    PFLOP: one to three minutes at 100 to 200 TFLOP/s."""
+    """Return settings for pairs on GPUs: fp16, whose error is a seventh of bf16's (docs/training.md), stored as float16. A
+    shard takes 12 to 18 PFLOP: one to three minutes at 100 to 200 TFLOP/s."""
     return PairsConfig(
         count=count, shard_size=shard_size, batch_size=batch_size, num_steps=num_steps, precision="fp16", dtype="float16",
         seed=seed, **ONE_GPU_EACH,
@@ -65,7 +65,7 @@ def published(
     adversarial_iterations: int,
     nfe: tuple[int, ...],
 ) -> Recipe:
-    """A recipe of the paper around a teacher and its pairs."""
+    """Build a recipe of the paper around a teacher and its pairs."""
     network = teacher.network
     widths, strides = (64, 128, 128, 256, 256, 256), (1, 1, 2, 1, 2, 1)
     return Recipe(
@@ -161,7 +161,7 @@ def cifar10_uncond(seed: int = 0) -> Recipe:
 
 
 def afhqv2(seed: int = 0) -> Recipe:
-    """AFHQv2, 64x64, unconditional. The classes of the folder (cat, dog, wild) serve the probes alone."""
+    """AFHQv2, 64x64, unconditional. Only the probes use the classes of the folder (cat, dog, wild)."""
     network = NetworkConfig(
         kind="ddpmpp",
         img_resolution=64,

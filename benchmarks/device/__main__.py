@@ -1,4 +1,4 @@
-"""The command: python -m benchmarks.device."""
+"""Command line: python -m benchmarks.device."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from benchmarks.device.checks import Setting
 from benchmarks.device.runner import Row, Work, run_lanes, wanted
 from benchmarks.machine import RESULTS, describe
 
-# Sections that run at the same time, each list in a process of its own; then those that measure speed.
+# Lists of sections. Lists run at the same time, each in its own process; the sections that measure speed run afterwards.
 LANES = (
     ("compiling",),
     ("memory",),
@@ -31,30 +31,30 @@ LANES = (
 ALONE = ("speeds",)
 CHECKED = tuple(itertools.chain.from_iterable(LANES))
 SECTIONS = CHECKED + ALONE
-CHECKING = 0.6  # share of the budget after which the speeds begin
+CHECKING = 0.6  # share of the budget after which speed measurements begin
 
 
 def parsed() -> argparse.Namespace:
-    """The command's options."""
+    """Parse the command's options."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.device", description=benchmarks.device.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, default=RESULTS / "device.json", help="JSON file; results go beside it")
+    parser.add_argument("--out", type=Path, default=RESULTS / "device.json", help="JSON file; results go into the same folder")
     parser.add_argument(
-        "--only", nargs="+", default=[], metavar="NAME", help=f"{', '.join(SECTIONS)}, or words in checks' names"
+        "--only", nargs="+", default=[], metavar="NAME", help=f"{', '.join(SECTIONS)}, or words in the names of checks"
     )
-    parser.add_argument("--budget", type=float, default=540, help="seconds in all, after which checks are skipped")
+    parser.add_argument("--budget", type=float, default=540, help="total seconds, after which checks are skipped")
     parser.add_argument("--small", action="store_true", help="tiny networks and batches")
-    parser.add_argument("--no-compile", action="store_true", help="leave out checks of compiled code")
+    parser.add_argument("--no-compile", action="store_true", help="skip checks of compiled code")
     return parser.parse_args()
 
 
 def main() -> None:
-    """Run the checks, print a line for each, write the JSON file; exit status 1 if one failed."""
+    """Run the checks, print a line for each, write the JSON file; exit with status 1 if one failed."""
     arguments, start = parsed(), time.time()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the processes of the lanes end, too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the lanes' processes end as well
     device = torch.device(arguments.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         sys.exit("error: --device is cuda, but PyTorch finds no GPU; install a CUDA build, or pass --device cpu --small")
@@ -103,7 +103,7 @@ def main() -> None:
 
 
 def needed(section: str, only: list[str]) -> bool:
-    """Whether a section may have checks that are asked for: words that name no section may be in any."""
+    """Return whether a section may have requested checks: words that name no section may occur in any."""
     return wanted(section, "", only) or any(word not in SECTIONS for word in only)
 
 

@@ -1,4 +1,4 @@
-"""What a check is, how its result is worded, and how tensors are compared."""
+"""Checks, the wording of their results, and comparisons of tensors."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import torch._dynamo
 import torch._dynamo.utils
 from torch.overrides import TorchFunctionMode
 
-NONE = 1e-30  # a limit for what has to be 0
-COMPILING = 240.0  # seconds that a check may take which compiles
+NONE = 1e-30  # limit for values that must be 0
+COMPILING = 240.0  # time limit in seconds of a check that compiles
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Setting:
-    """Where the checks run. `small`: tiny networks and batches, for tests. `folder`: where results for the estimate go.
-    `compiling`: whether checks of compiled code are wanted."""
+    """Environment of the checks. `small`: tiny networks and batches, for tests. `folder`: for results that the estimate reads.
+    `compiling`: whether to run checks of compiled code."""
 
     device: torch.device
     small: bool
@@ -28,17 +28,17 @@ class Setting:
 
     @property
     def gpu(self) -> bool:
-        """Whether the device is a GPU."""
+        """Return whether the device is a GPU."""
         return self.device.type == "cuda"
 
 
 class Skip(Exception):
-    """A check does not apply here; the message says why."""
+    """Raised if a check does not apply here; the message says why."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """The result of a check: `figure` is what was found, `expected` what it should be ("" where it is a measurement alone)."""
+    """Result of a check: `figure` is the measured value, `expected` its limit ("" for pure measurements)."""
 
     passed: bool
     figure: str
@@ -48,7 +48,7 @@ class Outcome:
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """A named check. It may run for `limit` seconds before its process is ended."""
+    """A named check. Its process is ended after `limit` seconds."""
 
     name: str
     call: Callable[[], Outcome]
@@ -59,13 +59,13 @@ Checks = Iterable[Check]
 
 
 def at_most(value: float, limit: float, **details: Any) -> Outcome:
-    """Passed where `value` is finite and at most `limit`."""
+    """Pass if `value` is finite and at most `limit`."""
     passed = math.isfinite(value) and value <= limit
     return Outcome(passed=passed, figure=f"{value:.2g}", expected=f"at most {limit:.2g}", details={"value": value, **details})
 
 
 def worst(values: Mapping[str, float], limits: Mapping[str, float]) -> Outcome:
-    """Passed where each value is at most its limit. The figure is that of the value which is nearest to its limit, or past."""
+    """Pass if each value is at most its limit. The figure is the value closest to, or furthest beyond, its limit."""
     name = max(values, key=lambda key: values[key] / limits[key] if math.isfinite(values[key]) else math.inf)
     passed = all(math.isfinite(value) and value <= limits[key] for key, value in values.items())
     figure, expected = f"{name} {values[name]:.2g}", f"at most {limits[name]:.2g}"
@@ -73,7 +73,7 @@ def worst(values: Mapping[str, float], limits: Mapping[str, float]) -> Outcome:
 
 
 def identical(found: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]) -> Outcome:
-    """Passed where all tensors have the same bits."""
+    """Pass if all tensors have the same bits."""
     pairs = list(zip(found, wanted, strict=True))
     differing = sum(not torch.equal(a, b) for a, b in pairs)
     largest = max((float((a.double() - b.double()).abs().max()) for a, b in pairs if a.numel()), default=0.0)
@@ -82,12 +82,12 @@ def identical(found: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]) -> 
 
 
 def measured(figure: str, **details: Any) -> Outcome:
-    """A measurement, which cannot fail."""
+    """Return a measurement, which cannot fail."""
     return Outcome(passed=True, figure=figure, details=details)
 
 
 def relative(found: Iterable[torch.Tensor], wanted: Iterable[torch.Tensor]) -> float:
-    """|found - wanted| / |wanted| over all tensors together, in float64 on the CPU."""
+    """Compute |found - wanted| / |wanted| over all tensors together, in float64 on the CPU."""
     difference = total = 0.0
     for a, b in zip(found, wanted, strict=True):
         a, b = a.detach().cpu().double(), b.detach().cpu().double()
@@ -97,12 +97,12 @@ def relative(found: Iterable[torch.Tensor], wanted: Iterable[torch.Tensor]) -> f
 
 
 def rms(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    """Root mean square difference, in float64 on the CPU."""
+    """Compute the root mean square difference, in float64 on the CPU."""
     return float((found.detach().cpu().double() - wanted.detach().cpu().double()).square().mean().sqrt())
 
 
 class SameDraws(TorchFunctionMode):
-    """Inside it random numbers come from one generator on the CPU, whatever device asks: two devices then draw the same."""
+    """Context in which all random numbers come from one CPU generator, so that two devices draw the same."""
 
     def __init__(self, seed: int) -> None:
         super().__init__()
@@ -117,7 +117,7 @@ class SameDraws(TorchFunctionMode):
 
 
 def set_flags(*, tf32: bool, deterministic: bool) -> None:
-    """Change what beeline.numerics sets, to measure what it costs."""
+    """Change the flags of beeline.numerics, to measure their cost."""
     torch.backends.cuda.matmul.allow_tf32 = tf32
     torch.backends.cudnn.allow_tf32 = tf32
     torch.backends.cudnn.deterministic = deterministic
@@ -125,13 +125,13 @@ def set_flags(*, tf32: bool, deterministic: bool) -> None:
 
 
 def start_compiling() -> None:
-    """Forget compiled code and what its compilation counted."""
+    """Forget compiled code and the compiler's counters."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
 
 
 def compiling_troubles() -> dict[str, float]:
-    """What kept code from being compiled as a whole since `start_compiling`: all 0 if nothing did."""
+    """Count the reasons why code was not compiled as a whole since `start_compiling`; all 0 without problems."""
     counters = torch._dynamo.utils.counters
     return {
         "graph breaks": float(sum(counters["graph_break"].values())),

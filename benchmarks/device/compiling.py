@@ -1,4 +1,4 @@
-"""Both phases with compiled networks: against the same networks eager, several steps, resumed."""
+"""Both phases with compiled networks: compared with eager ones, run for several steps, resumed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from benchmarks.device.training import PHASES, STEPS, Precision, Runs, differenc
 
 
 def checks(setting: Setting) -> Checks:
-    """The checks of this section."""
+    """List the checks of this section."""
     runs = Runs(setting)
 
     def against_eager(phase: str, precision: Precision) -> Outcome:

@@ -1,4 +1,4 @@
-"""Every module of `beeline` can be imported here."""
+"""Check that every module of `beeline` can be imported here."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from benchmarks.device.checks import Check, Checks, Outcome, Setting
 
 
 def checks(setting: Setting) -> Checks:
-    """The checks of this section."""
+    """List the checks of this section."""
 
     def imported() -> Outcome:
         names = [module.name for module in pkgutil.walk_packages(beeline.__path__, "beeline.")]

@@ -1,4 +1,4 @@
-"""Measuring networks and figures: features and perceptual distances against the CPU's, figures against known values."""
+"""Measuring networks and metrics: features and perceptual distances against the CPU, metrics against known values."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from beeline.recipes import RECIPES
 from benchmarks.device.checks import Check, Checks, Outcome, Setting, Skip, at_most, relative, worst
 from benchmarks.device.networks import backbone, images, network_config
 
-LIMIT = 1e-3  # relative error of features; TF32 would give some 1e-2
-KINKS = 0.05  # of gradients through rectifiers and max pooling, a few of which tip over by rounding
+LIMIT = 1e-3  # relative error of features; TF32 would give about 1e-2
+KINKS = 0.05  # relative error of gradients through rectifiers and max pooling, where rounding flips a few
 NO_FIDELITY = "torch-fidelity is not installed"
 
 
 def need_fidelity() -> None:
-    """Raise Skip where torch-fidelity is missing, whose Inception, KID and IS are used."""
+    """Raise Skip if torch-fidelity is missing, which provides Inception, KID and IS."""
     if importlib.util.find_spec("torch_fidelity") is None:
         raise Skip(NO_FIDELITY)
 
 
 def measuring_network(name: str) -> Any:
-    """A measuring network with random weights whose features neither vanish nor explode, on the CPU."""
+    """Build a measuring network on the CPU, with random weights whose features neither vanish nor explode."""
     torch.manual_seed(3)
     if name == "probe":
         return MeasuringProbe(Probe(RECIPES["cifar10"](0).probe.measure, channels=3, num_classes=10))
@@ -50,7 +50,7 @@ def measuring_network(name: str) -> Any:
 
 
 def checks(setting: Setting) -> Checks:
-    """The checks of this section."""
+    """List the checks of this section."""
     config, cpu = network_config(setting), torch.device("cpu")
     dinos = [name for name in DINOV2 if not (setting.small and name.endswith("vitl14"))]
     for name in ("probe", "inception", *dinos):
@@ -62,11 +62,11 @@ def checks(setting: Setting) -> Checks:
 
     def lpips() -> Outcome:
         side = 32 if setting.small else 64
-        made = []
+        distances = []
         for device in (setting.device, cpu):
             a, b = (images(config, 2, seed).to(device) for seed in (0, 1))
-            made.append(perceptual(Frozen(backbone("vgg16"), device=device), a, b, side=side))
-        return at_most(relative(made[:1], made[1:]), LIMIT)
+            distances.append(perceptual(Frozen(backbone("vgg16"), device=device), a, b, side=side))
+        return at_most(relative(distances[:1], distances[1:]), LIMIT)
 
     def probe_training() -> Outcome:
         torch.manual_seed(0)
@@ -105,8 +105,8 @@ def _features(setting: Setting, name: str) -> Outcome:
 
 
 def taps(setting: Setting, name: str, precision: str) -> Outcome:
-    """Feature maps of a backbone, and the gradient of their mean square by the images. In bf16 errors may be twice
-    those of the CPU's bf16."""
+    """Compare feature maps of a backbone, and the gradient of their mean square by the images. In bf16, errors may be twice
+    those of bf16 on the CPU."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     cpu = torch.device("cpu")
     wanted = _seen(setting, name, torch.float32, cpu)
@@ -119,7 +119,7 @@ def taps(setting: Setting, name: str, precision: str) -> Outcome:
 
 
 def _seen(setting: Setting, name: str, dtype: torch.dtype, device: torch.device) -> list[torch.Tensor]:
-    """Taps of two images, and the gradient."""
+    """Compute the taps of two images, and the gradient."""
     side = (32 if name == "vgg16" else 128) if setting.small else 224
     shown = torch.nn.functional.interpolate(images(network_config(setting), 2, 0), (side, side), mode="bilinear")
     shown = shown.to(device).requires_grad_()
@@ -134,16 +134,17 @@ def _differences(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> dict[
 
 
 def figures(setting: Setting) -> Outcome:
-    """All figures in the probe's features."""
+    """Compare all metrics in the probe's features."""
     network, config = measuring_network("probe"), network_config(setting)
     shown = {seed: quantised(images(config, 64, seed)) for seed in (0, 1)}
-    made = []
+    values_by_device = []
     for device in (setting.device, torch.device("cpu")):
         eye = Eye(network, device)
         real = eye.look(shown[1]).features
         reference = Reference(Statistics.of(real), real, np.arange(len(real)))
-        made.append(measures(Looks(eye.look(shown[0]).features), reference, "probe", neighbours=64))
-    values = {name: abs(made[0][name] - value) / max(abs(value), 0.05) for name, value in made[1].items()}
+        values_by_device.append(measures(Looks(eye.look(shown[0]).features), reference, "probe", neighbours=64))
+    on_device, on_cpu = values_by_device
+    values = {name: abs(on_device[name] - value) / max(abs(value), 0.05) for name, value in on_cpu.items()}
     return worst(values, dict.fromkeys(values, 0.05))
 
 
@@ -152,7 +153,7 @@ def _normal(count: int, dimensions: int, seed: int, mean: float = 0.0, spread: f
 
 
 def _frechet() -> dict[str, float]:
-    """Of N(0, 1) and N(1, 4) in 8 dimensions: 8 (1 + (2 - 1)^2)."""
+    """Compare with the known distance of N(0, 1) and N(1, 4) in 8 dimensions: 8 (1 + (2 - 1)^2)."""
     a, b = Statistics.of(_normal(100_000, 8, 0)), Statistics.of(_normal(100_000, 8, 1, 1.0, 2.0))
     return {"relative error": abs(frechet_distance(a, b) / 16 - 1), "with itself": abs(frechet_distance(a, a))}
 
@@ -168,7 +169,7 @@ def _parts() -> dict[str, float]:
 
 
 def _neighbourhoods() -> dict[str, float]:
-    """Of a set with itself, all are 1 but authenticity, which is 0; of sets far apart all are 0 but authenticity, 1."""
+    """Compare with known values. For a set with itself all are 1 except authenticity, 0; for distant sets the reverse."""
     a, far = _normal(500, 16, 3), _normal(500, 16, 4, 100.0)
     same, other = neighbourhoods(a, a), neighbourhoods(far, a)
     values = {f"{name} of the same": abs(same[name] - 1) for name in ("precision", "recall", "coverage")}

@@ -1,5 +1,5 @@
-"""The largest batch that fits in both phases. Speeds are measured again when nothing else runs (speeds.py), and then need not
-be compiled again."""
+"""Largest batch that fits, in both phases. speeds.py measures speeds again while nothing else runs, and need not compile
+again."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from benchmarks.device.speeds import largest, worded
 
 
 def checks(setting: Setting) -> Checks:
-    """The checks of this section."""
+    """List the checks of this section."""
 
     def fits() -> Outcome:
         if not setting.gpu:
             raise Skip("for GPUs")
         found = largest(setting, random_denoiser(network_config(setting, augment_dim=0)).to(setting.device))
-        return measured(f"{worded(found)} (beside other sections)", **found)
+        return measured(f"{worded(found)} (while other sections run)", **found)
 
     yield Check("largest batch of both phases, bf16 compiled", fits, COMPILING)

@@ -1,4 +1,4 @@
-"""Networks and their files: released checkpoints imported, folders written and loaded, NCSN++ and ADM trained for a step."""
+"""Networks and their files: import of released checkpoints, writing and loading folders, a training step of NCSN++ and ADM."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from benchmarks.device.sampling import LIMITS
 
 
 def checks(setting: Setting) -> Checks:
-    """The checks of this section."""
+    """List the checks of this section."""
 
     def imported() -> Outcome:
         arguments = {"model_channels": 32, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [8], "augment_dim": 9}
@@ -54,7 +54,7 @@ def checks(setting: Setting) -> Checks:
         return at_most(rms(found, wanted), LIMITS["fp32"])
 
     def gradients(recipe: str, kind: str, precision: str, device: torch.device) -> tuple[float, list[torch.Tensor]]:
-        """Loss and gradients of a training step of a network at full size."""
+        """Compute loss and gradients of a training step of a network at full size."""
         config = network_config(setting, recipe, kind=kind, augment_dim=0)
         model = random_denoiser(config).to(device).train().requires_grad_(True)
         learner = Learner(model, RECIPES[recipe](0).teacher.optimizer, precision=precision)  # pyright: ignore[reportArgumentType]

@@ -1,4 +1,4 @@
-"""What the checks run: the networks of the recipes at full size, or small ones of the same kinds, with random weights."""
+"""Networks and data of the checks: the recipes' networks at full size, or small ones of the same kinds, random weights."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from benchmarks.device.checks import Setting
 
 
 def network_config(setting: Setting, recipe: str = "cifar10", **changes: Any) -> NetworkConfig:
-    """A recipe's network without dropout, at full size or small."""
+    """Return a recipe's network without dropout, at full size or small."""
     config = replace(RECIPES[recipe](0).teacher.network, dropout=0.0)
     if setting.small:
         width = 64 if config.kind == "adm" else 32
@@ -31,7 +31,7 @@ def network_config(setting: Setting, recipe: str = "cifar10", **changes: Any) ->
 
 
 def random_denoiser(config: NetworkConfig, seed: int = 0) -> Denoiser:
-    """A denoiser whose weights are far from the zero start of its output layers, which would hide errors; on the CPU."""
+    """Build a denoiser on the CPU with random weights; zero-initialised output layers would hide errors."""
     torch.manual_seed(seed)
     model = build(config).eval().requires_grad_(False)
     for parameter in model.parameters():
@@ -42,13 +42,14 @@ def random_denoiser(config: NetworkConfig, seed: int = 0) -> Denoiser:
 
 @functools.cache
 def backbone(name: str) -> Any:
-    """A frozen feature network with random weights, on the CPU."""
+    """Build a frozen feature network with random weights, on the CPU."""
     torch.manual_seed(1 + BACKBONES.index(name))
     return build_backbone(name)
 
 
 def student_config(setting: Setting, **changes: Any) -> StudentConfig:
-    """The paper's student of CIFAR-10, in float32 and not compiled unless `changes` say so; its features small where asked."""
+    """Return the paper's CIFAR-10 student, in float32 and not compiled unless `changes` differ; with small features if
+    small."""
     config = replace(RECIPES["cifar10"](0).main, precision="fp32", compiled=False)
     if setting.small:
         config = replace(config, phases={name: _with_small_features(phase) for name, phase in config.phases.items()})
@@ -63,19 +64,19 @@ def _with_small_features(phase: PhaseConfig) -> PhaseConfig:
 
 
 def noise(setting: Setting, config: NetworkConfig, count: int, seed: int = 0) -> torch.Tensor:
-    """Unit-variance noise (count, C, H, W) of a run, on the CPU."""
+    """Draw unit-variance noise (count, C, H, W) of a run, on the CPU."""
     shape = (config.img_channels, config.img_resolution, config.img_resolution)
     return torch.from_numpy(unit_noise(seed, range(count), shape))
 
 
 def classes(config: NetworkConfig, count: int) -> torch.Tensor | None:
-    """Labels (count,) on the CPU; None for a network without classes."""
+    """Return labels (count,) on the CPU, or None for a network without classes."""
     return torch.arange(count) % config.label_dim if config.label_dim else None
 
 
 def images(config: NetworkConfig, count: int, seed: int) -> torch.Tensor:
-    """Smooth images with a little noise, (count, C, H, W) in [-1, 1], on the CPU. Flat areas would make ties in max pooling,
-    whose gradient then depends on rounding."""
+    """Draw smooth images with a little noise, (count, C, H, W) in [-1, 1], on the CPU. In flat areas max pooling would have
+    ties, and its gradient would depend on rounding."""
     generator = torch.Generator().manual_seed(stream_seed(seed, "images"))
     coarse = torch.randn(count, config.img_channels, 4, 4, generator=generator)
     size = (config.img_resolution, config.img_resolution)
@@ -84,7 +85,7 @@ def images(config: NetworkConfig, count: int, seed: int) -> torch.Tensor:
 
 
 def batch_of(setting: Setting, config: NetworkConfig, count: int, device: torch.device, seed: int = 0) -> Batch:
-    """A training batch of pairs and real images."""
+    """Build a training batch of pairs and real images."""
     labels = as_one_hot(classes(config, count), config.label_dim, count, device)
     return Batch(
         size=count,

@@ -1,4 +1,4 @@
-"""Which operations repeat themselves to the last bit, and what TF32 and determinism change: errors here, speed in speeds.py."""
+"""Operations that repeat bit by bit, and the errors due to TF32 and determinism; speeds.py measures the speed."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ TIMES = 5
 
 
 def attention(x: torch.Tensor) -> torch.Tensor:
-    """Of queries, keys and values (3, B, heads, L, D)."""
+    """Compute attention of queries, keys and values (3, B, heads, L, D)."""
     q, k, v = x.unbind(0)
     return F.scaled_dot_product_attention(q, k, v)
 
 
 def operations(setting: Setting, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], Operation]]:
-    """Shapes of inputs and what is done with them: what training differentiates, at the sizes of its networks."""
+    """Return operations with the shapes of their inputs: those that training differentiates, at its networks' sizes."""
     device, batch = setting.device, 2 if setting.small else 32
     channels = 32 if setting.small else 256
 
@@ -55,7 +55,7 @@ def operations(setting: Setting, dtype: torch.dtype) -> dict[str, tuple[tuple[in
 
 
 def checks(setting: Setting) -> Checks:
-    """The checks of this section."""
+    """List the checks of this section."""
 
     def repeated(name: str, dtype: torch.dtype) -> Outcome:
         shape, call = operations(setting, dtype)[name]
@@ -110,7 +110,7 @@ def checks(setting: Setting) -> Checks:
 
 
 def error(setting: Setting, what: str) -> float:
-    """Relative error of an operation, against float64, under the flags as they are."""
+    """Compute the relative error of an operation against float64, under the current flags."""
     torch.manual_seed(0)
     if what == "matmul":
         a, b = (torch.randn(1024, 1024, device=setting.device) for _ in range(2))

@@ -1,4 +1,4 @@
-"""A file in the layout of EDM's released checkpoints, with random weights: a pickle that names classes which do not exist."""
+"""Files in the layout of EDM's released checkpoints, with random weights: pickles that name classes which do not exist."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NAMES = ("torch_utils", "torch_utils.persistence", "dnnlib", "dnnlib.util")
 
 
 class _Persistent:
-    """An object as the persistence hook of such files pickles it."""
+    """An object as the persistence hook pickles it in such files."""
 
     def __init__(self, class_name: str, state: dict[str, Any]) -> None:
         self.class_name, self.state = class_name, state
@@ -28,7 +28,7 @@ class _Persistent:
 
 
 def write_released(model: Denoiser, arguments: dict[str, Any], file: Path) -> None:
-    """Write `model`, whose network was made with EDM's `arguments`, into `file`."""
+    """Write `model`, whose network was built with EDM's `arguments`, to `file`."""
     modules = {name: types.ModuleType(name) for name in NAMES}
     hook = types.FunctionType((lambda meta: meta).__code__, {}, "_reconstruct_persistent_obj")
     hook.__module__, hook.__qualname__ = "torch_utils.persistence", "_reconstruct_persistent_obj"
@@ -53,7 +53,7 @@ def write_released(model: Denoiser, arguments: dict[str, Any], file: Path) -> No
 
 
 def _module(module: nn.Module, class_name: str, **attributes: Any) -> Any:
-    """A module as records; nn.ModuleDict stays what it is."""
+    """Convert a module to records; nn.ModuleDict is kept."""
     children = OrderedDict(
         (name, None if child is None else _module(child, type(child).__name__)) for name, child in module._modules.items()
     )

@@ -1,7 +1,7 @@
-"""Sections of checks in processes of their own: a crash or a hang costs one check, never the rest.
+"""Run sections of checks in separate processes: a crash or a hang costs one check, never the rest.
 
-Sections are spread over lanes. A lane is one process that works through its sections; lanes run at the same time, since most
-of the time goes into compilation and into the CPU's side of comparisons. The last sections, which measure speed, have the
+Sections are distributed over lanes. A lane is one process that runs its sections in order. Lanes run at the same time, because
+most of the time goes into compilation and into the CPU's side of comparisons. The last sections measure speed and have the
 machine to themselves.
 """
 
@@ -24,14 +24,14 @@ from typing import Any
 from benchmarks.device.checks import COMPILING, Check, Setting, Skip
 
 BROKEN = 3  # exit status of a process whose GPU context is lost
-LEAST = 30.0  # seconds that have to be left for what compiles
+LEAST = 30.0  # seconds that must be left to start a check that compiles
 GRACE = 15.0  # seconds past the deadline before a process is ended
-PATIENCE = {"cuda": 1.0, "cpu": 20.0}  # factors of the checks' limits: a CPU may be slow and busy
+PATIENCE = {"cuda": 1.0, "cpu": 20.0}  # factors on the checks' time limits: a CPU may be slow and busy
 
 
 @dataclasses.dataclass
 class Row:
-    """A finished check, as it is printed and kept."""
+    """A finished check, as it is printed and saved."""
 
     section: str
     name: str
@@ -43,14 +43,14 @@ class Row:
     details: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def line(self) -> str:
-        """The check's printed line."""
+        """Format the check as a line."""
         expected = f" ({self.expected})" if self.expected else ""
         return f"{self.status}  {self.section}: {self.name}: {self.figure}{expected}  [{self.seconds:.1f} s]"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Work:
-    """What a process is asked to do: checks of `sections` that are wanted by `only` and not yet in `done`, until `deadline`."""
+    """Task of a process: checks of `sections` that match `only` and are not in `done`, until `deadline`."""
 
     setting: Setting
     sections: tuple[str, ...]
@@ -62,13 +62,13 @@ class Work:
 
 
 def wanted(section: str, check: str, only: Sequence[str]) -> bool:
-    """Whether the words in `only` ask for this check: all of them do if there are none."""
+    """Return whether `only` selects this check; an empty `only` selects all."""
     return not only or any(word == section or word in check for word in only)
 
 
 def work(connection: Connection, task: Work) -> None:
-    """The process of a lane: report ("start", section, check), ("row", Row) and ("memory", section, MiB) as they come."""
-    os.setsid()  # compilers that it starts end with it
+    """Run the process of a lane; it sends ("start", section, check), ("row", Row) and ("memory", section, MiB)."""
+    os.setsid()  # so that the compilers it starts end with it
     log = os.open(task.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -94,7 +94,7 @@ def work(connection: Connection, task: Work) -> None:
                 if "speed" in section:
                     free()
                 if "CUDA error" in row.traceback or "device-side assert" in row.traceback:
-                    os._exit(BROKEN)  # nothing works in this process any more
+                    os._exit(BROKEN)  # this process can do nothing more
         if memory is not None:
             connection.send(("memory", section, memory() / 2**20))
         del checks
@@ -103,7 +103,7 @@ def work(connection: Connection, task: Work) -> None:
 
 
 def free() -> None:
-    """Give back what a section left: compiled code, CUDA graphs, cached memory."""
+    """Free what a section left behind: compiled code, CUDA graphs, cached memory."""
     import torch
 
     torch._dynamo.reset()
@@ -113,7 +113,7 @@ def free() -> None:
 
 
 def run(section: str, check: Check, deadline: float, *, compiling: bool = True) -> Row:
-    """One check as a row; nothing that it raises goes further."""
+    """Run one check and return its row; all exceptions are caught."""
     start = time.monotonic()
     if time.time() > deadline - (LEAST if check.limit == COMPILING else 0):
         return Row(section, check.name, "SKIP", "no time left", "", 0.0)
@@ -133,7 +133,7 @@ def run(section: str, check: Check, deadline: float, *, compiling: bool = True) 
 
 
 class Lane:
-    """A process, what it is at, and its replacement when it crashes or hangs."""
+    """A process, its current check, and its replacement after a crash or a hang."""
 
     def __init__(self, task: Work) -> None:
         self.task, self.finished = task, False
@@ -151,7 +151,7 @@ class Lane:
         self.since, self.limit = time.time(), 180.0 * PATIENCE[self.task.setting.device.type]
 
     def overdue(self) -> tuple[str, str] | None:
-        """The status of the check that is to be ended now, and why; None where there is no reason to."""
+        """Return the status and the reason if the current check must end now, otherwise None."""
         if time.time() - self.since > self.limit:
             return "FAIL", f"still running after {self.limit:.0f} s, ended"
         if time.time() > self.task.deadline + GRACE:
@@ -159,7 +159,7 @@ class Lane:
         return None
 
     def read(self) -> list[Row] | tuple[str, float]:
-        """The next report: rows, or the peak memory of a section in MiB."""
+        """Read the next report: rows, or a section's peak memory in MiB."""
         try:
             message = self.connection.recv()
         except (EOFError, OSError):
@@ -181,20 +181,22 @@ class Lane:
         return []
 
     def end(self) -> None:
-        """End the process and all that it started."""
+        """End the process and all processes that it started."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             assert self.process.pid is not None
             os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.kill()  # it may not have had time to lead a group
+        self.process.kill()  # it may not lead a process group yet
         self.process.join(10)
         self.connection.close()
 
     def lost(self, status: str, reason: str) -> list[Row]:
-        """End the process, if it has not ended, and start another for what is left; the row of what it was at."""
+        """End the process and start another for the remaining checks; return the row of the check it was running."""
         self.end()
         section, name = self.at
         rows, seconds, sections = [], time.time() - self.since, self.task.sections
-        if self.at in self.done:  # between two checks: after a broken context there is more to do, else the section is at fault
+        if (
+            self.at in self.done
+        ):  # it ended between two checks: continue after a broken GPU context, otherwise blame the section
             name = name if self.process.exitcode == BROKEN else ""
         if (section, name) not in self.done:
             log = Path(self.task.log)
@@ -213,7 +215,7 @@ class Lane:
 
 
 def run_lanes(tasks: Sequence[Work], report: Callable[[Row], None], memory: dict[str, float]) -> None:
-    """Run the lanes to their end. Every row goes to `report`, each section's peak memory into `memory`."""
+    """Run all lanes to the end. Rows go to `report`, each section's peak memory to `memory`."""
     lanes = [Lane(task) for task in tasks]
     try:
         while any(not lane.finished for lane in lanes):
@@ -221,11 +223,11 @@ def run_lanes(tasks: Sequence[Work], report: Callable[[Row], None], memory: dict
             ready = wait([lane.connection for lane in active], timeout=1.0)
             for lane in active:
                 if lane.connection in ready:
-                    found = lane.read()
-                    if isinstance(found, tuple):
-                        memory[found[0]] = max(found[1], memory.get(found[0], 0.0))
+                    reply = lane.read()
+                    if isinstance(reply, tuple):
+                        memory[reply[0]] = max(reply[1], memory.get(reply[0], 0.0))
                         continue
-                    for row in found:
+                    for row in reply:
                         report(row)
                 elif reason := lane.overdue():
                     for row in lane.lost(*reason):

@@ -35,7 +35,7 @@ from benchmarks.device.checks import (
 from benchmarks.device.networks import classes, network_config, noise, random_denoiser
 
 PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16", "fp16")
-# RMS of images in [-1, 1] against float32 on the CPU; small networks are rougher.
+# RMS of images in [-1, 1] against float32 on the CPU; small networks have larger errors.
 LIMITS: dict[str, float] = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 3e-3}
 ROUGHER = 4
 STEPS = (0, 6, 12)
@@ -43,7 +43,7 @@ RULES: tuple[RuleName, ...] = ("same_noise", "line", "fresh_noise")
 
 
 class Here(Executor):
-    """Runs calls at once, in this thread."""
+    """Executor that runs calls immediately, in this thread."""
 
     def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
         future: Future[Any] = Future()
@@ -52,19 +52,19 @@ class Here(Executor):
 
 
 def version() -> tuple[int, ...]:
-    """PyTorch's, as numbers: (2, 13)."""
+    """Return PyTorch's version as numbers: (2, 13)."""
     return tuple(int(part) for part in torch.__version__.split(".")[:2])
 
 
 class Sampler:
-    """One teacher with random weights, and its images by the CPU."""
+    """A teacher with random weights, and its images computed on the CPU."""
 
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
         self.config = network_config(setting, augment_dim=0)
         self.model = random_denoiser(self.config)
         self.count = 2 if setting.small else 4
-        self.full = 4 if setting.small else 512  # as the benchmark: compiled code is found again by its shape
+        self.full = 4 if setting.small else 512  # as in the benchmark: compiled code is reused for the same shape
         self.steps = 4 if setting.small else 18
         self.noise = noise(setting, self.config, self.count)
         self.labels = classes(self.config, self.count)
@@ -74,32 +74,32 @@ class Sampler:
         self.few_step_reference = functools.cache(lambda rule: self.few_step_images(self.model, rule))
 
     def solved(self, model: Denoiser, latents: torch.Tensor | None = None) -> torch.Tensor:
-        """Heun's images of the noise; labels stay on the CPU, as in `beeline.generate`."""
+        """Sample images from the noise by Heun; labels stay on the CPU, as in `beeline.generate`."""
         device = next(model.parameters()).device
         latents = self.noise if latents is None else latents
         with torch.inference_mode():
             return solve(model, latents.to(device), self.labels, solver="heun", num_steps=self.steps)
 
     def prepared(self, precision: Precision, *, compiled: bool = False, batch_size: int | None = None) -> Denoiser:
-        """The teacher on the device, ready to sample."""
+        """Return the teacher on the device, prepared for sampling."""
         return prepare(self.on_device, precision=precision, compiled=compiled, batch_size=batch_size)
 
     def against_cpu(self, precision: Precision) -> Outcome:
-        """Images against those of the CPU."""
+        """Compare images with those of the CPU."""
         return at_most(rms(self.solved(self.prepared(precision)), self.reference()), self.limits[precision])
 
     def repeated(self, precision: Precision) -> Outcome:
-        """Two models made ready from one, and their images."""
+        """Compare the images of two models prepared from the same teacher."""
         first, second = (self.solved(self.prepared(precision)) for _ in range(2))
         return identical([first], [second])
 
     def filled(self, precision: Precision) -> Outcome:
-        """A small batch by itself, and filled up with copies."""
+        """Compare a small batch alone with one filled up with copies."""
         alone = self.solved(self.prepared(precision))
         return at_most(rms(self.solved(self.prepared(precision, batch_size=3 * self.count)), alone), self.limits[precision])
 
     def layout(self) -> Outcome:
-        """How many weights and outputs are not channels last."""
+        """Count weights and outputs that are not channels last."""
         made = self.prepared("bf16")
         weights = [module.weight for module in made.modules() if isinstance(module, Conv2d) and module.weight is not None]
         bad = sum(not weight.is_contiguous(memory_format=torch.channels_last) for weight in weights if weight.shape[-1] > 1)
@@ -116,18 +116,18 @@ class Sampler:
         return at_most(float(bad), 0.0, layers=len(weights), outputs=len(seen))
 
     def few_step_images(self, model: Denoiser, rule: RuleName) -> torch.Tensor:
-        """Images of a student by a rule."""
+        """Sample a student's images by a rule."""
         student = copy.copy(model)
         student.few_step = FewStep(num_steps=18, rule=rule)
         return sample(student, range(self.count), self.labels, Sampling(steps=STEPS), seed=0)
 
     def few_steps(self, rule: RuleName, precision: Precision) -> Outcome:
-        """Images of few steps against the CPU's."""
+        """Compare few-step images with the CPU's."""
         found = self.few_step_images(self.prepared(precision), rule)
         return at_most(rms(found, self.few_step_reference(rule)), self.limits[precision])
 
     def compiled(self, precision: Precision, executor: Callable[[], Executor]) -> Outcome:
-        """Compiled, batches filled: images as the CPU's, the same again, and untouched by later batches."""
+        """Check compiled code with filled batches: images equal the CPU's, repeat exactly, and survive later batches."""
         start_compiling()
         full = self.full if precision != "fp32" else min(self.full, 64)
         made = self.prepared(precision, compiled=True, batch_size=full)
@@ -146,13 +146,13 @@ class Sampler:
         return worst(values, {name: self.limits[precision] if name.startswith("RMS") else NONE for name in values})
 
     def in_a_thread(self) -> Outcome:
-        """As gen_pairs.py samples."""
+        """Check sampling in a thread, as in gen_pairs.py."""
         if self.setting.gpu and version() < (2, 13):
             raise Skip(f"PyTorch {torch.__version__} has no CUDA graphs in threads (pytorch issue 123177); 2.13 has")
         return self.compiled("bf16", lambda: ThreadPoolExecutor(1, "sampler"))
 
     def full_batch(self) -> Outcome:
-        """The last batch of a shard is smaller: filled and cut, it must be as if it stood in a full one."""
+        """Check that a smaller last batch, filled and cut, gives the same as the same rows in a full batch."""
         many = noise(self.setting, self.config, 2 * self.count)
         made = self.prepared("fp32", batch_size=2 * self.count)
         labels = classes(self.config, 2 * self.count)
@@ -164,7 +164,7 @@ class Sampler:
 
 
 def checks(setting: Setting) -> Checks:
-    """The checks of this section."""
+    """List the checks of this section."""
     sampler = Sampler(setting)
     for precision in PRECISIONS:
         yield Check(f"heun {precision}, images against the CPU's fp32", lambda p=precision: sampler.against_cpu(p))

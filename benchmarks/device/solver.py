@@ -1,4 +1,4 @@
-"""The calibrated Adams solver: given levels against the CPU, and a short calibration."""
+"""Calibrated Adams solver: given levels against the CPU, and a short calibration."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CALIBRATED = Sampling(solver="calibrated")
 
 
 def checks(setting: Setting) -> Checks:
-    """The checks of this section."""
+    """List the checks of this section."""
     config = network_config(setting, augment_dim=0)
     count = 2 if setting.small else 4
     model, on_device = random_denoiser(config), random_denoiser(config).to(setting.device)
@@ -32,11 +32,11 @@ def checks(setting: Setting) -> Checks:
         return at_most(rms(made, reference().clamp(-1, 1)), LIMITS["fp32"])
 
     def calibrated() -> Outcome:
-        """On a network of 8x8 pixels: the path is the same, and 128 steps of Heun are quick."""
+        """Calibrate a network of 8x8 pixels: the code is the same, and 128 Heun steps are fast."""
         small = replace(config, img_resolution=8, model_channels=16, channel_mult=(1, 1), num_blocks=1, attn_resolutions=())
         teacher = random_denoiser(small).to(setting.device)
-        found = calibrate(teacher, counts=(6,), heun_steps=4, noises=4, held_out=4, trials=4)
-        return at_most(found["tried"][0]["rms"], 1.0, levels=found["levels"])
+        result = calibrate(teacher, counts=(6,), heun_steps=4, noises=4, held_out=4, trials=4)
+        return at_most(result["tried"][0]["rms"], 1.0, levels=result["levels"])
 
     yield Check("given levels, images against the CPU's", given)
     yield Check("generate() with calibrated levels, against the CPU's", generated)

@@ -1,7 +1,7 @@
-"""Speed of sampling, training and measuring beside the machine's ceilings, and the results that the estimate reads.
+"""Speed of sampling, training and measuring relative to the machine's ceilings; writes the results that the estimate reads.
 
-The networks, policies and plain versions are those of benchmarks.sampling, benchmarks.training and benchmarks.evaluation, and
-so is the layout of the results: `sampling-gpu-cifar10.json`, `training-gpu-cifar10.json` and `measuring-gpu.json`.
+Networks, policies and baselines are those of benchmarks.sampling, benchmarks.training and benchmarks.evaluation, and so is the
+layout of the results: `sampling-gpu-cifar10.json`, `training-gpu-cifar10.json` and `measuring-gpu.json`.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ RUN = "the flags of a run"
 
 
 def settled(call: Callable[[], Any], setting: Setting) -> float:
-    """Median seconds of a step over a second or two, once it has run a few times: the first ones after compilation are slow."""
+    """Measure the median seconds of a step over one to two seconds, after a few steps: the first after compilation are slow."""
     seconds = timed({"step": call}, setting.device, 1 if setting.small else 3)["step"]
     return seconds if setting.small else timed({"step": call}, setting.device, min(30, max(3, int(1.5 / seconds))))["step"]
 
 
 def largest(setting: Setting, model: Denoiser) -> dict[str, Any]:
-    """Both phases, compiled in bf16, at the largest of some batches that fits: images/s, GiB and seconds of the first step."""
+    """Run both phases, compiled in bf16, at the largest batch that fits: images/s, GiB and seconds of the first step."""
     for size in (2,) if setting.small else (512, 256, 128):
         free()
         try:
@@ -71,7 +71,7 @@ def _both_phases(setting: Setting, model: Denoiser, size: int) -> dict[str, Any]
 
 
 def worded(found: dict[str, Any]) -> str:
-    """The result of `largest` as a line."""
+    """Format the result of `largest` as a line."""
     return "; ".join(
         f"{phase} {row['images_per_s']:,.0f} images/s at batch {row['batch_size']}"
         + (f", {row['share_of_ceiling']:.0%} of the ceiling" if "share_of_ceiling" in row else "")
@@ -81,7 +81,7 @@ def worded(found: dict[str, Any]) -> str:
 
 
 class Speeds:
-    """What the checks of this section share, and the results so far."""
+    """State shared by the checks of this section, and the results so far."""
 
     def __init__(self, setting: Setting) -> None:
         self.setting, self.device = setting, setting.device
@@ -108,11 +108,11 @@ class Speeds:
         self.step_flops: dict[str, float] = {}
 
     def common(self) -> dict[str, Any]:
-        """What every result says of machine and model."""
+        """Return the description of machine and model for every result."""
         return {"machine": describe(self.device), "model": describe_model(self.model, None)}
 
     def save(self) -> None:
-        """Write the results as they stand."""
+        """Write the current results."""
         folder, common = Path(self.setting.folder), self.common()
         sampling = {
             "batch_size": self.batch,
@@ -130,7 +130,7 @@ class Speeds:
             (folder / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
 
     def sampling(self, policy: str) -> Outcome:
-        """Evaluations/s of one policy, and the error of its images against float64."""
+        """Measure evaluations/s of one policy, and the error of its images against float64."""
         if policy == "plain":
             made: Denoiser = plain(self.model)
         else:
@@ -163,7 +163,7 @@ class Speeds:
         return measured(f"{text}, {row['share_of_ceiling']:.0%} of the ceiling, RMS {row['error']['rms']:.1g}", **row)
 
     def step(self, phase: str, policy: str) -> Step:
-        """A student under a policy."""
+        """Build a training step under a policy."""
         config = student_config(self.setting, **POLICIES[policy])
         networks: dict[str, Any] = {name: backbone(name) for name in BACKBONES}
         if policy == "plain":
@@ -171,7 +171,7 @@ class Speeds:
         return Step(self.model, networks, config, config.phases[phase], as_written=policy == "plain")
 
     def seconds_of(self, step: Step, count: int) -> tuple[float, float]:
-        """Seconds of one step, and of the first."""
+        """Measure the seconds of one step, and of the first."""
         batch, generator = batch_of(self.setting, self.config, count, self.device), torch.Generator(self.device).manual_seed(0)
         start = time.perf_counter()
         float(step(batch, generator)["lines"])
@@ -179,7 +179,7 @@ class Speeds:
         return settled(lambda: step(batch, generator), self.setting), first
 
     def training(self, phase: str, policy: str) -> Outcome:
-        """Images/s of one phase under one policy."""
+        """Measure images/s of one phase under one policy."""
         count = 2 if self.setting.small else 64
         step = self.step(phase, policy)
         if phase not in self.step_flops:
@@ -203,7 +203,7 @@ class Speeds:
         return measured(text, gflop_per_image=self.step_flops[phase] / 1e9, **row)
 
     def largest_batch(self) -> Outcome:
-        """Images/s of both phases, compiled in bf16, at the largest batch that fits, and the memory they take."""
+        """Measure images/s and memory of both phases, compiled in bf16, at the largest batch that fits."""
         found = largest(self.setting, self.model)
         for phase, row in found.items():
             if phase in self.step_flops:
@@ -214,7 +214,7 @@ class Speeds:
         return measured(worded(found), **found)
 
     def flags(self, what: str, policy: str) -> Outcome:
-        """What TF32 and determinism change in speed, by the same code under other flags."""
+        """Measure how TF32 and determinism change the speed of the same code."""
         if not self.setting.gpu:
             raise Skip("a CPU has no such flags")
         call: Callable[[], Any]
@@ -247,7 +247,7 @@ class Speeds:
         return measured(f"the run's flags {64 / seconds[RUN]:,.0f} images/s; {text}", seconds=seconds)
 
     def look(self, name: str) -> Outcome:
-        """Images/s of a measuring network, made ready and as it is written down."""
+        """Measure images/s of a measuring network, optimised and as written."""
         size = network_config(self.setting).img_resolution
         network = measuring_network(name)
         eye, as_written = Eye(network, self.device), network.to(self.device)
@@ -266,7 +266,7 @@ class Speeds:
 
 
 def checks(setting: Setting) -> Checks:
-    """The checks of this section, the most telling ones first: the last may find no time left."""
+    """List the checks of this section, the most important ones first, because time may run out."""
     speeds = Speeds(setting)
     precisions = ("fp32", "bf16", "fp16") if setting.gpu else ("fp32", "bf16")
 

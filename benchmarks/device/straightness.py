@@ -1,4 +1,4 @@
-"""Straightness along lines and along trajectories, with levels on the CPU as the evaluation has them."""
+"""Straightness along lines and along trajectories, with levels on the CPU as in the evaluation."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from beeline.schedule import edm_sigmas
 from benchmarks.device.checks import Check, Checks, Outcome, Setting, at_most
 from benchmarks.device.networks import classes, images, network_config, noise, random_denoiser
 
-LIMIT = 1e-3  # relative
+LIMIT = 1e-3  # relative error
 
 
 def checks(setting: Setting) -> Checks:
-    """The checks of this section."""
+    """List the checks of this section."""
     config, count, levels = network_config(setting, augment_dim=0), 4, 4 if setting.small else 6
     models = {device: random_denoiser(config).to(device) for device in {torch.device("cpu"), setting.device}}
     labels = classes(config, count)

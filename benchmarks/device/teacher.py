@@ -29,7 +29,7 @@ LIMITS: dict[str, dict[str, float]] = {
 
 
 class Teacher:
-    """A teacher in training, as trainers/train_teacher.py steps it."""
+    """A teacher in training, with steps as in trainers/train_teacher.py."""
 
     def __init__(self, setting: Setting, precision: Precision, device: torch.device, dropout: float) -> None:
         self.config = RECIPES["cifar10"](0).teacher
@@ -43,12 +43,12 @@ class Teacher:
         self.number = 0
 
     def loss(self, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        """The loss of the batch, and the augmented images."""
+        """Compute the loss of the batch, and the augmented images."""
         augmented, given = augment(self.images, 0.5, generator)
         return edm_loss(self.learner, augmented, self.labels, generator, given), augmented
 
     def step(self) -> dict[str, float]:
-        """One step with its random numbers, as the trainer draws them."""
+        """Run one step with the random numbers that the trainer draws."""
         torch.manual_seed(stream_seed(0, "global", self.number))
         loss, _ = self.loss(torch.Generator(self.device).manual_seed(stream_seed(0, "step", self.number)))
         loss.backward()
@@ -58,18 +58,18 @@ class Teacher:
         return {"loss": float(loss.detach()), **figures}
 
     def state_dict(self) -> dict[str, Any]:
-        """As a checkpoint of the trainer holds it."""
+        """Return the state as the trainer's checkpoint holds it."""
         return {"number": self.number, "ema": self.average.state_dict(), "learner": self.learner.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The inverse of `state_dict`."""
+        """Invert `state_dict`."""
         self.number = state["number"]
         self.average.load_state_dict(state["ema"])
         self.learner.load_state_dict(state["learner"])
 
 
 def checks(setting: Setting) -> Checks:
-    """The checks of this section."""
+    """List the checks of this section."""
     cpu = torch.device("cpu")
 
     def gradients(precision: Precision, device: torch.device) -> tuple[float, torch.Tensor, list[torch.Tensor]]:

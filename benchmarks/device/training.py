@@ -1,4 +1,4 @@
-"""Both phases of the paper's student of CIFAR-10, with its losses and two averages: against the CPU, compiled, resumed."""
+"""Both phases of the paper's CIFAR-10 student, with its losses and two averages: against the CPU, compiled, resumed."""
 
 from __future__ import annotations
 
@@ -30,23 +30,23 @@ from benchmarks.training import Step
 
 Precision = Literal["fp32", "bf16"]
 PHASES = ("reconstruction", "adversarial")
-# Relative errors of float32 against the CPU's. In bf16 an error may be twice that of the CPU's bf16, or these if more.
+# Relative errors of float32 against the CPU. In bf16 the limit is these values or twice the error of bf16 on the CPU.
 LIMITS: dict[str, dict[str, float]] = {
     "fp32": {"losses": 1e-3, "student's gradient": KINKS, "critic's gradient": 5e-3},
     "bf16": {"losses": 2e-2, "student's gradient": 0.05, "critic's gradient": 0.05},
 }
-STEPS = 4  # of a run that is interrupted in its middle
-SIGNS = ("real_positive", "fake_positive")  # shares of few images: they jump
+STEPS = 4  # steps of a run that is interrupted halfway
+SIGNS = ("real_positive", "fake_positive")  # shares over few images, so they jump
 
 
 class HasState(Protocol):
-    """What a checkpoint is made of."""
+    """An object with a state for a checkpoint."""
 
     def state_dict(self) -> dict[str, Any]: ...
 
 
 class Runs:
-    """Training runs, each made once."""
+    """Training runs, each run once and cached."""
 
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
@@ -54,13 +54,13 @@ class Runs:
         self.model = random_denoiser(self.network)
         self.networks: dict[str, Any] = {name: backbone(name) for name in BACKBONES}
         self.few = 2 if setting.small else 4
-        self.many = 2 if setting.small else 64  # as benchmarks.training: compiled code is found again by its shape
+        self.many = 2 if setting.small else 64  # as in benchmarks.training: compiled code is reused for the same shape
         self.reference = functools.cache(self._reference)
         self.trained = functools.cache(self._trained)
         self.compiled = functools.lru_cache(1)(self._compiled)
 
     def step(self, phase: str, precision: Precision, device: torch.device, *, compiled: bool = False) -> Step:
-        """A fresh student on `device`."""
+        """Build a new student's step on `device`."""
         config = student_config(self.setting, precision=precision, compiled=compiled)
         model = random_denoiser(self.network).to(device)
         return Step(model, self.networks, config, config.phases[phase])
@@ -70,7 +70,7 @@ class Runs:
         return self.step(phase, precision, self.setting.device, compiled=True)
 
     def gradients(self, step: Step, count: int, *, same_draws: bool = True) -> dict[str, Any]:
-        """Figures and gradients of one batch; with `same_draws` random numbers are the CPU's on every device."""
+        """Compute figures and gradients of one batch; with `same_draws`, all devices use the CPU's random numbers."""
         batch = batch_of(self.setting, self.network, count, step.device)
         with SameDraws(0) if same_draws else contextlib.nullcontext():
             figures = step.objective.backward(step.student, step.critic, batch, torch.Generator(step.device).manual_seed(0))
@@ -80,7 +80,7 @@ class Runs:
         return self.gradients(self.step(phase, precision, torch.device("cpu")), self.few)
 
     def limits(self, phase: str, precision: Precision) -> dict[str, float]:
-        """What relative errors may be: see LIMITS."""
+        """Return the limits of relative errors: see LIMITS."""
         limits = LIMITS[precision]
         if precision == "fp32":
             return limits
@@ -88,7 +88,7 @@ class Runs:
         return {name: max(limits[name], 2 * error) for name, error in of_cpu.items()}
 
     def _trained(self, phase: str, precision: Precision, compiled: bool) -> dict[str, Any]:
-        """A run of STEPS steps, its checkpoint from the middle, and the run that went on from there."""
+        """Train for STEPS steps; return the run, its checkpoint from halfway, and the run resumed from there."""
         device, half = self.setting.device, STEPS // 2
         count = self.many if compiled else self.few
         batch = batch_of(self.setting, self.network, count, device)
@@ -108,7 +108,7 @@ class Runs:
 
 
 def results(step: Step, figures: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """Figures and gradients on the CPU."""
+    """Collect figures and gradients on the CPU."""
     critic = [] if step.critic is None else step.critic.parameters
     return {
         "figures": {name: float(value) for name, value in figures.items() if name not in SIGNS},
@@ -118,21 +118,21 @@ def results(step: Step, figures: dict[str, torch.Tensor]) -> dict[str, Any]:
 
 
 def one(step: Step, batch: Any, number: int) -> dict[str, float]:
-    """One step with its random numbers, as the trainer draws them."""
+    """Run one step with the random numbers that the trainer draws."""
     torch.manual_seed(stream_seed(0, "global", number))
     generator = torch.Generator(step.device).manual_seed(stream_seed(0, "step", number))
     return {name: float(value) for name, value in step(batch, generator).items()}
 
 
 def saved(step: Step) -> bytes:
-    """The checkpoint as the trainer writes it."""
+    """Encode the checkpoint as the trainer writes it."""
     buffer = io.BytesIO()
     torch.save(step.state_dict(), buffer)
     return buffer.getvalue()
 
 
 def tensors(state: Any) -> list[torch.Tensor]:
-    """All tensors of a nested state, in order."""
+    """List all tensors of a nested state, in order."""
     if isinstance(state, torch.Tensor):
         return [state]
     parts = state.values() if isinstance(state, dict) else state if isinstance(state, list | tuple) else ()
@@ -140,32 +140,32 @@ def tensors(state: Any) -> list[torch.Tensor]:
 
 
 def state_of(step: HasState) -> list[torch.Tensor]:
-    """All tensors of a step's state, on the CPU."""
+    """List all tensors of a step's state, on the CPU."""
     return [tensor.detach().cpu().clone() for tensor in tensors(step.state_dict())]
 
 
 def difference(found: dict[str, Any], wanted: dict[str, Any]) -> dict[str, float]:
-    """Relative errors, by the names of LIMITS."""
+    """Compute relative errors, by the names of LIMITS."""
     losses = (abs(found["figures"][key] - value) / max(abs(value), 0.1) for key, value in wanted["figures"].items())
     made = {"losses": max(losses), "student's gradient": relative(found["student"], wanted["student"])}
     return made | ({"critic's gradient": relative(found["critic"], wanted["critic"])} if wanted["critic"] else {})
 
 
 def finite(runs: Runs, phase: str, precision: Precision, compiled: bool) -> Outcome:
-    """How many figures of a run are not finite, and how many of its steps were skipped."""
+    """Count figures of a run that are not finite, and skipped steps."""
     figures = runs.trained(phase, precision, compiled)["figures"]
     bad = sum(not math.isfinite(value) for row in figures for value in row.values()) + sum(row["skipped"] for row in figures)
     return at_most(float(bad), 0.0, figures=figures)
 
 
 def resumed(runs: Runs, phase: str, precision: Precision, compiled: bool) -> Outcome:
-    """Whether the run that went on from a checkpoint ends as the undisturbed one."""
+    """Check that the run resumed from a checkpoint ends like the undisturbed one."""
     made = runs.trained(phase, precision, compiled)
     return identical(made["resumed"], made["undisturbed"])
 
 
 def checks(setting: Setting) -> Checks:
-    """The checks of this section."""
+    """List the checks of this section."""
     runs = Runs(setting)
 
     def against_cpu(phase: str, precision: Precision) -> Outcome:

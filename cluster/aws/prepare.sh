@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Once for each account: the roles of aws.yaml with no more rights than they need, and its security group. Run it again after a
-# change of the policies beside it. The address that may come in by SSH is yours: give it, or a network, as ADDRESS/BITS.
+# Run once per account: creates the roles of aws.yaml, with minimal permissions, and its security group. Run it again after a
+# change of the policies in this folder. Give the address that may connect by SSH, yours or a network, as ADDRESS/BITS.
 #
 #     cluster/aws/prepare.sh your-bucket 203.0.113.7/32
 set -euo pipefail

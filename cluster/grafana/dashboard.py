@@ -1,8 +1,8 @@
-"""beeline.json, the dashboard, from the tables below: `python cluster/grafana/dashboard.py` writes it anew.
+"""Build the dashboard beeline.json from the tables below: `python cluster/grafana/dashboard.py` writes it.
 
-Ray's series say the node as `ip`, those that Beeline adds (prometheus.py) as `NodeAddress`. A run that is restarted goes
-on in another process: `max by` keeps its line in one piece. A gauge is gone soon after its process, and the counters of a node
-with the node: what is to stay on the screen is asked for over the whole time shown.
+Ray's series label the node as `ip`, Beeline's own (prometheus.py) as `NodeAddress`. A restarted run continues in another
+process; `max by` keeps its line in one piece. A gauge disappears soon after its process, and counters with their node, so
+values that must stay visible are queried over the whole time range shown.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ FILE = Path(__file__).parent / "beeline.json"
 SOURCE = {"type": "prometheus", "uid": "${datasource}"}
 COLUMNS, HEIGHT, LINE = 3, 8, 24  # panels side by side, and Grafana's units
 FIGURE = 'ray_beeline_training_figure{model=~"$model", figure%s}'
-LOSSES = '!~"lambda|phase|.*grad_norm|.*positive|fd_.*"'  # what is left are the objective's losses, whatever they are called
+LOSSES = '!~"lambda|phase|.*grad_norm|.*positive|fd_.*"'  # the rest are the objective's losses, under any name
 
 
 class Panel(NamedTuple):
-    """`queries` are (PromQL, legend); `kind` is Grafana's."""
+    """A panel. `queries` are (PromQL, legend); `kind` is Grafana's panel type."""
 
     title: str
     unit: str
@@ -29,32 +29,32 @@ class Panel(NamedTuple):
 
 
 def of_training(figure: str) -> str:
-    """A figure of training runs, a line for each run."""
+    """Query a figure of training runs, one line per run."""
     return f"max by (model, figure) ({FIGURE % figure})"
 
 
 def rate(by: str, counter: str) -> str:
-    """How fast a counter of Beeline's grows, per second."""
+    """Query the rate of one of Beeline's counters, per second."""
     return f'sum by ({by}) (rate(ray_beeline_{counter}_total{{NodeAddress=~"$node"}}[$window]))'
 
 
 def total(counter: str) -> str:
-    """A counter at the end of the time shown, with those of nodes that have left."""
+    """Query a counter at the end of the time range, including nodes that have left."""
     return f'sum by (worker) (max_over_time(ray_beeline_{counter}_total{{NodeAddress=~"$node"}}[$__range]))'
 
 
 def of_node(series: str) -> str:
-    """One of Ray's gauges of machines."""
+    """Query one of Ray's gauges of machines."""
     return f'max by (ip) (ray_node_{series}{{ip=~"$node"}})'
 
 
 def of_gpu(series: str) -> str:
-    """One of Ray's gauges of GPUs, which only machines with a GPU have."""
+    """Query one of Ray's gauges of GPUs, which only machines with a GPU have."""
     return f'max by (ip, GpuIndex) (ray_node_{series}{{ip=~"$node"}})'
 
 
 def of_run(series: str) -> str:
-    """A gauge of training runs."""
+    """Query a gauge of training runs."""
     return f'max by (model) (ray_beeline_training_{series}{{model=~"$model"}})'
 
 
@@ -128,7 +128,7 @@ ROWS = {
         Panel("Actors", "short", [('sum by (Name) (ray_actors{State="ALIVE"})', "{{Name}}")]),
     ],
 }  # fmt: skip
-# Of each variable: the series and the label that it lists.
+# For each variable: the series and the label whose values it lists.
 VARIABLES = {
     "node": ("ray_node_cpu_utilization", "ip"),
     "model": ("ray_beeline_training_step", "model"),
@@ -137,7 +137,7 @@ VARIABLES = {
 
 
 def dashboard() -> dict[str, Any]:
-    """The dashboard as Grafana 10 and later read it."""
+    """Return the dashboard for Grafana 10 and later."""
     panels: list[dict[str, Any]] = []
     top = 0
     for name, row in ROWS.items():
@@ -188,7 +188,7 @@ def _panel(panel: Panel) -> dict[str, Any]:
         | ({"format": "table"} if panel.kind == "table" else {})
         for number, (expr, legend) in enumerate(panel.queries)
     ]
-    made = {
+    result = {
         "type": panel.kind,
         "title": panel.title,
         "description": panel.description,
@@ -197,10 +197,10 @@ def _panel(panel: Panel) -> dict[str, Any]:
         "targets": targets,
     }
     if panel.kind == "timeseries":
-        made["options"] = {"legend": {"displayMode": "list", "placement": "bottom"}, "tooltip": {"mode": "multi"}}
+        result["options"] = {"legend": {"displayMode": "list", "placement": "bottom"}, "tooltip": {"mode": "multi"}}
     if panel.kind == "table":
-        made["transformations"] = [{"id": "organize", "options": {"excludeByName": {"Time": True}}}]
-    return made
+        result["transformations"] = [{"id": "organize", "options": {"excludeByName": {"Time": True}}}]
+    return result
 
 
 def _variable(name: str, series: str, label: str) -> dict[str, Any]:

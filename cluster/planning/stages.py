@@ -138,8 +138,8 @@ class _Left:
         return self.training("teacher", self.recipe.teacher, models=1)
 
     def training(self, folder: str, config: TeacherConfig | StudentConfig, *, models: int) -> Stage:
-        """A training that publishes `models`. A checkpoint holds the weights, Adam's two moments, the averages, the critic and the
-        objective's state. A new one is whole before the oldest goes."""
+        """A training that publishes `models`. A checkpoint holds the weights, Adam's two moments, the averages, and the
+        state of critic and objective. A new one is whole before the oldest is removed."""
         done, jobs, kept = self.there.step(folder), [], 0
         iterations = sum(phase.iterations for phase in config.running.values())
         work = f"{iterations - done:,} iterations of {config.batch_size:,}"

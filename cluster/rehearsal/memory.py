@@ -1,5 +1,5 @@
-"""The most memory that any process of a stage, and any GPU, has held: watched from outside, so that it is known of stages that
-fail, too. Linux only: peaks come from /proc, those of GPUs from nvidia-smi."""
+"""Peak memory of a stage's processes and of the GPUs, watched from outside, so that it is known even for stages that fail.
+Linux only: process peaks come from /proc, GPU peaks from nvidia-smi."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-EVERY = 0.2  # seconds
-GPUS_EVERY = 5  # samples: nvidia-smi takes some 50 ms
+EVERY = 0.2  # seconds between samples
+GPUS_EVERY = 5  # samples between two GPU samples: nvidia-smi takes about 50 ms
 SMI = ("nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits")
 
 
 @dataclasses.dataclass(frozen=True)
 class Peak:
-    """In MB: of the process that held most, and of the fullest GPU (all that is on it); None where nothing is known."""
+    """Peaks in MB: of the largest process, and of the fullest GPU (everything on it); None if unknown."""
 
     process: float | None
     gpu: float | None
 
 
 class Watch:
-    """The peaks on one node since `begin`, of the processes of one Ray job and of its driver, if that is there."""
+    """Peaks on one node since `begin`, of the processes of one Ray job and, if it runs there, its driver."""
 
     def __init__(self, job: str, driver: int | None) -> None:
         self.mark = f"RAY_JOB_ID={job}".encode()
@@ -41,15 +41,15 @@ class Watch:
         threading.Thread(target=self._sample, daemon=True).start()
 
     def begin(self) -> None:
-        """Forget all peaks."""
+        """Reset all peaks."""
         with self._lock:
             self.process = self.gpu = 0.0
             for process in self._processes():
                 with contextlib.suppress(OSError):
-                    (process / "clear_refs").write_text("5")  # the kernel's own peak starts again, too
+                    (process / "clear_refs").write_text("5")  # resets the kernel's own peak as well
 
     def end(self) -> tuple[float, float]:
-        """MB of the largest process and the fullest GPU since `begin`; 0 where nothing is known."""
+        """Return MB of the largest process and the fullest GPU since `begin`; 0 if unknown."""
         with self._lock:
             self._look(gpus=True)
             return self.process, self.gpu
@@ -68,14 +68,14 @@ class Watch:
                 self.process = max(self.process, int(line.split()[0]) / 1024)
         if gpus and shutil.which(SMI[0]):
             with contextlib.suppress(OSError, ValueError, subprocess.SubprocessError):
-                told = subprocess.run(SMI, capture_output=True, text=True, timeout=10, check=True).stdout
-                self.gpu = max(self.gpu, *map(float, told.split()))
+                output = subprocess.run(SMI, capture_output=True, text=True, timeout=10, check=True).stdout
+                self.gpu = max(self.gpu, *map(float, output.split()))
 
     def _processes(self) -> Iterator[Path]:
-        """The driver, and the job's workers: its number is in their environment."""
-        there = {int(path.name): path for path in Path("/proc").iterdir() if path.name.isdigit()}
-        self.ours = {pid: ours for pid, ours in self.ours.items() if pid in there}
-        for pid, path in there.items():
+        """List the driver and the job's workers, which have the job's number in their environment."""
+        running = {int(path.name): path for path in Path("/proc").iterdir() if path.name.isdigit()}
+        self.ours = {pid: ours for pid, ours in self.ours.items() if pid in running}
+        for pid, path in running.items():
             if pid not in self.ours:
                 with contextlib.suppress(OSError):
                     self.ours[pid] = self.mark in (path / "environ").read_bytes().split(b"\0")
@@ -84,7 +84,7 @@ class Watch:
 
 
 class Memory:
-    """A watch on every node of the cluster that this process has joined."""
+    """Memory watches on every node of the cluster that this process has joined."""
 
     def __init__(self) -> None:
         self._watches: dict[str, Any] = {}
@@ -104,16 +104,16 @@ class Memory:
         self._ask("begin")
 
     def end(self) -> Peak:
-        """The peaks of the stage. Nodes that have gone say nothing."""
-        found = self._ask("end")
-        process, gpu = (max((peaks[k] for peaks in found), default=0.0) for k in (0, 1))
+        """Return the peaks of the stage. Nodes that have left do not report."""
+        peaks_by_node = self._ask("end")
+        process, gpu = (max((peaks[k] for peaks in peaks_by_node), default=0.0) for k in (0, 1))
         return Peak(round(process, 1) or None, round(gpu, 1) or None)
 
     def _ask(self, what: str) -> list[Any]:
-        found = []
+        answers = []
         for node, watch in list(self._watches.items()):
             try:
-                found.append(ray.get(getattr(watch, what).remote(), timeout=30))
-            except RayError:  # it was killed, for want of memory perhaps: the next stage gets another
+                answers.append(ray.get(getattr(watch, what).remote(), timeout=30))
+            except RayError:  # the watch was killed, possibly by lack of memory; the next stage gets a new one
                 del self._watches[node]
-        return found
+        return answers

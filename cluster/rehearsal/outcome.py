@@ -1,4 +1,4 @@
-"""The figures of a stage of a rehearsal, from its own records: the log of a training, a manifest, `_SUCCESS`."""
+"""Results of a stage of a rehearsal, read from its own records: a training log, a manifest, `_SUCCESS`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pipeline.runtime import find_user_error
 from pipeline.training_log import data_wait, images_per_second, read_log
 from trainers.trials import folder_name
 
-# Counts in a stage's `_SUCCESS`, and the name of their unit. The first that is there is used.
+# Counters in a stage's `_SUCCESS`, of which the first that exists is used, and the unit of each.
 COUNTED = {
     "images_seen": "image",
     "evaluations": "evaluation",
@@ -32,18 +32,18 @@ LONGEST = 300  # characters of a reason
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """A stage's line. Memory is in MB, `data_wait` a share of the time. estimate.py uses `speeds` (planning/speeds.py)."""
+    """Result of a stage. Memory is in MB, `data_wait` a share of the time; estimate.py uses `speeds` (planning/speeds.py)."""
 
     stage: str
     ok: bool
     reason: str = ""
     note: str = ""
     seconds: float = 0.0
-    """Of the whole stage, with starting processes and loading networks."""
+    """Total time, including starting processes and loading networks."""
     unit: str = ""
     units: int = 0
     seconds_per_unit: float | None = None
-    """Without the first units, where the records tell."""
+    """Without the first units, if the records show them."""
     peak_mb: float | None = None
     gpu_mb: float | None = None
     data_wait: float | None = None
@@ -51,7 +51,7 @@ class Outcome:
 
 
 def with_figures(row: Outcome, folders: Sequence[str], here: Workspace) -> Outcome:
-    """The row of a stage that works, with the figures in its records in `folders` of the rehearsal's workspace."""
+    """Add the figures in the records of a successful stage, from its folders in the rehearsal's workspace."""
     folder = here.place / folders[0]
     records = [record for name in folders if (record := here.complete(name))]
     key = next((key for key in COUNTED if records and key in records[0]), None)
@@ -68,7 +68,7 @@ def with_figures(row: Outcome, folders: Sequence[str], here: Workspace) -> Outco
             row = replace(row, unit="image", units=units * here.recipe.sweep.iterations * here.recipe.main.batch_size)
     elif PER_EVALUATION in done:
         each, looking = (statistics.median(record[name] for record in records) for name in (PER_EVALUATION, PER_LOOK))
-        row = replace(row, seconds_per_unit=each, note=f"{_seconds(looking)} to look at a sample")
+        row = replace(row, seconds_per_unit=each, note=f"{_seconds(looking)} for the features of a sample")
     elif "reading_seconds" in done:  # of all actors, from opening images to published shards
         row = replace(row, seconds_per_unit=done["reading_seconds"] / done["images"])
     elif row.stage == PAIRS:
@@ -77,15 +77,15 @@ def with_figures(row: Outcome, folders: Sequence[str], here: Workspace) -> Outco
             row, unit="pair", units=done["pairs"], seconds_per_unit=seconds_per_pair(read_manifest(folder)), note=note
         )
     speeds = tuple(
-        dataclasses.asdict(found.task) | {"flops_per_s": found.rate(), "on_gpu": found.on_gpu}
+        dataclasses.asdict(speed.task) | {"flops_per_s": speed.rate(), "on_gpu": speed.on_gpu}
         for name in folders
-        for found in here.speeds(name)
+        for speed in here.speeds(name)
     )
     return replace(row, speeds=speeds)
 
 
 def reason(error: BaseException) -> str:
-    """The cause of an error in one line, whatever Ray has wrapped it in."""
+    """Return the cause of an error in one line, unwrapped from Ray's errors."""
     user = find_user_error(error)
     if user is not None:
         return " ".join(str(user).split())
@@ -93,7 +93,7 @@ def reason(error: BaseException) -> str:
     while True:
         failures = getattr(root, "worker_failures", None)
         inner = next(iter(failures.values()), None) if isinstance(failures, dict) else None
-        inner = inner or next((found for name in WRAPPED if (found := getattr(root, name, None))), None)
+        inner = inner or next((cause for name in WRAPPED if (cause := getattr(root, name, None))), None)
         if not isinstance(inner, BaseException):
             break
         root = inner
@@ -104,7 +104,7 @@ def reason(error: BaseException) -> str:
 
 
 def text(row: Outcome, width: int = 0) -> str:
-    """The stage's line."""
+    """Format the stage's line."""
     if not row.ok:
         return f"FAILED  {row.stage:<{width}}  {row.reason}"
     parts = []

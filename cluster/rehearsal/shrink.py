@@ -1,6 +1,6 @@
-"""A recipe in small: every network, rank and precision as it is, a few steps, shards and rows of each stage.
+"""Shrink a recipe for a rehearsal: networks, ranks and precision stay; each stage gets a few steps, shards and rows.
 
-Only counts change, and with `cpu` what a CPU cannot do: GPUs, 16-bit precision, compilation, large batches.
+Only counts change. With `cpu`, so does what a CPU cannot do: GPUs, 16-bit precision, compilation, large batches.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ from beeline.config import (
 )
 
 C = TypeVar("C")
-HEUN = 15  # evaluations from which evaluation/samplings.py takes Heun's method
+HEUN = 15  # number of evaluations from which evaluation/samplings.py uses Heun's method
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Scale:
-    """How much is done of each stage. Steps are enough for a first one, which compiles, and some to be timed."""
+    """Amount of work per stage. Steps suffice for a first one, which compiles, and a few that are timed."""
 
     iterations: int
-    """Of each phase of a training."""
+    """Iterations of each phase of a training."""
     log_every: int
     probe_iterations: int
     images: int
     image_shard: int
     batches: int
-    """Of pairs, a shard each."""
+    """Batches of pairs, one per shard."""
     samples: int
-    """That are measured, of each row."""
+    """Measured samples of each row."""
     held_out: int
-    """Pairs that are sampled for evaluation alone."""
+    """Pairs sampled only for evaluation."""
     actors: int
 
 
@@ -52,11 +52,11 @@ CPU = Scale(
     iterations=2, log_every=1, probe_iterations=10,
     images=32, image_shard=16, batches=4, samples=6, held_out=2, actors=1,
 )  # fmt: skip
-CPU_BATCH = 2  # batch norms want two
+CPU_BATCH = 2  # batch norms need two
 
 
 def shrunk(recipe: Recipe, *, cpu: bool, ranks: int = 0) -> Recipe:
-    """The recipe for a rehearsal; `ranks` other than 0 takes the place of every training's `workers.count`."""
+    """Return the recipe for a rehearsal; `ranks`, if not 0, replaces every training's `workers.count`."""
     scale = CPU if cpu else GPU
     return replace(
         recipe,
@@ -72,7 +72,7 @@ def shrunk(recipe: Recipe, *, cpu: bool, ranks: int = 0) -> Recipe:
 
 
 def verification(pairs: PairsConfig) -> VerifyConfig:
-    """A check of the store on the devices that made it, with a batch sampled again."""
+    """Return settings to verify the store on the devices that made it, with one batch sampled again."""
     same = {field.name: getattr(pairs, field.name) for field in dataclasses.fields(PoolConfig)}
     return VerifyConfig(**same, remake=1, resample=1)
 
@@ -121,27 +121,27 @@ def _evaluate(config: EvaluateConfig, scale: Scale, cpu: bool) -> EvaluateConfig
 
 
 def _training(config: C, scale: Scale, cpu: bool, ranks: int, **counts: Any) -> C:
-    """A training with these counts."""
-    found: Any = config
-    workers: WorkersConfig = replace(found.workers, count=ranks or found.workers.count, min_count=0, max_failures=0)
+    """Return a training config with these counts."""
+    settings: Any = config
+    workers: WorkersConfig = replace(settings.workers, count=ranks or settings.workers.count, min_count=0, max_failures=0)
     if cpu:
         workers = replace(workers, gpus=0, threads=1)
-        counts |= {"precision": "fp32", "batch_size": CPU_BATCH * workers.count * found.accumulate}
-        counts |= {"compiled": False} if hasattr(found, "compiled") else {}
-    return replace(found, workers=workers, log_every=scale.log_every, **counts)
+        counts |= {"precision": "fp32", "batch_size": CPU_BATCH * workers.count * settings.accumulate}
+        counts |= {"compiled": False} if hasattr(settings, "compiled") else {}
+    return replace(settings, workers=workers, log_every=scale.log_every, **counts)
 
 
 def _pool(config: C, scale: Scale, cpu: bool, **counts: Any) -> C:
-    """A stage of an actor pool with these counts."""
-    found: Any = config
-    most = min(found.max_actors, scale.actors)
-    counts |= {"max_actors": most, "min_actors": min(found.min_actors, most)}
+    """Return the config of an actor-pool stage with these counts."""
+    settings: Any = config
+    most = min(settings.max_actors, scale.actors)
+    counts |= {"max_actors": most, "min_actors": min(settings.min_actors, most)}
     if cpu:
         counts |= {"gpus": 0, "threads": 1}
-        counts |= {"precision": "fp32", "compiled": False} if hasattr(found, "precision") else {}
-    return replace(found, **counts)
+        counts |= {"precision": "fp32", "compiled": False} if hasattr(settings, "precision") else {}
+    return replace(settings, **counts)
 
 
 def _ends(schedules: tuple[str, ...]) -> tuple[str, ...]:
-    """The first and the last."""
+    """Return the first and the last schedule."""
     return tuple(dict.fromkeys((schedules[0], schedules[-1])))

@@ -1,4 +1,4 @@
-"""What a rehearsal takes from its workspace instead of making it: the teacher, and pretrained networks or random stand-ins."""
+"""Inputs that a rehearsal copies from its workspace or replaces: the teacher, and pretrained networks or random substitutes."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ RANDOM = "random weights"
 
 
 def pretrained(there: Workspace, here: Folder, recipe: Recipe, *, random: bool) -> Iterator[Step]:
-    """A step for each pretrained network that the workspace has, and with `random` for each that it lacks. Stages that need
-    others fail by themselves, and say how to fetch them."""
+    """List a step for each pretrained network that the workspace has, and with `random` for each that it lacks. Stages that
+    need others fail, with a message that says how to fetch them."""
     for name in needed_weights(recipe):
         target, run = here / "weights" / name, None
         if there.weights(name):
@@ -35,10 +35,10 @@ def pretrained(there: Workspace, here: Folder, recipe: Recipe, *, random: bool) 
 
 
 def teacher(there: Workspace, here: Folder) -> Step | None:
-    """The step that takes the workspace's teacher, None where there is none yet."""
+    """Return the step that copies the workspace's teacher, or None if there is none yet."""
     if not there.teacher:
         return None
-    origin = f"imported from {there.imported}" if there.imported else "trained already"
+    origin = f"imported from {there.imported}" if there.imported else "already trained"
     return Step(name=TEACHER, run=partial(_copy, there.place / TEACHER, here / TEACHER, origin))
 
 

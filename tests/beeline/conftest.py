@@ -1,4 +1,4 @@
-"""Fixtures of the tests of the mathematics: one CPU thread, and small networks with weights far from their zero start."""
+"""Fixtures for tests of the mathematics: one CPU thread, and small networks whose weights are far from zero initialisation."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def seeded() -> None:
 
 
 def scrambled(model: torch.nn.Module, seed: int = 0) -> None:
-    """Random weights of moderate size: the zero-initialised layers would hide what passes through them."""
+    """Draw random weights of moderate size, because zero-initialised layers would hide errors."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -37,7 +37,7 @@ def scrambled(model: torch.nn.Module, seed: int = 0) -> None:
 
 @pytest.fixture(scope="session")
 def make_denoiser() -> Callable[..., Denoiser]:
-    """A small denoiser of 8x8 images in eval mode; keyword arguments change its NetworkConfig."""
+    """Build a small denoiser of 8x8 images in eval mode; keyword arguments change its NetworkConfig."""
 
     def make(**changes: object) -> Denoiser:
         arguments = {"kind": "ddpmpp", "img_resolution": 8, "img_channels": 2, "model_channels": 16, "channel_mult": (1, 2)}
@@ -50,7 +50,7 @@ def make_denoiser() -> Callable[..., Denoiser]:
 
 @pytest.fixture
 def probe() -> Probe:
-    """An untrained, frozen probe of 8x8 images with one channel."""
+    """Build an untrained, frozen probe of 8x8 images with one channel."""
     torch.manual_seed(0)
     made = Probe(ProbeNetworkConfig(widths=(8, 12, 16), strides=(1, 2, 1)), channels=1, num_classes=10)
     return made.eval().requires_grad_(False)

@@ -1,4 +1,4 @@
-"""Augmentation moves what it says it moves: labels and pixels agree, and label 0 means an untouched image."""
+"""Augmentation: labels describe the movement of pixels, and label 0 means an unchanged image."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from beeline.augmentation import ANISOTROPY_STD, LABELS, SCALE_STD, TRANSLATION_
 
 
 def blobs(count: int, size: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images of one round spot each, off the centre, and its place (n, 2) in [-1, 1]."""
+    """Draw images with one round spot each, off the centre; return them with its position (n, 2) in [-1, 1]."""
     places = (torch.rand(count, 2, generator=torch.Generator().manual_seed(1)) - 0.5) * 0.7
     axis = (torch.arange(size) + 0.5) / size * 2 - 1
     y, x = torch.meshgrid(axis, axis, indexing="ij")
@@ -20,7 +20,7 @@ def blobs(count: int, size: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def centres(images: torch.Tensor) -> torch.Tensor:
-    """The brightness-weighted centre (n, 2) of images (n, 1, H, W), in [-1, 1]."""
+    """Compute the brightness-weighted centre (n, 2) of images (n, 1, H, W), in [-1, 1]."""
     size = images.shape[-1]
     axis = (torch.arange(size) + 0.5) / size * 2 - 1
     mass = images[:, 0].clamp(min=0.05) - 0.05
@@ -29,7 +29,8 @@ def centres(images: torch.Tensor) -> torch.Tensor:
 
 
 def expected(places: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Where the labels say that a spot goes: flips, scale, rotation, anisotropy, translation, in this order."""
+    """Compute the position of a spot according to the labels: flips, scale, rotation, anisotropy, translation, in this
+    order."""
     moved = []
     for (x, y), row in zip(places.tolist(), labels.tolist(), strict=True):
         flip_x, flip_y, scale, cos, sin, stretch_cos, stretch_sin, shift_x, shift_y = row

@@ -1,4 +1,4 @@
-"""Model folders: round trips, bytes that depend on the model alone, errors that name the fault, and the moving average."""
+"""Model folders: round trips, bytes that depend only on the model, errors that name the problem, and the moving average."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_the_same_model_gives_the_same_bytes(make_denoiser: Callable[..., Denois
     ],
 )
 def test_what_changes_the_images_changes_the_identity(make_denoiser: Callable[..., Denoiser], change: Any) -> None:
-    """Plans record it: pairs and figures of one model are never taken for those of another."""
+    """Plans record the identity, so pairs and metrics of one model are never taken for those of another."""
     model = make_denoiser()
     model.few_step = FewStep(num_steps=18)
     files = dump(model, {})
@@ -112,7 +112,7 @@ def test_weights_that_are_not_finite_are_neither_published_nor_loaded(
         tensors = safetensors.torch.load(files[WEIGHTS])
         name = next(iter(tensors))
         tensors[name].view(-1)[0] = value
-        with pytest.raises(BeelineError, match=r"here/model.safetensors is not used: 1 of its tensors hold NaN or infinity"):
+        with pytest.raises(BeelineError, match=r"here/model.safetensors is refused: 1 of its tensors hold NaN or infinity"):
             restore(files | {WEIGHTS: safetensors.torch.save(tensors)}, "here")
         with torch.no_grad():
             model.state_dict()[name].view(-1)[0] = value
@@ -215,7 +215,7 @@ def test_weights_of_another_shape_are_refused(
 
 
 class Point(nn.Module):
-    """One parameter and one buffer."""
+    """A module with one parameter and one buffer."""
 
     def __init__(self, value: float) -> None:
         super().__init__()

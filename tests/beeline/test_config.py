@@ -1,4 +1,4 @@
-"""Configs as dictionaries and back, what counts as identity, and the recipes' seeds."""
+"""Configs as dictionaries and back, their identity, and the recipes' seeds."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from beeline.schedule import check_steps
 
 
 def stages(recipe: Recipe) -> dict[str, Any]:
-    """Every stage's config, by name."""
+    """List every stage's config, by name."""
     fields = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)}
     return {name: value for name, value in fields.items() if dataclasses.is_dataclass(value)} | recipe.students
 

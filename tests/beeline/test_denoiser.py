@@ -1,4 +1,4 @@
-"""EDM preconditioning, labels and the training loss of the teacher."""
+"""EDM preconditioning, labels and the teacher's training loss."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from beeline.objectives.edm import edm_loss
 
 
 class Recorder(nn.Module):
-    """A raw network that keeps its arguments and returns a constant."""
+    """A raw network that records its arguments and returns a constant."""
 
     def forward(self, x: torch.Tensor, c_noise: torch.Tensor, labels: torch.Tensor | None, augment: None) -> torch.Tensor:
         self.seen = x, c_noise, labels
@@ -82,7 +82,7 @@ def test_one_hot_is_float32() -> None:
 
 
 class Offset(nn.Module):
-    """A denoiser that is off by a constant everywhere, and remembers what it was asked."""
+    """A denoiser that is off by a constant everywhere, and records its inputs."""
 
     def __init__(self, clean: torch.Tensor, offset: float) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Released checkpoints come in as data: right weights for every layout, and nothing of the file is ever run."""
+"""Import of released checkpoints as data: correct weights for every layout, and no code of the file is ever run."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_the_imported_model_is_the_released_one(edm: Any, tmp_path: Path, kind: 
     assert "non-commercial" in about["licence"]
     again = subprocess.run(command, capture_output=True, text=True)
     assert again.returncode == 1
-    assert "left alone" in again.stderr
+    assert "was not changed" in again.stderr
 
 
 def test_the_weights_load_in_plain_pytorch(edm: Any, tmp_path: Path) -> None:
@@ -70,7 +70,7 @@ def test_the_weights_load_in_plain_pytorch(edm: Any, tmp_path: Path) -> None:
 
 
 class Evil:
-    """Runs a command when it is unpickled."""
+    """Runs a command when unpickled."""
 
     def __reduce__(self) -> Any:
         return exec, ("open('touched', 'w')",)
@@ -88,7 +88,7 @@ def test_anything_else_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(tmp_path)
     file = tmp_path / "evil.pkl"
     file.write_bytes(pickle.dumps(content))
-    with pytest.raises(BeelineError, match=f"asks for ({name}).*nothing was run"):
+    with pytest.raises(BeelineError, match=f"asks for ({name}).*no code was run"):
         convert(file)
     assert not (tmp_path / "touched").exists()
 
@@ -146,14 +146,14 @@ def test_other_kinds_of_files_are_called_by_their_name(tmp_path: Path) -> None:
     for name, content, message in [
         ("cd_imagenet64_l2.pt", saved(weights), "a state dict in OpenAI's layout"),
         ("cd_imagenet64_l2.pt", saved(weights, _use_new_zipfile_serialization=False), "a state dict in OpenAI's layout"),
-        ("training-state-000100.pt", saved(state), "a state to resume .*take the network-snapshot"),
+        ("training-state-000100.pt", saved(state), "a state to resume .*use the network-snapshot"),
         ("other.pt", saved({"weight": torch.zeros(1)}), "a file of torch.save"),
         ("model.safetensors", safetensors.torch.save(weights), "a safetensors file.*needs no import"),
-        ("page.pkl", page, "a web page.*download the file itself again"),
+        ("page.pkl", page, "a web page.*download the file again"),
         ("pointer.pkl", pointer, "a pointer of Git LFS"),
         ("empty.pkl", b"", "an empty file.*download"),
         ("photo.pkl", b"\x89PNG\r\n\x1a\n", "a PNG picture"),
-        ("notes.pkl", b"hello, world", r"no pickle \(it begins with b'hello, w'\)"),
+        ("notes.pkl", b"hello, world", r"not a pickle \(it begins with b'hello, w'\)"),
         ("archive.pkl", b"PK\x03\x04" + bytes(100), "a zip archive"),
     ]:
         file = tmp_path / name
@@ -162,7 +162,7 @@ def test_other_kinds_of_files_are_called_by_their_name(tmp_path: Path) -> None:
             convert(file)
         assert ("download" in str(caught.value)) == (name in ("page.pkl", "pointer.pkl", "empty.pkl"))
     os.mkfifo(tmp_path / "pipe")
-    for name, message in [("absent.pkl", "is not there"), ("", "is a folder"), ("pipe", "is not a regular file")]:
+    for name, message in [("absent.pkl", "does not exist"), ("", "is a folder"), ("pipe", "is not a regular file")]:
         with pytest.raises(BeelineError, match=message):
             convert(tmp_path / name)
 
@@ -176,7 +176,7 @@ def test_weights_that_are_not_finite_are_refused(edm: Any, tmp_path: Path, value
 
 
 def test_tensors_may_be_views_of_larger_storages(edm: Any, tmp_path: Path) -> None:
-    """Transposed, and from the middle: as PyTorch writes them."""
+    """Transposed tensors, and tensors from the middle of a storage, as PyTorch writes them."""
 
     def edit(network: Any) -> None:
         weight = network.map_layer0.weight
@@ -199,7 +199,7 @@ KWARGS = {"img_resolution": 8, "in_channels": 3, "out_channels": 3}
 
 
 def modules(edm: Any, depth: int, children: int) -> bytes:
-    """Modules within modules, each the same object for all its `children` names."""
+    """Build nested modules, in which all `children` names refer to the same object."""
     inner: Any = {"_modules": {}}
     for _ in range(depth):
         module = Persistent(edm, "Block", inner)
@@ -210,7 +210,7 @@ def modules(edm: Any, depth: int, children: int) -> bytes:
 
 
 def cyclic(edm: Any) -> bytes:
-    """A module that contains itself."""
+    """Build a module that contains itself."""
     state: dict[str, Any] = {"_init_kwargs": KWARGS}
     outer: dict[str, Any] = {"_init_kwargs": {"img_resolution": 8, "img_channels": 3}}
     outer["_modules"] = {"model": Persistent(edm, "SongUNet", state)}
@@ -225,7 +225,7 @@ HOSTILE: dict[str, tuple[Any, str]] = {
     "an index of the memo beyond all memory": (lambda edm: b"\x80\x02Nr\xff\xff\xff\xff.", "holds NoneType"),
     "bytes beyond the file": (
         lambda edm: b"\x80\x04\x8e" + b"\xff" * 7 + b"\x0f" + b"x",
-        "announces .* bytes where 1 are left",
+        "announces .* bytes, but only 1 are left",
     ),
     "text beyond the file": (lambda edm: b"\x80\x04X\xff\xff\xff\x7f" + b"x", "announces 2,147,483,647 bytes"),
     "a number beyond the file": (lambda edm: b"\x80\x02\x8b\xff\xff\xff\x7f" + b"x", "announces 2,147,483,647 bytes"),
@@ -239,7 +239,7 @@ HOSTILE: dict[str, tuple[Any, str]] = {
     "a key whose hash has no end": (lambda edm: b"\x80\x02)q\x00" + SHARED + b"}h\x3cNs.", "a tuple is a key"),
     "a text that has no end": (lambda edm: with_stand_in(edm, Call(np.dtype, *[nested(60)])), "NumPy scalar of type a list"),
     "more opcodes than any network": (lambda edm: b"\x80\x02" + b"N0" * 400_000 + b"N.", "more than 500,000 opcodes"),
-    "a state for a number": (lambda edm: b"\x80\x02K\x01}b.", "gives a state to a int"),
+    "a state for a number": (lambda edm: b"\x80\x02K\x01}b.", "sets the state of a int"),
     "a call of data": (lambda edm: b"\x80\x02}q\x00)R.", "calls a dict"),
     "a stack that is empty": (lambda edm: b"\x80\x02a.", "is not a network"),
     "modules in 30 layers of two": (lambda edm: modules(edm, 30, 2), "nested more than 20 deep"),
@@ -258,7 +258,7 @@ HOSTILE: dict[str, tuple[Any, str]] = {
 
 
 def nested(depth: int) -> list[Any]:
-    """A list of the list before, twice: its text is 2^depth long."""
+    """Nest lists, each containing the previous one twice: the text has length 2^depth."""
     value: list[Any] = []
     for _ in range(depth):
         value = [value, value]
@@ -300,7 +300,7 @@ def test_networks_beyond_the_files_size_are_never_built(edm: Any, tmp_path: Path
 
 
 def test_tensors_that_share_their_bytes_are_refused(edm: Any, tmp_path: Path) -> None:
-    """A thousand tensors of one storage: a small file that would become a large model."""
+    """A thousand tensors share one storage: a small file would become a large model."""
     blob = tensor(10_000, (10_000,), (1,))
     buffers = {str(k): blob for k in range(1000)}
     inner = Persistent(edm, "SongUNet", {"_buffers": buffers, "_init_kwargs": KWARGS})

@@ -105,21 +105,22 @@ def test_a_reader_that_has_gone_is_no_error(code: str) -> None:
 
 
 def entrances() -> list[Path]:
-    """The scripts and modules that are commands."""
+    """List the scripts and modules that are commands."""
     folders = ("beeline", "pipeline", "evaluation", "trainers", "cluster")
     found = [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
     return [path for path in found if '\nif __name__ == "__main__":' in path.read_text() and path.stem not in APART]
 
 
 def catches(process: Process, number: int) -> bool:
-    """Whether a process has a handler of a signal."""
+    """Return whether a process handles a signal."""
     caught = next(line for line in Path(f"/proc/{process.pid}/status").read_text().splitlines() if line.startswith("SigCgt"))
     return bool(int(caught.split()[1], 16) >> (number - 1) & 1)
 
 
 @pytest.mark.parametrize("path", entrances(), ids=lambda path: path.stem)
 def test_ctrl_c_while_a_command_imports_its_modules(path: Path) -> None:
-    """Python itself handles SIGINT from its start, SIGTERM the guard alone: when it is there, the imports are still to come."""
+    """Python itself handles SIGINT from the start, but only the guard handles SIGTERM; once it does, imports are still to
+    come."""
     after = ast.parse(path.read_text()).body[2]  # the docstring and __future__ come first
     assert "guard" in ast.dump(after), "the guard must come before all other imports"
     module = path.parent.name == "beeline"

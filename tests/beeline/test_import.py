@@ -1,4 +1,4 @@
-"""The mathematics stays free of Ray and of storage: importing every module of `beeline` loads neither."""
+"""Importing every module of `beeline` loads neither Ray nor storage libraries."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Noise as a function of (seed, index): the same for any batch, and the same numbers as ever."""
+"""Noise as a function of (seed, index): the same for any batch, and the same numbers as in earlier versions."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_no_indices() -> None:
 
 @pytest.mark.parametrize(("seed", "first", "golden"), [(0, 0, 3525458831), (12345, 10**6, 1274749449)])
 def test_golden_bits(seed: int, first: int, golden: int) -> None:
-    """Should a NumPy release draw other normals, every stored pair would lose its x0: that must not pass unseen."""
+    """If a NumPy release drew other normal numbers, every stored pair would lose its noise; this test detects it."""
     assert crc32(unit_noise(seed, range(first, first + 4), (3, 8, 8))) == golden
 
 

@@ -1,4 +1,4 @@
-"""The flags that GPUs compute with."""
+"""Numerical flags for GPUs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from beeline.numerics import set_numerics
 
 @pytest.fixture
 def flags(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """PyTorch's own flags, restored afterwards."""
+    """Restore PyTorch's own flags after the test."""
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     saved = [
         (place, name, getattr(place, name))

@@ -1,4 +1,4 @@
-"""Recipes are complete, consistent with themselves, and carry the papers' numbers."""
+"""Recipes are complete and consistent, and contain the papers' numbers."""
 
 from __future__ import annotations
 

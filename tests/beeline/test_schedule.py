@@ -1,4 +1,4 @@
-"""The noise levels of the EDM schedule and the rules for step schedules."""
+"""Noise levels of the EDM schedule, and the rules for step schedules."""
 
 from __future__ import annotations
 

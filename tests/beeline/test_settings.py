@@ -1,4 +1,4 @@
-"""What types allow and how refusals read; any config within its ranges survives JSON, any value outside is refused by name."""
+"""Allowed values and error messages: configs within their ranges survive JSON, values outside are refused by name."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ from evaluation.toy.transport import OtConfig
 
 
 def configs(value: Any) -> Iterator[Settings]:
-    """The configs in a recipe, itself left out."""
+    """List the configs inside a recipe, without the recipe itself."""
     if isinstance(value, dict):
         for item in value.values():
             yield from configs(item)
@@ -83,7 +83,7 @@ FIELDS = [
 
 
 def good(hint: Any) -> st.SearchStrategy[Any]:
-    """Values that a type allows."""
+    """Draw values that a type allows."""
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         base, conditions = parts[0], parts[1:]
@@ -121,7 +121,7 @@ def good(hint: Any) -> st.SearchStrategy[Any]:
 
 
 def bad(hint: Any) -> st.SearchStrategy[Any]:
-    """Values that a type does not allow: out of range, not finite, of another type, or a tuple with such an entry."""
+    """Draw values that a type does not allow: out of range, not finite, of another type, or a tuple with such an entry."""
     anything = [
         math.nan,
         math.inf,
@@ -282,13 +282,13 @@ def test_settings_that_do_not_go_together() -> None:
     lines = lmm.phases["reconstruction"].objective
     assert isinstance(lines, LinesMatchingConfig)
     with pytest.raises(
-        SettingError, match=r"img_resolution is 28; expected a multiple of 8, since channel_mult \(1, 2, 2, 2\)"
+        SettingError, match=r"img_resolution is 28; expected a multiple of 8, because channel_mult \(1, 2, 2, 2\)"
     ):
         replace(network, img_resolution=28, channel_mult=(1, 2, 2, 2))
     assert replace(network, img_resolution=28, channel_mult=(1, 2, 2)).img_resolution == 28
     with pytest.raises(SettingError, match=r"strides is \(1,\); expected one for each of the widths"):
         ProbeNetworkConfig(widths=(4, 4), strides=(1,))
-    with pytest.raises(SettingError, match="expected multiples of 4, since norm is on"):
+    with pytest.raises(SettingError, match="expected multiples of 4, because norm is on"):
         ProbeNetworkConfig(widths=(6,), strides=(1,))
     assert ProbeNetworkConfig(widths=(6,), strides=(1,), norm=False).widths == (6,)
     with pytest.raises(SettingError, match=r"PoolConfig\.max_actors is 2; expected at least min_actors, 3"):
@@ -317,7 +317,7 @@ def test_settings_that_do_not_go_together() -> None:
     assert list(replace(lmm, phases={"ema": phase}).phases) == ["ema"]
     with pytest.raises(SettingError, match=r"ema_half_lives is .* expected values that differ"):
         replace(lmm, ema_half_lives=(693.0, 693.0000001))
-    with pytest.raises(SettingError, match="expected the lower bound, then the upper one"):
+    with pytest.raises(SettingError, match="expected the lower bound, then the upper bound"):
         SweepConfig(learning_rates=(1e-3, 1e-4))
     with pytest.raises(SettingError, match=r"StudentConfig\.name is 'lmm'; expected 'other'"):
         replace(recipe, students={"other": lmm})

@@ -1,5 +1,5 @@
-"""Fetching from a real HTTP server on loopback, and model folders of backbones. The originals are made here: random weights
-in the layouts of the published files."""
+"""Downloads from a real HTTP server on loopback, and model folders of backbones. The originals are made here: random weights in
+the layouts of the published files."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ LITE0, DEIT = "tf_efficientnet_lite0", "deit_base_distilled_patch16_224"
 
 
 class _Handler(http.server.SimpleHTTPRequestHandler):
-    """Files of a folder, counted; a file called cut-... breaks off after half."""
+    """Serves the files of a folder and counts requests; a file named cut-... ends after half."""
 
     def do_GET(self) -> None:
         self.server.asked.append(self.path)  # pyright: ignore[reportAttributeAccessIssue]
@@ -54,7 +54,7 @@ class Server:
     asked: list[str]
 
     def put(self, name: str, content: Any, **options: Any) -> Source:
-        """Serve what torch.save makes of the content; its source."""
+        """Serve the content as saved by torch.save; return its source."""
         torch.save(content, self.folder / name, **options)
         return self.source(name)
 
@@ -78,7 +78,7 @@ def server(tmp_path: Path) -> Iterator[Server]:
 
 
 def vgg16_original(seed: int = 0) -> dict[str, torch.Tensor]:
-    """As torchvision's, the classifier cut down."""
+    """A file like torchvision's, with a smaller classifier."""
     torch.manual_seed(seed)
     features = {key: tensor for key, tensor in VGG16().state_dict().items() if key.startswith("features.")}
     return features | {"classifier.0.weight": torch.zeros(2, 2), "classifier.0.bias": torch.zeros(2)}
@@ -93,7 +93,7 @@ def lite0() -> TimmBackbone:
 
 
 def lite0_original(network: TimmBackbone) -> dict[str, torch.Tensor]:
-    """As timm's: the layers after the last tap are there too, and BatchNorm's counters are not, as in older files."""
+    """A file like timm's, with the layers after the last tap and without BatchNorm's counters, as in older files."""
     named = {key.removeprefix("network."): tensor for key, tensor in network.state_dict().items()}
     named |= {"conv_head.weight": torch.zeros(2, 2), "classifier.weight": torch.zeros(2, 2)}
     return {key: tensor for key, tensor in named.items() if not key.endswith("num_batches_tracked")}
@@ -145,7 +145,7 @@ def test_a_second_call_downloads_and_writes_nothing(
     written = (folder / WEIGHTS).stat().st_mtime_ns
     capsys.readouterr()
     fetch([LITE0], tmp_path / "out", tmp_path / "cache", {LITE0: source})
-    assert capsys.readouterr().out == f"{folder}: complete already, left as it is\n"
+    assert capsys.readouterr().out == f"{folder}: already complete\n"
     assert (folder / WEIGHTS).stat().st_mtime_ns == written
     (folder / CONFIG).unlink()  # as if it had been stopped half-way
     fetch([LITE0], tmp_path / "out", tmp_path / "cache", {LITE0: source})
@@ -180,7 +180,7 @@ def test_another_file_is_refused_unread(here: bool, server: Server, tmp_path: Pa
     (tmp_path / "cache").mkdir()
     if here:
         (tmp_path / "cache" / "a.pth").write_bytes((server.folder / "a.pth").read_bytes())
-    with pytest.raises(BeelineError, match=r"has SHA-256 [0-9a-f]{64}, expected 0123abcd\.\.\.; nothing") as caught:
+    with pytest.raises(BeelineError, match=r"has SHA-256 [0-9a-f]{64}, expected 0123abcd\.\.\.; it was not read") as caught:
         fetch(["a"], tmp_path / "out", tmp_path / "cache", {"a": source})
     assert ("delete" in str(caught.value)) == here
     assert (source.url in str(caught.value)) != here
@@ -192,7 +192,7 @@ def test_downloads_that_fail_leave_nothing_and_say_what_to_do(server: Server, tm
     cut = server.put("cut-a.pth", {"x": torch.zeros(1000)})
     absent = Source(url=f"{server.url}/absent.pth", sha256="0", licence="none")
     offline = Source(url="http://127.0.0.1:9/a.pth", sha256="0", licence="none")
-    for source, reason in ((cut, "broke off after"), (absent, "404"), (offline, "refused")):
+    for source, reason in ((cut, "was lost after"), (absent, "404"), (offline, "refused")):
         with pytest.raises(BeelineError, match=reason) as caught:
             obtain(source, tmp_path / "cache")
         message = str(caught.value)
@@ -311,17 +311,17 @@ def test_what_does_not_load(lite0: TimmBackbone) -> None:
     refused("do not fit vgg16", config=json.dumps(config | {"network": {"name": "vgg16"}}).encode())
     refused("1 tensors are missing, network.conv_stem.weight", weights=safetensors.torch.save(less))
     refused("network.conv_stem.weight has shape", weights=safetensors.torch.save(reshaped))
-    refused("1 tensors are too many, extra", weights=safetensors.torch.save(tensors | {"extra": torch.zeros(1)}))
+    refused("1 tensors are unexpected, extra", weights=safetensors.torch.save(tensors | {"extra": torch.zeros(1)}))
     lacking = {CONFIG}
     refused("KeyError")
 
 
 def test_a_flipped_bit_is_noticed(tmp_path: Path, lite0: TimmBackbone, server: Server) -> None:
-    """On loading, and by the command that fetches, which then makes the folder again."""
+    """Damage is noticed on loading and by the fetch command, which then makes the folder again."""
     files = dump_backbone(lite0, {})
     weights = bytearray(files[WEIGHTS])
     weights[-1] ^= 1
-    with pytest.raises(BeelineError, match=r"weights/lite0/model.safetensors is not what config.json was written for"):
+    with pytest.raises(BeelineError, match=r"weights/lite0/model.safetensors does not belong to config.json"):
         load_backbone(files | {WEIGHTS: bytes(weights)}, "weights/lite0")
     source = dataclasses.replace(server.put("lite0.pth", lite0_original(lite0)), prefix="network.")
     fetch([LITE0], tmp_path, tmp_path / "cache", {LITE0: source})
@@ -344,7 +344,7 @@ def test_names_that_are_not_backbones_write_nothing(name: str, tmp_path: Path) -
 
 @pytest.mark.parametrize(("name", "more"), [("inception", ""), ("dinov2_vits14", "mask_token")])
 def test_networks_to_measure_in(server: Server, tmp_path: Path, name: str, more: str) -> None:
-    """As published: the network's own tensors, and for DINOv2 one that only its training needed."""
+    """Files as published: the network's own tensors, and for DINOv2 one that only its training needed."""
     torch.manual_seed(4)
     network = build_measuring(name)
     original = {key.removeprefix("network."): tensor for key, tensor in network.state_dict().items()}
@@ -360,7 +360,7 @@ def test_networks_to_measure_in(server: Server, tmp_path: Path, name: str, more:
 
 
 def test_published_sources_are_spelled_as_their_files() -> None:
-    """torch.hub's convention: the name of a file ends with the beginning of its SHA-256. Meta's DINOv2 does not follow it."""
+    """torch.hub's convention: a file's name ends with the beginning of its SHA-256. Meta's DINOv2 does not follow it."""
     for name, source in SOURCES.items():
         assert source.url.endswith("_pretrain.pth" if name.startswith("dinov2") else f"-{source.sha256[:8]}.pth")
         assert source.url.startswith("https://")

@@ -1,4 +1,4 @@
-"""The device checks run on a CPU, need little more than PyTorch, and survive whatever a check does."""
+"""The device checks run on a CPU, need little more than PyTorch, and survive any behaviour of a check."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SETTING = Setting(device=torch.device("cpu"), small=True, folder="")
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], Path]:
-    """The whole command, small, and its folder."""
+    """Run the whole command with small networks; return the result and its folder."""
     folder = tmp_path_factory.mktemp("device")
     command = [sys.executable, "-m", "benchmarks.device", "--device", "cpu", "--small", "--no-compile", "--budget", "3000"]
     command += ["--out", str(folder / "device.json")]

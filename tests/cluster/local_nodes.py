@@ -1,5 +1,5 @@
-"""A provider for Ray's autoscaler whose machines are raylets on this one: started and ended as processes, each with a loopback
-address of its own, by which the autoscaler tells them apart."""
+"""A provider for Ray's autoscaler whose machines are raylets on this machine: separate processes with separate loopback
+addresses, by which the autoscaler distinguishes them."""
 
 from __future__ import annotations
 

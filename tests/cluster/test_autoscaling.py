@@ -1,5 +1,4 @@
-"""Ray's own autoscaler on one machine: waiting shards bring nodes up, a lost node costs its shards in flight, idleness takes
-nodes down."""
+"""Ray's own autoscaler on one machine: waiting shards start nodes, a lost node costs its shards in flight, idle nodes stop."""
 
 from __future__ import annotations
 
@@ -71,7 +70,7 @@ class Cluster:
         wait_for(lambda: "Ray runtime started" in (folder / "head.log").read_text(), 90, "the head")
 
     def nodes(self) -> list[psutil.Process]:
-        """The processes of the nodes that are up."""
+        """List the processes of the running nodes."""
         found = []
         for path in self.folder.glob("127.*.json"):
             try:
@@ -83,11 +82,11 @@ class Cluster:
         return found
 
     def started(self) -> int:
-        """How many nodes have ever come up."""
+        """Count the nodes that have ever started."""
         return sum("Ray runtime started" in path.read_text() for path in self.folder.glob("127.*.log"))
 
     def end(self) -> None:
-        """End what was started, by its process ids: the head first, whose autoscaler might start more."""
+        """End the started processes by their ids: the head first, because its autoscaler might start more."""
         _end([psutil.Process(self.head.pid)])
         self.head.wait()
         _end(self.nodes())

@@ -1,4 +1,4 @@
-"""The files that start clusters: whole by the schemas of those who read them, and in step with each other and the commands."""
+"""Cluster files: valid by the schemas of their readers, and consistent with each other and with the commands."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def documents(name: str) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def aws() -> dict[str, Any]:
-    """The launcher's file with Ray's defaults filled in, as `ray up` does."""
+    """Load the launcher's file with Ray's defaults filled in, as `ray up` does."""
     return prepare_config(documents("aws.yaml")[0])
 
 
@@ -113,7 +113,7 @@ def test_the_machines_are_what_they_are_called(aws: dict[str, Any]) -> None:
 
 
 def policy(name: str) -> list[dict[str, Any]]:
-    """The statements of a policy of cluster/aws/, actions and resources as lists."""
+    """Return the statements of a policy in cluster/aws/, with actions and resources as lists."""
     found = json.loads(text(f"aws/{name}.json"))
     assert found["Version"] == "2012-10-17"
     for statement in found["Statement"]:
@@ -173,7 +173,7 @@ elif words[:2] == ["iam", "get-role"]:
 
 
 def test_the_roles_are_made_with_the_users_names_and_once(tmp_path: Path) -> None:
-    """By an `aws` that notes what it is asked for."""
+    """Use an `aws` command that records its calls."""
     (tmp_path / "aws").write_text(AWS)
     (tmp_path / "aws").chmod(0o755)
     environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
@@ -198,7 +198,7 @@ def test_the_roles_are_made_with_the_users_names_and_once(tmp_path: Path) -> Non
 
 
 def fields(*required: str, **optional: Any) -> dict[str, Any]:
-    """A JSON schema: an object with these fields and no others. `required` are names of `optional`."""
+    """Build a JSON schema: an object with only these fields. `required` are names of `optional`."""
     return {"type": "object", "properties": optional, "required": list(required), "additionalProperties": False}
 
 
@@ -277,7 +277,7 @@ VERSIONS = {
 
 
 def containers(cluster: dict[str, Any]) -> list[dict[str, Any]]:
-    """The containers of a RayCluster's pods, the head's first."""
+    """List the containers of a RayCluster's pods, the head's first."""
     groups = [cluster["spec"]["headGroupSpec"], *cluster["spec"]["workerGroupSpecs"]]
     return [container for group in groups for container in group["template"]["spec"]["containers"]]
 
@@ -355,7 +355,7 @@ def test_there_is_a_job_for_each_stage(ray_cluster: dict[str, Any]) -> None:
 
 
 def commands(pattern: str) -> Iterator[list[str]]:
-    """The commands of all files that match, as words: those in comments, over several lines and in scripts alike."""
+    """List the commands in all matching files, as words: in comments, over several lines, and in scripts."""
     variables = {**settings(), "RAY_HEAD_IP": "10.0.0.1", "root": "/home/me/beeline"}
     for path in FILES:
         whole = re.sub(r"\\?\n\s*(#\s+)?(?=--\w|python )", " ", path.read_text())

@@ -1,4 +1,4 @@
-"""An estimate follows the recipe, says where every speed is from, and --check finds what is not ready."""
+"""An estimate follows the recipe and names the source of every speed; --check finds what is not ready."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ TWO_CORES = Machines(gpu="cpu", gpus=0, cores=2)
 
 @pytest.fixture(scope="module")
 def on_gpus() -> Recipe:
-    """The digits, small enough to count, every stage asking for GPUs as the large recipes do."""
+    """The digits recipe, small enough to count, with GPUs requested by every stage as in the large recipes."""
     recipe = digits()
     lmm = replace(recipe.students["lmm"], precision="bf16", workers=replace(recipe.teacher.workers, count=4, gpus=1))
     return replace(
@@ -109,7 +109,7 @@ def test_a_step_without_data_counts_as_a_real_one() -> None:
 
 @pytest.mark.parametrize("weighted", [False, True])
 def test_what_an_objective_keeps_is_counted(weighted: bool) -> None:
-    """A target network once, a learned weighting with the two moments of its optimiser."""
+    """A target network counts once, a learned weighting together with its optimiser's two moments."""
     recipe = digits()
     arguments = recipe.teacher.network, recipe.probe.losses, ConsistencyConfig(weighted=weighted)
     state_bytes = counting.network_bytes(recipe.teacher.network) + 4 + 2 * 4 * weighted
@@ -118,7 +118,7 @@ def test_what_an_objective_keeps_is_counted(weighted: bool) -> None:
 
 
 def test_steps_of_all_turns_are_counted() -> None:
-    """The student's, and the critic's four times as often, with no more in the batch than is asked for."""
+    """Count the student's steps, and the critic's four times as often, with no more in the batch than required."""
     network, probe = digits().teacher.network, digits().probe.losses
     configs = [MatchingConfig(every=every) for every in (1, 10_000, 5)]
     bytes_of_critics = {counting.phase_bytes(network, probe, config)[0] for config in configs}
@@ -130,7 +130,7 @@ def test_steps_of_all_turns_are_counted() -> None:
 
 
 def test_phases_by_any_name_and_number_are_planned(on_gpus: Recipe, tmp_path: Path) -> None:
-    """A third phase adds its own work, and one that is left out none."""
+    """A third phase adds its own work; a skipped phase adds none."""
     l2 = on_gpus.students["l2"]
     (phase,) = l2.phases.values()
     phases = {f"phase-{k}": replace(phase, iterations=count) for k, count in enumerate((100, 0, 200, 300))}
@@ -268,7 +268,7 @@ def test_a_benchmark_of_the_gpu_is_taken_before_its_data_sheet(
 
 
 def pairs_plan(pairs: PairsConfig) -> dict[str, Any]:
-    """A plan of pairs/ of the digits, as gen_pairs.py writes it."""
+    """Return a plan of pairs/ of the digits, as gen_pairs.py writes it."""
     facts = {"evaluations": 35, "num_classes": 10, "shape": [1, 8, 8], "sigmas": [80.0, 0.002], "teacher_sha256": "0" * 64}
     return {"pairs": dataclasses.asdict(pairs), **facts}
 
@@ -298,7 +298,7 @@ def test_the_workspace_is_believed_first_and_not_made_twice(on_gpus: Recipe, tmp
 
 
 def test_the_digits_take_what_they_take(tmp_path: Path) -> None:
-    """The README's demo: eight and a half minutes on two cores."""
+    """The README's demo takes eight and a half minutes on two cores."""
     assert 4.25 < planned(digits(), tmp_path, TWO_CORES).wall_hours * 60 < 17
 
 
@@ -351,7 +351,7 @@ def checked(recipe: Recipe, workspace: str, teacher: str = "train") -> dict[str,
 
 @pytest.fixture
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a cluster."""
+    """Run without a cluster."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
 
 

@@ -1,4 +1,4 @@
-"""`ray job submit` works as documented; its logs and exit status tell the truth."""
+"""`ray job submit` works as documented; logs and exit status are correct."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A user's own images, unlabelled and in colour, as the README says: from a folder to a student."""
+"""A user's own images, unlabelled and in colour, from a folder to a student, as described in the README."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""A rehearsal runs every stage of a published recipe with two ranks, leaves the workspace alone, and its speeds are used."""
+"""A rehearsal runs every stage of a published recipe with two ranks, leaves the workspace unchanged, and its speeds are
+used."""
 
 from __future__ import annotations
 
@@ -36,21 +37,21 @@ STUDENTS = ("lmm", "sot", "l2", "kd", "rf")
 
 @pytest.fixture(scope="module")
 def recipe() -> Recipe:
-    """cifar10 with a narrow network, as NARROW says it."""
+    """cifar10 with a narrow network, as in NARROW."""
     made = cifar10()
     teacher = replace(made.teacher, network=replace(made.teacher.network, model_channels=32))
     return replace(made, teacher=teacher, evaluate=replace(made.evaluate, features=FEATURES))
 
 
 def contents(folder: Path) -> dict[str, tuple[int, int]]:
-    """Sizes and times of all files, those of the rehearsal left out."""
+    """List sizes and times of all files, except those of the rehearsal."""
     files = [path for path in folder.rglob("*") if path.is_file() and REHEARSAL not in path.relative_to(folder).parts]
     return {str(path.relative_to(folder)): (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
 
 
 @pytest.fixture(scope="module")
 def rehearsed(run: Run, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A workspace with one of the pretrained networks, and what the command printed."""
+    """A workspace with one of the pretrained networks, and the command's output."""
     place = tmp_path_factory.mktemp("rehearsed")
     images, workspace = colour_zip(place / "images.zip", resolution=32, classes=10, count=60), place / "ws"
     substitutes._make("vgg16", Folder(str(workspace / "weights/vgg16")))
@@ -90,7 +91,7 @@ def test_stand_ins_are_named_and_what_is_there_is_not_replaced(rehearsed: tuple[
     workspace, said = rehearsed
     names = [f"weights/{name}" for name in (*BACKBONES[1:], "inception")]
     assert json.loads((workspace / REHEARSAL / RECORD).read_text())["substitutes"] == dict.fromkeys(names, "random weights")
-    assert f"stand-ins: {names[0]}: random weights; " in said
+    assert f"substitutes: {names[0]}: random weights; " in said
     files = [workspace / part / "weights/vgg16/model.safetensors" for part in ("", REHEARSAL)]
     assert files[0].read_bytes() == files[1].read_bytes()
 
@@ -125,8 +126,8 @@ def test_a_failing_stage_is_a_line_and_what_needs_it_is_not_tried(run: Run, tmp_
     lines = [line.split("  ") for line in done.stdout.splitlines() if line.startswith("FAILED  ")]
     table = {line[1].strip(): line[-1].strip() for line in lines}
     assert "images.source '/nowhere', which does not exist, is neither" in table["images"]
-    assert table["probe"] == "not tried, for want of images"
-    assert table["students/sot"] == "not tried, for want of probe, pairs, students/lmm"
+    assert table["probe"] == "not tried, because it needs images"
+    assert table["students/sot"] == "not tried, because it needs probe, pairs, students/lmm"
     assert "error: 14 of 14 stages do not work yet: images, probe, teacher, pairs, " in done.stderr
     assert not json.loads((there / RECORD).read_text())["stages"][0]["ok"]
 
@@ -139,7 +140,7 @@ def test_only_what_a_rehearsal_made_is_removed(tmp_path: Path) -> None:
     (kept / "file").write_text("mine")
     (here / "teacher").mkdir()
     (here / "teacher/model.safetensors").write_text("")
-    with pytest.raises(BeelineError, match=r"holds teacher and no rehearsal.json: no rehearsal made it, and nothing was"):
+    with pytest.raises(BeelineError, match=r"holds teacher but no rehearsal.json, so no rehearsal made it; nothing was"):
         clear(Folder(str(here)))
     assert (here / "teacher/model.safetensors").exists()
     (here / RECORD).write_text(json.dumps({"stages": []}))
@@ -171,7 +172,7 @@ def test_the_teacher_of_the_workspace_is_taken(tmp_path: Path, recipe: Recipe) -
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_only_counts_are_smaller(name: str) -> None:
-    """Networks, ranks, GPUs, precision, batches and feature networks are the recipe's."""
+    """Networks, ranks, GPUs, precision, batches and feature networks are those of the recipe."""
     real, small = RECIPES[name](0), shrunk(RECIPES[name](0), cpu=False)
     counts = {"iterations", "log_every", "checkpoint_every", "keep", "validate_every", "validate_count", "trackers"}
     counts |= {"count", "shard_size", "limit", "min_actors", "max_actors", "trials", "rungs", "promote", "min_accuracy"}
@@ -202,7 +203,7 @@ def test_only_counts_are_smaller(name: str) -> None:
 
 
 def changes(old: Any, new: Any) -> set[str]:
-    """Names of the fields that differ, at any depth; a training's number of processes as "ranks"."""
+    """List names of fields that differ, at any depth; a training's number of processes appears as "ranks"."""
     found: set[str] = set()
     for field in dataclasses.fields(old):
         a, b = getattr(old, field.name), getattr(new, field.name)

@@ -1,4 +1,4 @@
-"""The whole pipeline as one job, in small: every stage real, a report that shows what was made, each stage a job of its own."""
+"""The whole pipeline as one small job: real stages, a report with the results, and each stage as a separate job."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ STUDENTS = ("students/lmm", "students/l2", "students/sot", "students/kd", "stude
 
 @pytest.fixture(scope="module")
 def made(head: Head, trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A workspace made by the command, as a job; what the session's workspace has already is not made again."""
+    """A workspace made by the command, as a job; stages finished in the session's workspace are not repeated."""
     workspace = tmp_path_factory.mktemp("pipeline") / "ws"
     shutil.copytree(trained, workspace)
     done = head.submit("cluster/run_pipeline.py", "digits", "--workspace", workspace, *TINY, "--teacher.workers.count", "1")
@@ -96,7 +96,7 @@ def test_run_again_it_returns_at_once(run: Run, made: Path) -> None:
     ids=lambda found: Path(found[0]).stem if isinstance(found, list) else "",
 )
 def test_stages_are_jobs_too(head: Head, made: Path, command: list[str], said: str) -> None:
-    """gen_pairs, the longest, is in test_jobs.py; what they do when there is work, the pipeline above has shown."""
+    """The longest stage, gen_pairs, is in test_jobs.py; the pipeline above shows what stages do when there is work."""
     script, *options = command
     done = head.submit(script, "digits", "--workspace", made, *options)
     assert done.returncode == 0, done.stdout[-4000:]

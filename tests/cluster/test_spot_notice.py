@@ -1,4 +1,4 @@
-"""A cloud's notice reaches Ray: exactly the node of the machine that leaves is drained, a real one of the session's head."""
+"""A cloud's notice reaches Ray: exactly the node of the leaving machine is drained, a real node of the session's head."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ IP = "127.0.0.2"  # another machine, as far as Ray can tell
 
 
 class Metadata(ThreadingHTTPServer):
-    """An instance metadata service, version 2: no token, no answer."""
+    """An instance metadata service, version 2: it does not answer without a token."""
 
     def __init__(self, life_cycle: str = "spot") -> None:
         super().__init__(("127.0.0.1", 0), _Answer)
@@ -69,13 +69,13 @@ def metadata() -> Iterator[Metadata]:
 
 
 def nodes(head: Head) -> dict[str, Any]:
-    """What the head knows of its nodes, by id; those that have left, too."""
+    """List the nodes that the head knows, by id, including those that have left."""
     return {node.node_id.hex(): node for node in GcsClient(address=head.address).get_all_node_info(timeout=10).values()}
 
 
 @pytest.fixture
 def node(head: Head) -> Iterator[str]:
-    """The id of a second node, in a process of its own."""
+    """Start a second node in a separate process; return its id."""
     ray = Path(sys.executable).parent / "ray"
     with tempfile.TemporaryDirectory(prefix="bl", dir="/tmp", ignore_cleanup_errors=True) as folder:
         log = open(Path(folder) / "node.log", "wb")  # noqa: SIM115
@@ -111,7 +111,7 @@ def command(head: Head, *options: str) -> Iterator[subprocess.Popen[str]]:
 
 
 def drained(head: Head, node: str) -> None:
-    """Assert that `node` leaves as a preempted one, and that the head stays."""
+    """Assert that `node` leaves as preempted, and that the head stays."""
     wait_for(lambda: not spot_notice.own_nodes(head.address, IP), 30, "the node to leave")
     death = nodes(head)[node].death_info
     assert (death.Reason.Name(death.reason), death.reason_message) == ("AUTOSCALER_DRAIN_PREEMPTED", "spot")

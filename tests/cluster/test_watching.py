@@ -1,4 +1,4 @@
-"""The dashboard asks for nothing that is not there, and what Ray's own dashboard lists has names that say what it is."""
+"""The dashboard queries only series that exist, and Ray's own dashboard shows meaningful names."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ Series = dict[str, list[dict[str, str]]]
 
 @pytest.fixture(scope="module")
 def seen(head: Head, run: Run, trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Series:
-    """The labels of every series, by name, that is on the endpoint at any time while pairs are made, a student is trained and
-    swept, and its trials are measured. Gauges do not outlive their processes for long, so it is scraped every second."""
+    """Collect the labels of every series, by name, that the endpoint has at any time while pairs are made, a student is trained
+    and swept, and its trials are measured. It is scraped every second, because gauges end soon after their processes."""
     workspace = tmp_path_factory.mktemp("watched") / "ws"
     shutil.copytree(trained, workspace, ignore=shutil.ignore_patterns("pairs"))
     found: set[tuple[str, tuple[tuple[str, str], ...]]] = set()
@@ -113,7 +113,7 @@ def _span(panel: dict[str, Any], at: str, size: str) -> range:
 
 
 def _asked() -> Iterator[tuple[str, list[tuple[str, str, str]], set[str], str]]:
-    """Of each selector of each query: the series, its matchers, the labels that are to be on it, and whose it is."""
+    """List for each selector of each query: the series, its matchers, the labels it must have, and its owner."""
     for panel in dashboard()["panels"]:
         for target in panel.get("targets", []):
             expr = target["expr"]
@@ -130,7 +130,7 @@ def _asked() -> Iterator[tuple[str, list[tuple[str, str, str]], set[str], str]]:
 
 
 def _fits(labels: dict[str, str], label: str, how: str, wanted: str) -> bool:
-    """As Prometheus matches; a variable may be anything."""
+    """Match as Prometheus does; a variable matches anything."""
     wanted, value = re.sub(r"\$\w+", ".*", wanted), labels.get(label, "")
     same = bool(re.fullmatch(wanted, value)) if "~" in how else wanted == value
     return same != how.startswith("!")

@@ -1,4 +1,4 @@
-"""A measurement does not depend on actors or kills; rows add up; what cannot be measured is said before any work."""
+"""A measurement does not depend on actors or kills, rows accumulate, and invalid requests fail before any work."""
 
 from __future__ import annotations
 
@@ -57,14 +57,14 @@ def published(workspace: Path, model: str = "teacher") -> dict[str, bytes]:
 
 
 def figures(workspace: Path, model: str = "teacher") -> dict[str, dict[str, Any]]:
-    """The rows of metrics.json by sampler and metric."""
+    """Return the rows of metrics.json by sampler and metric."""
     rows = json.loads(published(workspace, model)["metrics.json"])["rows"]
     return {f"{row['sampler']} {row['metric']}": row for row in rows}
 
 
 @pytest.fixture(scope="module")
 def undisturbed(run: Run, trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The trained workspace, its teacher measured by one actor."""
+    """The trained workspace, with its teacher measured by one actor."""
     workspace = Path(shutil.copytree(trained, tmp_path_factory.mktemp("measured") / "ws"))
     run("evaluation/evaluate.py", "digits", "--workspace", workspace, *SMALL, *ROWS, "--min-actors", "1", "--max-actors", "1")
     return workspace
@@ -121,7 +121,7 @@ def test_a_killed_measurement_goes_on_to_the_same_last_bit(run: Run, head: Head,
 
 
 def test_two_commands_side_by_side(head: Head, workspace: Path, undisturbed: Path) -> None:
-    """The same model, the same rows, at the same time: each ends well, and the results are those of one."""
+    """The same model and rows at the same time: both commands succeed, and the results are those of a single one."""
     command = [sys.executable, "evaluation/evaluate.py", "digits", "--workspace", str(workspace), *SMALL, *ROWS]
     both = [
         subprocess.Popen(command, cwd=ROOT, env=head.environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -207,7 +207,7 @@ def test_what_cannot_be_measured_is_an_error_before_any_work(run: Run, workspace
 
 
 def test_samples_that_are_not_finite_have_no_figure(workspace: Path) -> None:
-    """Of a model whose weights are finite, and whose images are over what float32 holds."""
+    """The model's weights are finite, but its images exceed float32."""
     place, plan = Folder(str(workspace)), json.loads((workspace / "images/plan.json").read_text())
     model = beeline.load(workspace / "teacher")
     last = model.model.last_layer
@@ -239,7 +239,7 @@ def test_few_evaluations_of_a_teacher_are_euler() -> None:
 
 
 def test_pretrained_features_from_images_to_figures(trained: Path, tmp_path: Path) -> None:
-    """Every item of a measurement in Inception's features, in this process; the weights are random ones."""
+    """Run every item of a measurement in Inception's features, in this process, with random weights."""
     place = Folder(str(tmp_path))
     shutil.copytree(trained / "teacher", tmp_path / "teacher")
     for name, data in dump_backbone(Inception(), {"source": "made by a test"}).items():
@@ -275,7 +275,7 @@ def test_pretrained_features_from_images_to_figures(trained: Path, tmp_path: Pat
 
 
 def test_a_reference_file_takes_the_place_of_the_images(tmp_path: Path) -> None:
-    """Judged by statistics of a file, FID is theirs, and nothing else changes."""
+    """With a reference file, FID uses its statistics, and nothing else changes."""
     rng, folder = np.random.default_rng(0), Folder(str(tmp_path))
     real, seen = rng.standard_normal((30, 2048)).astype(np.float32), rng.standard_normal((20, 2048)).astype(np.float32)
     place = folder / reference_folder("inception")
@@ -332,7 +332,7 @@ def test_sheets_enlarge_small_images() -> None:
 
 
 def test_a_sheet_cut_into_strips_gives_the_rows_back() -> None:
-    """What the report does with samples.png: row r of models is strip r, to the pixel."""
+    """The report cuts samples.png into strips: row r of models is strip r, to the pixel."""
     images = torch.linspace(-1, 1, 12).reshape(12, 1, 1, 1).expand(12, 1, 8, 8)
     sheet = Image.open(io.BytesIO(sheet_png(images, columns=3))).convert("L")
     height = (sheet.height + GAP) // 4

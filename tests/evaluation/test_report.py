@@ -1,4 +1,4 @@
-"""The report is one file that opens anywhere, and shows what is there."""
+"""The report is one file that opens anywhere and shows all results."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ ODD = '_<b>&"$x$'
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A workspace of the digits with everything in it, one student of an odd name too, and its report."""
+    """A complete digits workspace, including a student with an unusual name, and its report."""
     path = tmp_path_factory.mktemp("report") / "ws"
     place, recipe = Folder(str(path)), RECIPES["digits"](0)
     images = {"count": 1797, "resolution": 8, "channels": 1, "num_classes": 10, "source": "digits"}
@@ -173,7 +173,7 @@ def test_a_teacher_and_one_student_are_enough(tmp_path: Path) -> None:
 
 
 def test_a_method_of_ones_own_is_shown(tmp_path: Path) -> None:
-    """Whatever its figures are called, and in three phases."""
+    """The method has three phases and unknown figures."""
     place, kd = Folder(str(tmp_path)), RECIPES["digits"](0).students["kd"]
     (phase,) = kd.phases.values()
     own = dataclasses.replace(phase, objective=JumpConfig())
@@ -319,7 +319,7 @@ CONTRAST = """(() => {
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize(("width", "height"), [(1280, 900), (390, 844)])
 def test_in_a_browser(tab: Page, workspace: Path, scheme: str, width: int, height: int) -> None:
-    """Opened from the disk: quiet, complete, no wider than the window, and readable."""
+    """Opened from disk, the page loads without errors, complete, within the window's width, and readable."""
     tab.errors.clear()
     tab.requests.clear()
     tab.size(width, height, phone=width < 500)

@@ -1,4 +1,4 @@
-"""Two evaluations on one workspace: whenever the second one runs, to its end, the first one ends well and nothing is lost."""
+"""Two evaluations on one workspace: whenever the second one runs to its end, the first one succeeds and nothing is lost."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CONFIG = EvaluateConfig(draws=1, count=32, shard_size=16, batch_size=16, samples
 def in_this_process(
     worker: type, arguments: Mapping[str, Any], items: Sequence[int], pool: Any, **_: Any
 ) -> Iterator[dict[str, Any]]:
-    """The pool's work without its actors: only the order of what is read and written matters here."""
+    """Run the pool's work without actors, because only the order of reads and writes matters here."""
     made = worker(**arguments)
     yield from (made.work(item) for item in items)
 
@@ -67,7 +67,7 @@ def measure(place: Folder, models: Sequence[str], nfe: tuple[int, ...]) -> None:
 
 
 def results(place: Folder, model: str) -> tuple[dict[str, Any], Any]:
-    """Rows by name, and straightness."""
+    """Return rows by name, and straightness."""
     metrics = json.loads((place / f"evaluation/{model}").read("metrics.json"))
     rows = {f"{row['sampler']} {row['metric']}": row for row in metrics["rows"]}
     assert len(rows) == len(metrics["rows"]), "a row is there twice"

@@ -1,4 +1,4 @@
-"""The command of the 2-D flows: figures, numbers and table of a small run, and what it says to a wrong option."""
+"""The command of the 2-D flows: figures, numbers and table of a small run, and its message for a wrong option."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Everything is killed, in any order, and the pairs are those of an undisturbed run, byte for byte."""
+"""Everything is killed, in any order, and the pairs equal those of an undisturbed run, byte for byte."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SHARDS, KILLS = 60, 20
 
 @pytest.fixture(scope="module")
 def undisturbed(run: Run, trained: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """The shards of a run on local disk that nobody disturbs."""
+    """The shards of an undisturbed run on local disk."""
     workspace = tmp_path_factory.mktemp("undisturbed") / "ws"
     shutil.copytree(trained, workspace, ignore=shutil.ignore_patterns("pairs"))
     run("pipeline/gen_pairs.py", "digits", "--workspace", workspace, *SETTINGS)
@@ -96,14 +96,14 @@ def test_twenty_kills_on_s3_through_faults(
 
 @pytest.fixture
 def cluster() -> Iterator[Cluster]:
-    """A cluster of its own: a head without GPUs, to which nodes with one (so Ray is told) are added."""
+    """A separate cluster: a head without GPUs, to which nodes with one (as Ray is told) are added."""
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "object_store_memory": 150 * 2**20})
     yield cluster
     cluster.shutdown()
 
 
 def test_nodes_come_and_go(undisturbed: dict[str, bytes], trained: Path, cluster: Cluster, head: Head, tmp_path: Path) -> None:
-    """The pool takes up nodes that join in mid-run; nodes that vanish cost nothing but their shards in flight."""
+    """The pool uses nodes that join during the run; nodes that vanish only cost their shards in flight."""
     workspace = tmp_path / "ws"
     shutil.copytree(trained, workspace, ignore=shutil.ignore_patterns("pairs"))
 

@@ -149,7 +149,7 @@ def test_one_shard_is_published_while_the_next_is_sampled(trained: Path, tmp_pat
 
 
 def test_images_that_are_not_finite_are_never_stored(trained: Path, tmp_path: Path) -> None:
-    """Weights that float32 takes and float16 does not: the error names the teacher, its precision and the cure."""
+    """The weights fit float32 but not float16; the error names the teacher, its precision and the fix."""
     teacher = beeline.load(trained / "teacher")
     last = teacher.model.last_layer
     assert isinstance(last, torch.Tensor)
@@ -176,7 +176,7 @@ def test_images_that_are_not_finite_are_never_stored(trained: Path, tmp_path: Pa
 
 
 def test_what_is_watched(head: Head, trained: Path, tmp_path: Path) -> None:
-    """Progress and cost in the log, what is left in the first line, counters on Ray's Prometheus endpoint."""
+    """Progress and cost are in the log, the remaining work in the first line, and counters on Ray's Prometheus endpoint."""
     workspace = fresh(trained, tmp_path)
     settings = ["--pairs.count", "1500", "--pairs.shard-size", "25", "--pairs.batch-size", "25", "--pairs.price", "3600"]
     process = subprocess.Popen(
@@ -195,7 +195,7 @@ def test_what_is_watched(head: Head, trained: Path, tmp_path: Path) -> None:
 
 
 def test_a_full_disk_loses_nothing(trained: Path, tmp_path: Path) -> None:
-    """In a mount namespace of its own with a small disk: the message names it, and with more room the run goes on."""
+    """Uses a separate mount namespace with a small disk: the message names the disk, and with more space the run continues."""
     disk, kept = tmp_path / "disk", tmp_path / "kept"
     disk.mkdir()
     source = fresh(trained, tmp_path)

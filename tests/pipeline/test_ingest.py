@@ -1,5 +1,5 @@
-"""Real images through the command: in an order that mixes classes; corrupt ones are counted and named, and cost nothing that is
-sound."""
+"""Real images through the command: in an order that mixes classes. Corrupt images are counted and named, and cost no intact
+one."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_corrupt_images_are_counted_and_named(run: Run, tmp_path: Path) -> None:
 
 
 def ingested(place: Folder, config: ImagesConfig) -> dict[str, bytes]:
-    """images/ as the command's actors make it, by one of them in this process."""
+    """images/ as one of the command's actors makes it, in this process."""
     source = open_source(config)
     count = len(source.names)
     digest = listing_digest(source, shuffled(count))
@@ -73,7 +73,8 @@ def ingested(place: Folder, config: ImagesConfig) -> dict[str, bytes]:
 
 
 def in_class_order(path: Path, classes: int, each: int, row_group_size: int | None = None) -> Path:
-    """Parquet with `each` images of the first class, then of the second, and so on; the grey value of an image is its class."""
+    """Write Parquet with `each` images of the first class, then of the second, and so on; an image's grey value is its
+    class."""
     pixels = [io.BytesIO() for _ in range(classes)]
     for k, buffer in enumerate(pixels):
         Image.new("L", (4, 4), k).save(buffer, "PNG")

@@ -56,7 +56,7 @@ def folder(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Folder
 
 
 def everything(folder: Folder, kind: str) -> None:
-    """Read all rows in each of the ways there are; they are the right ones."""
+    """Read all rows in every way, and check that they are right."""
     config = plan_of(kind)[kind]
     rows = ShardReader(folder, config, 0).batch(0, COUNT)
     order = np.argsort(rows["index"])
@@ -75,7 +75,7 @@ def right(images: np.ndarray, labels: np.ndarray, kind: str) -> None:
 
 
 def refused(call: Callable[[], Any]) -> str:
-    """The one kind of error that is allowed; "" for none."""
+    """Return the message of the one allowed kind of error; "" for none."""
     try:
         call()
     except BeelineError as error:
@@ -126,7 +126,7 @@ def test_a_shard_of_another_plan_is_noticed(folder: Folder, kind: str, changes: 
 
 
 def rewritten(data: bytes, change: Callable[[pa.Table], pa.Table], **more: Any) -> bytes:
-    """A shard written again by plain pyarrow, with its metadata or with `more` of it, all page checksums right."""
+    """Rewrite a shard with plain pyarrow, with its metadata or `more`, all page checksums right."""
     table = pq.read_table(pa.BufferReader(data))
     metadata = json.loads(table.schema.metadata[b"beeline"]) | more
     table = change(table).replace_schema_metadata({"beeline": json.dumps(metadata)})
@@ -173,7 +173,7 @@ def test_metadata_that_was_changed_is_noticed(folder: Folder, kind: str, key: st
 
 
 def test_shards_of_earlier_versions_are_read(folder: Folder, kind: str) -> None:
-    """They have no checksums but those of their pages."""
+    """They have only the checksums of their pages."""
     for k in range(3):
         data = folder.read(shards.shard_name(k))
         table = pq.read_table(pa.BufferReader(data))

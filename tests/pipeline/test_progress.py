@@ -1,4 +1,4 @@
-"""Lines in a log, a bar in a terminal, and no estimate without ground."""
+"""Lines in a log, a bar in a terminal, and no estimate before there is a basis for one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pipeline.progress import Progress, duration
 
 
 class Clock:
-    """Time that passes when the test says so."""
+    """A clock that the test advances."""
 
     def __init__(self) -> None:
         self.now = 0.0

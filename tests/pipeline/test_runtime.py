@@ -1,5 +1,5 @@
-"""Starting Ray and joining clusters: what cannot be is said in one line within seconds; a Ray of our own keeps to this machine
-and leaves nothing behind."""
+"""Starting Ray and joining clusters: failures are reported in one line within seconds; a local Ray is reachable only from this
+machine and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from pipeline.runtime import ensure_ray, find_head, find_user_error
 
 @pytest.fixture
 def web_server() -> Iterator[str]:
-    """HOST:PORT of a server that is no head."""
+    """HOST:PORT of a server that is not a Ray head."""
     server = http.server.HTTPServer(("127.0.0.1", 0), http.server.SimpleHTTPRequestHandler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"127.0.0.1:{server.server_port}"
@@ -109,7 +109,7 @@ def test_a_users_error_is_found_in_what_ray_makes_of_it() -> None:
 
 
 def errors(output: str) -> list[str]:
-    """The lines that tell an error. The command's own traceback is not among the ways to do so."""
+    """List the lines that report an error, without the command's own traceback."""
     assert not re.search("^Traceback", output, re.MULTILINE), output
     return [line for line in output.splitlines() if line.startswith("error: ")]
 
@@ -171,7 +171,7 @@ def test_trainings_on_a_cluster_end_with_their_command(
 
 
 def test_errors_in_actors_and_tasks_reach_the_user_as_one_line(run: Run, trained: Path, tmp_path: Path) -> None:
-    """Of a pool's work, of a worker's constructor, of a task."""
+    """Errors come from a pool's work, a worker's constructor, and a task."""
     images, pairs, probe = (tmp_path / name for name in ("images", "pairs", "probe"))
     (images / "images/part-00000.parquet").mkdir(parents=True)
     shutil.copytree(trained, pairs, ignore=shutil.ignore_patterns("teacher"))

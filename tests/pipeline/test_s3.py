@@ -158,7 +158,7 @@ def test_a_corrupt_shard_on_s3_is_found_and_made_again(
 
 
 def test_arrow_writes_nothing_by_itself(bucket: Folder) -> None:
-    """Reading through pyarrow must not make the marker objects of folders."""
+    """Reading through pyarrow must not create marker objects for folders."""
     assert bucket.sizes() == {}
     with pytest.raises(FileNotFoundError):
         bucket.open("nothing")

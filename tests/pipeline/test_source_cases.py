@@ -1,5 +1,5 @@
-"""What people bring as images.source: used right where it is clear, refused in one line where it is not, and nothing left out
-without a word. The inputs of ../shared/cases are tried as well where they are there."""
+"""Inputs that users give as images.source: used correctly if they are clear, refused in one line if not, and nothing is left
+out silently. Also tries the inputs in ../shared/cases, if they exist."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def opened(path: Path, **settings: Any) -> Source:
 
 
 def folder(place: Path, *names: str, **contents: bytes) -> Path:
-    """A folder of files: images by these names, and others with their contents."""
+    """Write a folder of files: images by these names, and others with their contents."""
     for name, data in {**dict.fromkeys(names, PNG), **contents}.items():
         (place / "data" / name).parent.mkdir(parents=True, exist_ok=True)
         (place / "data" / name).write_bytes(data)
@@ -56,7 +56,7 @@ def folder(place: Path, *names: str, **contents: bytes) -> Path:
 
 
 def zipped(place: Path, *names: str, contents: dict[str, bytes] | None = None, method: int = zipfile.ZIP_DEFLATED) -> Path:
-    """A zip of such files."""
+    """Write a zip of such files."""
     with zipfile.ZipFile(place / "data.zip", "w", method) as file:
         for name, data in [*((name, PNG) for name in names), *(contents or {}).items()]:
             file.writestr(zipfile.ZipInfo(name), data, method)
@@ -64,7 +64,7 @@ def zipped(place: Path, *names: str, contents: dict[str, bytes] | None = None, m
 
 
 def listed(place: Path, labels: Any, names: list[str] = EDM, prefix: str = "") -> Path:
-    """EDM's zip with these labels, or this whole dataset.json."""
+    """Write EDM's zip with these labels, or with this whole dataset.json."""
     found = labels if isinstance(labels, bytes) else json.dumps({"labels": labels}).encode()
     return zipped(place, *(prefix + name for name in names), contents={f"{prefix}dataset.json": found})
 
@@ -74,7 +74,7 @@ def each(*labels: Any) -> list[list[Any]]:
 
 
 def table(place: Path, features: dict[str, Any] | None = None, name: str = "data.parquet", **columns: Any) -> Path:
-    """A Parquet file, with metadata as the Hugging Face Hub writes them."""
+    """Write a Parquet file, with metadata as the Hugging Face Hub writes them."""
     made = pa.table(columns)
     if features:
         made = made.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
@@ -128,7 +128,7 @@ def linked(place: Path, target: str = "cat") -> Path:
 
 
 def outside(place: Path) -> Path:
-    """A class folder that is a link to a folder elsewhere."""
+    """Write a class folder that is a link to a folder elsewhere."""
     folder(place / "elsewhere", "0.png")
     found = folder(place, "cat/0.png")
     (found / "dog").symlink_to(place / "elsewhere/data")
@@ -148,7 +148,7 @@ def nowhere(place: Path) -> Path:
 
 
 def as_bytes(place: Path) -> Path:
-    """A file whose name is not UTF-8, and one whose name has a line break."""
+    """Write a file whose name is not UTF-8, and one whose name has a line break."""
     found = folder(place, "a\nb.png")
     with open(os.path.join(os.fsencode(found), b"caf\xe9.png"), "wb") as file:
         file.write(PNG)
@@ -405,7 +405,7 @@ def test_exif_orientation_is_applied(tmp_path: Path, orientation: int) -> None:
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB"])
 def test_transparency_is_composed_on_white(tmp_path: Path, mode: str) -> None:
-    """The left half is transparent, with black below it; a palette and RGB name the colour that is."""
+    """The left half is transparent with black below it; palette and RGB images name the transparent colour."""
     values = np.full((12, 12, 4), (200, 200, 200, 255), np.uint8)
     values[:, :6] = 0
     options = {"P": {"transparency": 0}, "RGB": {"transparency": (0, 0, 0)}}.get(mode, {})

@@ -67,17 +67,17 @@ LABELS = {"labels": [[name, k] for k, name in enumerate(NAMES)]}
 
 
 def edm_zip(rng: random.Random) -> bytes:
-    """Bytes of EDM's zip."""
+    """Mutate bytes of EDM's zip."""
     return mutated(zip_of([*((name, PNG) for name in NAMES), ("dataset.json", json.dumps(LABELS).encode())]), rng)
 
 
 def listing(rng: random.Random) -> bytes:
-    """A sound zip with a dataset.json of other values."""
+    """Write an intact zip with a dataset.json of other values."""
     return zip_of([*((name, PNG) for name in NAMES), ("dataset.json", mutated_json(LABELS, rng))])
 
 
 def members(rng: random.Random) -> bytes:
-    """A sound zip with files of other names."""
+    """Write an intact zip with files of other names."""
     parts = (
         "a",
         "b",
@@ -106,13 +106,13 @@ def batches() -> list[tuple[str, bytes]]:
 
 
 def cifar_bytes(rng: random.Random) -> bytes:
-    """Bytes of the packed archive, or of the tar."""
+    """Mutate bytes of the packed archive, or of the tar."""
     data = tar_of(batches())
     return mutated(gzip.compress(data, 1, mtime=0), rng) if rng.random() < 0.5 else mutated(data, rng)
 
 
 def cifar_batch(rng: random.Random) -> bytes:
-    """A sound archive with a damaged pickle, outside its pixels for the most part."""
+    """Write an intact archive with a damaged pickle, mostly outside its pixels."""
     found = batches()
     name, data = found[0]
     head, zeros, tail = data[:150], data[150:-100], data[-100:]
@@ -121,7 +121,7 @@ def cifar_batch(rng: random.Random) -> bytes:
 
 
 def parquet(rng: random.Random) -> bytes:
-    """Bytes of Parquet as on the Hub, with and without compression and dictionaries."""
+    """Mutate bytes of Parquet as on the Hub, with and without compression and dictionaries."""
     cells: list[Any] = [{"bytes": PNG, "path": None}] * 5
     features = {"info": {"features": {"label": {"_type": "ClassLabel", "names": ["a", "b"]}}}}
     if rng.random() < 0.2:
@@ -135,7 +135,7 @@ def parquet(rng: random.Random) -> bytes:
 
 
 def picture_bytes(rng: random.Random) -> bytes:
-    """Bytes of a picture of any format."""
+    """Mutate bytes of a picture of any format."""
     return mutated(PICTURES[rng.randrange(len(PICTURES))], rng)
 
 
@@ -143,7 +143,7 @@ PICTURES = [picture(form) for form in FORMATS]
 
 
 def reference(rng: random.Random) -> bytes:
-    """Bytes of EDM's statistics, plain and compressed."""
+    """Mutate bytes of EDM's statistics, plain and compressed."""
     arrays = {"mu": np.zeros(4), "sigma": np.eye(4)}
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)

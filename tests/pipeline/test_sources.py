@@ -1,4 +1,4 @@
-"""Real images come in from a folder or EDM's zip; what cannot be read is named."""
+"""Real images are read from a folder or EDM's zip; unreadable ones are named."""
 
 from __future__ import annotations
 
@@ -68,7 +68,8 @@ def test_a_corrupt_image_is_named(tmp_path: Path) -> None:
 
 
 def cifar_archive(path: Path, module: str = "numpy._core.multiarray", count: int = 3) -> np.ndarray:
-    """CIFAR-10's python archive in small: pickles of bytes-keyed dicts, as Python 2 wrote them. Returns the images."""
+    """Write a small version of CIFAR-10's python archive: pickles of bytes-keyed dicts, as Python 2 wrote them. Returns the
+    images."""
     images = np.random.default_rng(0).integers(0, 256, (5 * count, 3, 32, 32), np.uint8)
     with tarfile.open(path, "w:gz") as archive:
         for k in range(5):

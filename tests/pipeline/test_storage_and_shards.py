@@ -50,7 +50,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_leftovers_of_killed_writers_are_not_seen_and_are_cleaned(tmp_path: Path) -> None:
-    """Those of processes that are gone, on this machine, and of a day before; never what another is writing."""
+    """Removes files of dead processes on this machine and files older than a day, never those of live writers."""
     folder = Folder(str(tmp_path))
     folder.write("part", b"x")
     dead = subprocess.Popen(["true"])
@@ -158,7 +158,7 @@ def test_todo_names_what_is_missing_truncated_or_foreign(tmp_path: Path, capsys:
 def test_reader_order_depends_on_seed_and_position_alone(
     tmp_path_factory: pytest.TempPathFactory, seed: int, batch: int, ranks: int, step: int, windows: bool
 ) -> None:
-    """Also where a shard has several row groups and an epoch several windows, and whatever was read ahead."""
+    """Also with several row groups per shard, several windows per epoch, and after any read-ahead."""
     folder = tmp_path_factory.getbasetemp() / f"reader-{windows}"
     with (
         patch.object(shards, "ROW_GROUP_BYTES", 3 * 64 if windows else 2**20),

@@ -1,4 +1,4 @@
-"""verify_pairs.py finds what is wrong with a store, and what it removes is made again."""
+"""verify_pairs.py finds the problems of a store, and removed shards are made again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints: damage to the last bit is noticed, older ones are taken, a GPU's are read without one, memory is free again."""
+"""Checkpoints: any flipped bit is noticed, older ones are used instead, a GPU's load without a GPU, memory is freed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FLIPS = int(os.environ.get("BEELINE_FLIPS", "300"))  # bits that are flipped in 
 
 
 class Model:
-    """A task whose state is a tensor, and what the steps have added to it."""
+    """A task whose state is a tensor and a record of its steps."""
 
     name, images_per_step, iterations, phase_ends = "model", 1, 6, (6,)
 
@@ -53,7 +53,7 @@ CADENCE = loop.Cadence(log_every=1, checkpoint_every=1, keep=3)
 
 
 def trained(folder: Folder, key: str = "weight") -> list[Model]:
-    """Train from what is there; the tasks that were built for it."""
+    """Train from the existing state; return the tasks that were built."""
     built: list[Model] = []
 
     def build(session: loop.Session) -> Model:
@@ -79,7 +79,7 @@ def folder(tmp_path: Path) -> Folder:
 
 
 def test_every_flipped_bit_of_a_checkpoint_is_noticed(folder: Folder) -> None:
-    """Also in the index. The checkpoint that is read is the one that was written, or another is taken."""
+    """Includes the index. The checkpoint read equals the one written, or an older one is used."""
     files = sorted(place(folder, 5).iterdir())
     assert [path.name for path in files] == ["index.json", "loop.pt", "model.pt", "more.pt"]
     whole = checkpoints.load(folder, 5)
@@ -171,7 +171,7 @@ def test_strangers_and_a_cut_log_do_not_stop_a_run(folder: Folder, capsys: pytes
 
 
 def of_a_gpu(state: Any) -> bytes:
-    """A file that `torch.save` would have made of tensors on cuda:0: the storages' location is a word of the pickle."""
+    """Build a file as `torch.save` writes tensors on cuda:0; the storages' location is a word of the pickle."""
     source, target = zipfile.ZipFile(io.BytesIO(saved(state))), io.BytesIO()
     with zipfile.ZipFile(target, "w") as archive:
         for entry in source.namelist():
@@ -197,7 +197,7 @@ def test_a_gpus_checkpoint_is_read_into_main_memory(folder: Folder, capsys: pyte
 
 
 def test_a_restored_state_is_released_before_the_first_step(folder: Folder) -> None:
-    """It is several times the size of the model."""
+    """The state is several times the size of the model."""
     alive: list[bool] = []
 
     class Large(Model):
@@ -215,7 +215,7 @@ def test_a_restored_state_is_released_before_the_first_step(folder: Folder) -> N
 
 
 def test_a_folder_that_cannot_be_read_is_no_damage(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Or a bucket that does not answer would cost the work since the checkpoint before."""
+    """Otherwise a bucket that does not answer would cost the work since the previous checkpoint."""
 
     def unreachable(self: Folder, name: str) -> bytes:
         raise StorageError(f"{name} cannot be read: no answer")

@@ -1,4 +1,4 @@
-"""The recipe `cifar10` as it is, but for sizes: a narrow student, random weights in the full backbones, a few real steps."""
+"""The recipe `cifar10` except for sizes: a narrow student, random weights in the full backbones, a few real steps."""
 
 from __future__ import annotations
 

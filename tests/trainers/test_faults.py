@@ -1,4 +1,4 @@
-"""Training while the world fails: a bucket with faults, machines that leave with notice and without, weights that diverge."""
+"""Training under faults: a failing bucket, machines that leave with and without notice, diverging weights."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ IMPATIENT = {"RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.5", "RAY_TRAIN_WORKER_GR
 def test_checkpoints_in_a_bucket_with_faults(
     head: Head, proxy: FaultProxy, bucket: Folder, trained: Path, undisturbed: Path
 ) -> None:
-    """Every third request for a checkpoint fails, and a rank is killed in each phase: the weights are those of a local run."""
+    """Every third request for a checkpoint fails, and a rank is killed in each phase; the weights equal those of a local
+    run."""
     proxy.behind.client().put(f"{trained}/", f"{bucket.uri.removeprefix('s3://')}/", recursive=True)
     proxy.faults = [
         Fault("storm", path="checkpoints", times=-1, chance=0.3),
@@ -62,7 +63,7 @@ def test_checkpoints_in_a_bucket_with_faults(
 
 @pytest.fixture
 def cluster() -> Iterator[Cluster]:
-    """A head that takes no ranks, and two machines with room for one each."""
+    """A head that runs no ranks, and two machines with room for one each."""
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": 100 * 2**20})
     for _ in range(2):
         add(cluster)
@@ -75,7 +76,7 @@ def add(cluster: Cluster) -> None:
 
 
 def begin(head: Head, cluster: Cluster, workspace: Path, *more: str) -> subprocess.Popen[bytes]:
-    """Start the student on the cluster, and wait until it is under way."""
+    """Start the student on the cluster, and wait until it runs."""
     environment = head.environment() | {"RAY_ADDRESS": str(cluster.address)} | IMPATIENT
     process = subprocess.Popen(
         [sys.executable, "trainers/train_lmm.py", "digits", "--workspace", str(workspace), *KD, *more],

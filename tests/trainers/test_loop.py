@@ -1,4 +1,4 @@
-"""The loop by itself: what it counts, and when it gives up."""
+"""The training loop alone: what it counts, and when it gives up."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from trainers.log import read_log
 
 
 class Task:
-    """Reads a batch a step; the steps in `bad` have gradients that are not finite."""
+    """Reads one batch per step; the steps in `bad` have gradients that are not finite."""
 
     name, images_per_step = "task", 4
 
@@ -65,7 +65,7 @@ def test_the_log_counts_waiting_memory_and_skipped_steps(session: loop.Session) 
 
 
 class Phases(Task):
-    """Its figures: the phase, the step, and one that every third step has."""
+    """A task with three figures: the phase, the step, and one that only every third step has."""
 
     def step(self, step: int) -> dict[str, float]:
         figures = super().step(step) | {"phase": float(sum(step >= end for end in self.phase_ends)), "loss": float(step)}
@@ -82,7 +82,7 @@ class Phases(Task):
     ],
 )
 def test_a_row_ends_at_a_phase_change(session: loop.Session, ends: Sequence[int], steps: list[int]) -> None:
-    """So that no row mixes two phases; and a figure's mean is over the steps since the last row that had it."""
+    """No row mixes two phases, and a figure's mean covers the steps since the last row that had it."""
     task = Phases(session, range(0), iterations=10, phase_ends=ends)
     loop.run(task, session, loop.Cadence(log_every=4, checkpoint_every=1000))
     rows = read_log(session.folder)

@@ -1,4 +1,4 @@
-"""A method, a sampling rule and a recipe of one's own, in a module of one's own: trained, resumed, measured by the commands."""
+"""A custom method, sampling rule and recipe in a separate module: trained, resumed and measured by the commands."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MEASURE = ("--count", "100", "--draws", "1", "--steps", "0", "0,8", "--nfe", "2"
 
 @pytest.fixture
 def workspace(trained: Path, tmp_path: Path) -> Path:
-    """runs/tiny in a folder that holds the module, as its author would have it."""
+    """runs/tiny in the folder that holds the module, as its author would have it."""
     shutil.copy(Path(__file__).parent.parent / "own_method.py", tmp_path)
     return Path(shutil.copytree(trained, tmp_path / "runs/tiny"))
 

@@ -1,4 +1,4 @@
-"""A killed rank, or a killed driver, changes nothing: the weights are those of an undisturbed run, bit for bit."""
+"""A killed rank or driver changes nothing: the weights equal those of an undisturbed run, bit for bit."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from trainers.log import read_log
 
 
 def kill_a_rank_after(head: Head, command: list[str], folder: Path, checkpoints: list[int]) -> None:
-    """Run the command; each time a checkpoint of the list appears, SIGKILL one training process."""
+    """Run the command; whenever a checkpoint of the list appears, SIGKILL one training process."""
     process = subprocess.Popen(command, cwd=ROOT, env=head.environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     for k, step in enumerate(checkpoints):
         wait_for(
@@ -63,7 +63,7 @@ def test_a_killed_driver(head: Head, run: Run, trained: Path, tmp_path: Path) ->
 
 
 def test_the_student_starts_from_the_teachers_weights(run: Run, trained: Path, tmp_path: Path) -> None:
-    """One step of a vanishing learning rate leaves the teacher's weights."""
+    """One step with a tiny learning rate keeps the teacher's weights."""
     from safetensors.numpy import load
 
     workspace = tmp_path / "ws"

@@ -1,4 +1,4 @@
-"""A sweep: trials differ as they say, kills lose none that has ended, early stops leave nothing, the best is promoted."""
+"""A sweep: trials differ as recorded, kills lose no finished trial, stopped trials leave nothing, the best is promoted."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def trials(workspace: Path) -> list[dict[str, Any]]:
 
 
 def test_what_is_tried_reaches_the_workers(workspace: Path) -> None:
-    """By what each student says of its own training, and by its weights."""
+    """Checked by what each student records of its training, and by its weights."""
     folder, weights = workspace / "sweeps/sot", []
     for row in trials(workspace):
         if row["stopped"]:
@@ -111,7 +111,7 @@ def test_the_best_is_promoted_and_more_trials_are_added(run: Run, workspace: Pat
     none = run(*command, "--sweep.promote", "other", "--sweep.promote-nfe", "7", ok=False)
     assert "--sweep.promote-nfe is 7; expected the steps of one of the schedules" in none.stderr
     wrong = run(*command, "--sweep.learning-rates", "1e-3", "1e-4", ok=False)
-    assert "--sweep.learning-rates is (0.001, 0.0001); expected the lower bound, then the upper one" in wrong.stderr
+    assert "--sweep.learning-rates is (0.001, 0.0001); expected the lower bound, then the upper bound" in wrong.stderr
 
 
 @given(st.integers(0, 99), st.integers(0, 9))
@@ -140,7 +140,7 @@ def scheduler(rungs: dict[int, list[dict[str, Any]]]) -> PerSchedule:
 
 
 def decide(asha: PerSchedule, number: int, distance: float) -> str:
-    """What ASHA says of trial `number` at its first rung."""
+    """Return ASHA's decision for trial `number` at its first rung."""
     controller: Any = None
     trial: Any = SimpleNamespace(trial_id=f"trial-{number}", config={"trial": number})
     asha.on_trial_add(controller, trial)

@@ -1,4 +1,4 @@
-"""The losses of the digits' students, step by step, are those that they were: traces.json, to what other CPUs round."""
+"""The losses of the digits' students, step by step, equal traces.json, up to the rounding of other CPUs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TensorBoard's file, MLflow and Weights & Biases, by the real libraries; W&B's server is a stand-in of its protocol."""
+"""TensorBoard's file, MLflow and Weights & Biases, by the real libraries; W&B's server is a fake that speaks its protocol."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CONFIG = {"student": {"batch_size": 16, "optimizer": {"lr": 1e-3, "betas": [0.9,
 
 
 def row(step: int) -> dict[str, Any]:
-    """A row as the loop writes them."""
+    """Return a row as the loop writes it."""
     return {"step": step, "loss": 1 / step, "lambda": 0.25, "skipped": 0, "seconds": step / 10}
 
 
@@ -43,7 +43,7 @@ ROWS = [row(step) for step in STEPS]
 
 
 def scalars(folder: Path) -> dict[str, list[tuple[float, int, float]]]:
-    """(wall time, step, value) by tag, as TensorBoard reads them."""
+    """Return (wall time, step, value) by tag, as TensorBoard reads them."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     read = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0}).Reload()
@@ -130,7 +130,7 @@ def test_a_tracker_that_is_not_installed_is_refused(name: str, tmp_path: Path, m
 
 @pytest.fixture
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of MLflow's file store: what mlflow-skinny has without a server."""
+    """The folder of MLflow's file store, which mlflow-skinny supports without a server."""
     pytest.importorskip("mlflow", reason=MISSING)
     for variable, value in tracking.MLFLOW_DEFAULTS.items():
         monkeypatch.setenv(f"MLFLOW_{variable}", value)
@@ -140,7 +140,7 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def mlflow_runs(experiment: str = "beeline") -> dict[str, tuple[Any, dict[str, list[tuple[int, float]]]]]:
-    """By our run id: MLflow's run, and (step, value) by metric."""
+    """Return by our run id: MLflow's run, and (step, value) by metric."""
     from mlflow import MlflowClient  # pyright: ignore[reportMissingImports]
 
     client = MlflowClient()
@@ -259,7 +259,7 @@ RUN_ID = "ab" * 32
 
 
 class Wandb(ThreadingHTTPServer):
-    """As much of W&B's server as a run and its resumption need: `history` are the rows it was sent, in its order."""
+    """The part of W&B's server that a run and its resumption need: `history` holds the rows it received, in order."""
 
     daemon_threads = True
 
@@ -271,10 +271,10 @@ class Wandb(ThreadingHTTPServer):
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """Killed processes break their connections."""
+        """Ignore the broken connections of killed processes."""
 
     def answer(self, operation: str, variables: dict[str, Any]) -> dict[str, Any]:
-        """The data of a GraphQL operation."""
+        """Return the data of a GraphQL operation."""
         names = {"project": {"name": "beeline", "entity": {"name": "me"}}, "config": self.config or "{}"}
         if operation == "Viewer":
             return {"viewer": {"entity": "me", "username": "me", "flags": "{}"}}
@@ -320,12 +320,12 @@ class _Answers(BaseHTTPRequestHandler):
     do_PUT = do_POST
 
     def log_message(self, format: str, *args: object) -> None:
-        """Say nothing."""
+        """Print nothing."""
 
 
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Wandb]:
-    """A server, and the variables that lead to it."""
+    """A server, and the variables that point to it."""
     pytest.importorskip("wandb", reason=MISSING)
     for variable in [variable for variable in os.environ if variable.startswith("WANDB_")]:
         monkeypatch.delenv(variable)
@@ -356,7 +356,7 @@ def training(rows: list[dict[str, Any]], *, resumed: bool = False, patience: flo
 
 
 def close(process: subprocess.Popen[str]) -> str:
-    """Let the process close its tracker; what it said."""
+    """Let the process close its tracker; return its output."""
     said, _ = process.communicate("\n", timeout=60)
     assert process.returncode == 0, said
     assert "closed" in said
@@ -364,13 +364,13 @@ def close(process: subprocess.Popen[str]) -> str:
 
 
 def kill(process: subprocess.Popen[str]) -> None:
-    """SIGKILL, as when a machine is lost."""
+    """SIGKILL the process, as when a machine is lost."""
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=60)
 
 
 def points(server: Wandb) -> list[dict[str, float]]:
-    """The rows that the server has, without what W&B adds."""
+    """Return the rows on the server, without W&B's own fields."""
     return [{"step": line["_step"], **{k: v for k, v in line.items() if k[0] != "_"}} for line in server.history]
 
 

@@ -1,4 +1,4 @@
-"""Backbones see what the packages that they stand in for see, stay frozen, and let gradients through to the images."""
+"""Backbones compute the same as the original packages, stay frozen, and pass gradients to the images."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Backbone = VGG16 | TimmBackbone
 
 @pytest.fixture(scope="module")
 def backbone() -> Callable[[str], Backbone]:
-    """Each backbone once, with random weights; EfficientNet's running statistics are made to matter."""
+    """Build each backbone once, with random weights and with running statistics that affect EfficientNet's output."""
     made: dict[str, Backbone] = {}
 
     def get(name: str) -> Backbone:
@@ -63,7 +63,7 @@ def lpips_vgg() -> Any:
 
 @pytest.fixture(scope="module")
 def vgg_of_lpips(lpips_vgg: Any) -> VGG16:
-    """Our network with the weights of the package's."""
+    """Our network with the package's weights."""
     ours = VGG16()
     trunk = {f"features.{key.split('.', 1)[1]}": tensor for key, tensor in lpips_vgg.net.state_dict().items()}
     lins = {f"lins.{k}": layer.model[-1].weight.reshape(-1) for k, layer in enumerate(lpips_vgg.lins)}
@@ -124,7 +124,7 @@ def test_sides_may_differ(backbone: Callable[[str], Backbone]) -> None:
 
 
 def plain(name: str, network: TimmBackbone, **arguments: Any) -> Any:
-    """timm's own network with the same weights, and its own scaling of images in [0, 1] in front."""
+    """timm's own network with the same weights, after its own scaling of images in [0, 1]."""
     import timm
 
     made: Any = timm.create_model(name, **arguments)

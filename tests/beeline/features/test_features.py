@@ -1,4 +1,4 @@
-"""The probe: its taps, its features, and that a short training makes a classifier of it."""
+"""The probe: its taps, its features, and a short training that makes it a classifier."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_weights_that_are_not_finite_have_no_accuracy(digits: tuple[torch.Tensor
 
 
 def test_random_labels_cannot_be_held_out_accurately(digits: tuple[torch.Tensor, torch.Tensor]) -> None:
-    """Held-out accuracy is measured on images that were not trained on."""
+    """Held-out accuracy is measured on images that were not used in training."""
     images, labels = digits
     shuffled = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))]
     assert train_probe(fresh_probe(0), images, shuffled, iterations=60, batch_size=64, lr=4e-3, seed=0) < 0.3

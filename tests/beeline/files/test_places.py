@@ -1,4 +1,4 @@
-"""What can hold files is taken, what cannot is refused in one line, and no password is repeated."""
+"""Places that can hold files are accepted, others are refused with one line, and passwords are never repeated."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ def test_places(place: str, resolved: str, monkeypatch: pytest.MonkeyPatch) -> N
         ("s3:/x", "expected s3://bucket/prefix"),
         ("s3://", "expected s3://bucket/prefix"),
         ("s3:///x", "expected s3://bucket/prefix"),
-        ("S3://bucket/x", "expected s3://bucket/prefix, in small letters"),
+        ("S3://bucket/x", "expected s3://bucket/prefix, in lower case"),
         ("gs://bucket/x", "pip install gcsfs"),
         ("az://container/x", "pip install adlfs"),
         ("hf://datasets/a/b", "would be a commit"),
-        ("memory://x", "a memory of its own"),
-        ("foo://x", "is no place for files"),
-        ("https://host/x", "is no place for files"),
+        ("memory://x", "its own memory"),
+        ("foo://x", "cannot hold files"),
+        ("https://host/x", "cannot hold files"),
         ("simplecache::s3://bucket/x", "a chain of file systems"),
     ],
 )
@@ -96,7 +96,7 @@ def test_what_only_looks_like_credentials(text: str) -> None:
 
 def test_commands_that_write_here_take_local_paths_alone(tmp_path: Path) -> None:
     assert local_path(f"file://{tmp_path}") == tmp_path
-    with pytest.raises(BeelineError, match="in an object store; give a local one"):
+    with pytest.raises(BeelineError, match="in an object store; give a local path"):
         local_path("s3://bucket/weights")
 
 

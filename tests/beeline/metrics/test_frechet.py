@@ -1,4 +1,4 @@
-"""Fréchet distances against SciPy's matrix square root, and statistics that merge and keep exactly."""
+"""Fréchet distances against SciPy's matrix square root; statistics merge exactly and survive files."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def features(seed: int, n: int, d: int) -> np.ndarray:
 
 
 def reference(x: np.ndarray, y: np.ndarray) -> float:
-    """Heusel et al.'s formula, as it stands."""
+    """Compute Heusel et al.'s formula directly."""
     root = np.real(scipy.linalg.sqrtm(np.cov(x.T) @ np.cov(y.T)))
     return float(((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(np.cov(x.T) + np.cov(y.T) - 2 * root))
 
 
 def symmetric_reference(x: np.ndarray, y: np.ndarray) -> float:
-    """The same by eigenvalues of S1^(1/2) S2 S1^(1/2), which singular covariances do not harm."""
+    """Compute the same from eigenvalues of S1^(1/2) S2 S1^(1/2), which also works for singular covariances."""
     values, vectors = np.linalg.eigh(np.cov(x.T))
     root = vectors * np.sqrt(values.clip(0)) @ vectors.T
     trace = np.sqrt(np.linalg.eigvalsh(root @ np.cov(y.T) @ root).clip(0)).sum()
@@ -121,7 +121,7 @@ def test_damaged_statistics_are_a_value_error(keep: int) -> None:
 
 
 def test_far_fewer_samples_than_features_by_singular_values() -> None:
-    """tr (S1 S2)^(1/2) is the nuclear norm of the product of the centred samples: exact where S1 and S2 are singular."""
+    """tr (S1 S2)^(1/2) is the nuclear norm of the product of the centred samples; it is exact for singular S1 and S2."""
     x, y = features(0, 10, 60), features(1, 14, 60)
     a, b = ((z - z.mean(0)) / np.sqrt(len(z) - 1) for z in (x, y))
     trace = np.linalg.svd(a @ b.T, compute_uv=False).sum()

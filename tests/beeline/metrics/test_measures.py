@@ -1,4 +1,4 @@
-"""The figures against torch-fidelity's own, on the same images and the same (random) weights of Inception."""
+"""Metrics against torch-fidelity's own, on the same images and the same (random) weights of Inception."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def network() -> Inception:
 
 
 def pictures(seed: int, n: int = N) -> torch.Tensor:
-    """uint8 images (n, 3, 32, 32) with structure: waves whose colours and frequencies depend on the seed."""
+    """Draw uint8 images (n, 3, 32, 32) with structure: waves whose colours and frequencies depend on the seed."""
     generator = torch.Generator().manual_seed(seed)
     grid = torch.linspace(0, 1, 32)
     frequency = (3 + 4 * seed) * torch.rand(n, 3, 1, 1, generator=generator)
@@ -49,7 +49,7 @@ def test_figures_equal_torch_fidelitys(network: Inception, tmp_path: Path, monke
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     class Double(FeatureExtractorInceptionV3):
-        """Its features in float64, since its own statistics take the precision of what they get."""
+        """torch-fidelity's network with float64 features, because its statistics keep the precision of their input."""
 
         def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
             return tuple(value.double() for value in super().forward(x))
@@ -143,7 +143,7 @@ def test_a_collapsed_model_is_precise_and_finds_little() -> None:
 @given(st.integers(6, 40), st.integers(6, 40), st.integers(0, 999))
 @settings(max_examples=30, deadline=None)
 def test_neighbourhoods_as_their_papers_define_them(n: int, m: int, seed: int) -> None:
-    """Against the definitions, written out over all pairs."""
+    """Compare with the definitions, written out over all pairs."""
     rng = np.random.default_rng(seed)
     fake, real = rng.standard_normal((n, 3)), rng.standard_normal((m, 3)) + 0.5
     between = np.linalg.norm(fake[:, None] - real, axis=2)
@@ -163,7 +163,7 @@ def test_neighbourhoods_as_their_papers_define_them(n: int, m: int, seed: int) -
 
 
 def test_too_few_neighbours_are_an_error() -> None:
-    with pytest.raises(BeelineError, match="5 samples and 16 real images; neighbourhoods need more than 5 of each"):
+    with pytest.raises(BeelineError, match="5 samples and 16 real images; expected more than 5 of each"):
         neighbourhoods(GRID[:5], GRID)
 
 
@@ -183,7 +183,7 @@ def test_names_say_what_was_measured_and_on_how_many() -> None:
 
 
 def test_samples_in_class_order_are_judged_as_if_they_were_mixed() -> None:
-    """Twenty classes far apart, samples and real images in the order of the classes. The first samples are of four of them."""
+    """Twenty distant classes, with samples and real images in class order. The first samples cover only four of them."""
     rng, labels = np.random.default_rng(0), np.repeat(np.arange(20), 50)
     centres = 20 * rng.standard_normal((20, 4))
     fake, real = ((centres[labels] + rng.standard_normal((1000, 4))).astype(np.float32) for _ in range(2))

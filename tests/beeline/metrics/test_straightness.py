@@ -1,4 +1,4 @@
-"""Straightness: 0 for a student that sees the end of every line, 1 for one that always answers with the mean image."""
+"""Straightness is 0 for a student that predicts the end of every line, and 1 for one that always predicts the mean image."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LABELS = torch.arange(40)
 
 
 class Answer(nn.Module):
-    """A denoiser made of a function; keeps what it was asked."""
+    """A denoiser made from a function; records its inputs."""
 
     def __init__(self, answer: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
         super().__init__()
@@ -61,8 +61,8 @@ def test_it_asks_at_points_of_the_line(line: Line) -> None:
 
 @pytest.mark.parametrize("line", ["ve", "lerp"])
 def test_the_best_student_of_gaussian_pairs_scores_as_its_closed_form(line: Line) -> None:
-    """x1 of N(0, v), noise of N(0, 1), independent: at a x1 + sigma noise the best answer is a v x / (a^2 v + sigma^2), and its
-    error is sigma^2 / (a^2 v + sigma^2) of the variance. v is large, so that the two lines differ: at sigma_max by half."""
+    """For independent x1 ~ N(0, v) and noise ~ N(0, 1), the best prediction at a x1 + sigma noise is a v x / (a^2 v + sigma^2).
+    Its error is sigma^2 / (a^2 v + sigma^2) of the variance. v is large, so that the two lines differ by half at sigma_max."""
     v, count = SIGMA_MAX**2, 20_000
     draw = torch.Generator().manual_seed(2)
     x1, noise = (scale * torch.randn(count, 1, 2, 2, generator=draw) for scale in (SIGMA_MAX, 1.0))
@@ -92,7 +92,7 @@ def test_a_flow_to_one_image_is_straight_and_even() -> None:
 
 
 def test_a_gaussians_flow_is_as_curved_as_its_closed_form() -> None:
-    """Of N(0, v), D = x v / (v + sigma^2) and x_sigma = x_max sqrt((v + sigma^2) / (v + sigma_max^2)): straight in direction,
+    """For N(0, v), D = x v / (v + sigma^2) and x_sigma = x_max sqrt((v + sigma^2) / (v + sigma_max^2)): straight in direction,
     uneven in speed."""
     v, sigmas = 0.25, edm_sigmas(60)
     straight, uneven = trajectories(Answer(lambda x, sigma: x * v / (v + sigma**2)), NOISE, None, num_steps=60)

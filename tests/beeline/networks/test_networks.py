@@ -38,7 +38,7 @@ Golden = tuple[dict[str, torch.Tensor], Denoiser, dict[str, list[int]]]
 
 @pytest.fixture(scope="module", params=FILES)
 def golden(request: pytest.FixtureRequest) -> Golden:
-    """The file's arrays, the denoiser with its weights, and the parameters it should have."""
+    """Load the file's arrays, the denoiser with its weights, and its expected number of parameters."""
     with np.load(GOLDEN / f"{request.param}.npz") as file:
         kwargs, names = json.loads(str(file["kwargs"])), json.loads(str(file["param_names"]))
         arrays = {key: torch.from_numpy(file[key]) for key in file.files if file[key].ndim}

@@ -106,7 +106,8 @@ def test_brightness_shifts_each_image_by_at_most_a_half() -> None:
 
 
 def test_contrast_and_saturation_scale_within_their_ranges() -> None:
-    """Grey differences between places measure contrast; colour differences within a place, saturation times contrast."""
+    """Grey differences between positions measure contrast; colour differences within a position measure saturation times
+    contrast."""
     grey = torch.randn(1, 1, 4, 4, generator=seeded(5))
     colour = torch.randn(1, 3, 4, 4, generator=seeded(6))
     colour = colour - colour.mean(dim=1, keepdim=True)

@@ -1,4 +1,4 @@
-"""The derivative of a denoiser along a path: forward mode and differences agree with float64 differences, for every network."""
+"""Derivative of a denoiser along a path: forward mode and differences agree with float64 differences, for every network."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def random_denoiser(kind: Any) -> Denoiser:
     ],
 )
 def test_it_is_the_derivative(kind: str, derivative: Derivative, error: float) -> None:
-    """Against central differences of the raw network in float64, where a small step loses nothing."""
+    """Compare with central differences of the raw network in float64, where a small step loses no precision."""
     model = random_denoiser(kind).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     x, velocity = torch.randn(4, 3, 8, 8), torch.randn(4, 3, 8, 8)
     sigma, to = torch.tensor([0.1, 0.5, 4.0, 40.0]), torch.tensor([0.0, 0.1, 1.0, 40.0])

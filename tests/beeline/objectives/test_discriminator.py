@@ -1,4 +1,4 @@
-"""Discriminators: shapes, what they train, projections that stay, and spectral norms."""
+"""Discriminators: shapes, trained parameters, fixed projections, and spectral norms."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PLACES = 8 * 8 + 4 * 4 + 4 * 4  # the probe's taps have strides 1, 2, 2
 
 
 class Pyramid(torch.nn.Module):
-    """A frozen stand-in for a pretrained backbone: four taps at strides 4, 8, 16 and 32."""
+    """A frozen substitute for a pretrained backbone: four taps at strides 4, 8, 16 and 32."""
 
     tap_channels, tap_strides, tap_weights = (6, 8, 10, 12), (4, 8, 16, 32), None
 
@@ -94,8 +94,9 @@ def test_a_projection_mixes_channels_and_then_scales_from_the_top_down() -> None
 
 
 def test_a_head_sees_mostly_its_own_tap() -> None:
-    """Shares of the variance that the first head's input has from each tap, which all have unit variance: with PyTorch's
-    initialisation of convolutions about 71 % its own and 2 % the deepest. Kaiming's would give 8 % and 52 %."""
+    """Measure the share of each tap in the variance of the first head's input, with unit-variance taps. With PyTorch's
+    initialisation of convolutions, about 71 % come from its own tap and 2 % from the deepest. Kaiming's would give 8 % and 52
+    %."""
     torch.manual_seed(0)
     projection = Projection((24, 40, 112, 320))
     taps = [torch.randn(2, width, 64 // 2**level, 64 // 2**level) for level, width in enumerate((24, 40, 112, 320))]
@@ -110,7 +111,7 @@ def test_a_head_sees_mostly_its_own_tap() -> None:
 
 
 class Tokens(Pyramid):
-    """A frozen stand-in for a vision transformer: four taps at stride 16."""
+    """A frozen substitute for a vision transformer: four taps at stride 16."""
 
     tap_channels, tap_strides = (10,) * 4, (16,) * 4
 

@@ -1,4 +1,4 @@
-"""Points on the line from image to noise, and the laws that noise levels are drawn from."""
+"""Points on the line from image to noise, and the distributions of noise levels."""
 
 from __future__ import annotations
 
@@ -83,10 +83,11 @@ class Linear(torch.nn.Module):
 @pytest.mark.parametrize("std", [0.25 * 32 * 3**0.5, 0.25 * 64 * 3**0.5])  # of mean luminance times pixels, 32x32 and 64x64
 @pytest.mark.parametrize("steps", [(0,), (0, 1), (0, 3, 5)])
 def test_gaussian_data_keep_their_spread_on_the_segment(std: float, steps: tuple[int, ...]) -> None:
-    """Data ~ N(0, std^2): the teacher's ODE takes x0 to k x0, k = std / sqrt(std^2 + 80^2), and so a perfect student's images.
+    """For data ~ N(0, std^2), the teacher's ODE maps x0 to k x0 with k = std / sqrt(std^2 + 80^2). A perfect student's images
+    should have the same spread.
 
-    With `lerp` and `line` they do for any steps. With `ve` one step has 1 / (1 + k) of the spread, since the student has
-    learned from x1 + x0 and samples from x0; each further step brings it nearer.
+    With `lerp` and `line` they do, for any steps. With `ve`, one step gives 1 / (1 + k) of the spread, because the student has
+    learned from x1 + x0 but samples from x0; each further step brings it closer.
     """
     noise = torch.randn(200, 1, 1, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     k = std / (std**2 + SIGMA_MAX**2) ** 0.5

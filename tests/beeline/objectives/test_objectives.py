@@ -1,4 +1,4 @@
-"""Objectives: the gradients they leave are those of their formulas, written out anew here."""
+"""Objectives: their gradients equal those of the formulas, written out independently here."""
 
 from __future__ import annotations
 
@@ -65,13 +65,13 @@ def gradients(model: torch.nn.Module) -> torch.Tensor:
 
 
 def segment(x1: torch.Tensor, z: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-    """Points of the segment from x1 to 80 z."""
+    """Return points of the segment from x1 to 80 z."""
     sigma = sigma[:, None, None, None]
     return (1 - sigma / 80) * x1 + sigma * z
 
 
 def formula(name: str, model: Denoiser, rows: Batch) -> torch.Tensor:
-    """The loss of an objective, by its definition."""
+    """Compute the loss of an objective from its definition."""
     x1, z, generator = rows.x1, rows.noise, seeded()
     assert x1 is not None
     assert z is not None
@@ -104,7 +104,7 @@ def test_gradients_are_those_of_the_formula(name: str, config: ObjectiveConfig, 
 
 
 def test_the_adversarial_phase_leaves_both_gradients(student: Denoiser, colour_probe: Probe) -> None:
-    """The student's is that of L_lines + weight lambda L_adv, the critic's that of the hinge loss; neither leaks."""
+    """The student's gradient is that of L_lines + weight lambda L_adv, the critic's that of the hinge loss; neither leaks."""
     config = replace(ADVERSARIAL, distance="probe", pixel_weight=0.1)
     objective = config.build(context(student, probe=colour_probe))
     assert objective.discriminator is not None
@@ -140,7 +140,7 @@ def test_the_adversarial_phase_leaves_both_gradients(student: Denoiser, colour_p
 
 
 def test_frozen_networks_see_the_generated_images_once(student: Denoiser, colour_probe: Probe) -> None:
-    """Per step: the distance looks at both images, the discriminator at the generated and the real ones, and that is all."""
+    """Per step, the distance sees both images, the discriminator the generated and the real ones, and nothing more."""
     where = context(student, probe=colour_probe)
     seen: list[bool] = []
     frozen = where.features["probe"]
@@ -193,7 +193,7 @@ def test_needs_follow_the_switches() -> None:
 @pytest.mark.parametrize("distance", ["lpips", "lpips_avg", "johnson"])
 def test_images_too_small_for_a_distance_are_refused(distance: Literal["lpips", "lpips_avg", "johnson"]) -> None:
     config = replace(LINES, distance=distance)
-    with pytest.raises(BeelineError, match=f"the distance '{distance}' is asked for at 8 pixels"):
+    with pytest.raises(BeelineError, match=f"the distance '{distance}' would run at 8 pixels"):
         config.check(8)
     config.check(16)
     replace(config, resize=16).check(8)
@@ -202,7 +202,7 @@ def test_images_too_small_for_a_distance_are_refused(distance: Literal["lpips", 
 
 
 def test_needs_of_two_phases() -> None:
-    """Each is asked for once, in the order in which it is first met."""
+    """Each need is listed once, in the order of its first use."""
     first = Needs(pairs=True, models=("teacher",), features=("vgg16", "probe"))
     second = Needs(images=True, models=("students/lmm", "teacher"), features=("probe", "vgg16_avg"), second_level=True)
     both = Needs(
@@ -215,7 +215,7 @@ def test_needs_of_two_phases() -> None:
 
 
 class Alternating(Objective):
-    """The critic learns four times for each step of the student."""
+    """An objective whose critic learns four times per step of the student."""
 
     def backward(
         self, student: Learner, critic: Learner | None, batch: Batch, generator: torch.Generator
@@ -227,13 +227,13 @@ class Alternating(Objective):
 
 
 class Plain(Objective):
-    """What has to be written of an objective, and no more."""
+    """The minimum that an objective must define."""
 
     backward = Alternating.backward
 
 
 def test_turns(student: Denoiser) -> None:
-    """All learn in every step, unless the objective says otherwise."""
+    """All networks learn in every step, unless the objective says otherwise."""
     plain = Plain()
     assert [plain.turns(step) for step in range(3)] == [Turns(student=True, critic=True)] * 3
     assert (plain.critic, plain.critic_optimizer, plain.state(), plain.after_step(student)) == (None, None, None, None)
@@ -264,7 +264,7 @@ def test_methods_in_words() -> None:
 
 
 def test_like_steps_are_counted_once() -> None:
-    """What does not bear on what a step computes is left out of the representative, the rest is not."""
+    """The representative leaves out settings that do not affect the cost of a step, and keeps the others."""
     rate = replace(ADVERSARIAL.discriminator, optimizer=replace(OPTIMIZER, lr=0.5))
     for alike in (
         replace(ADVERSARIAL, adversarial_weight=0.1),

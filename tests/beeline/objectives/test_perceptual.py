@@ -1,4 +1,4 @@
-"""The distances of the line loss: values, zero at equality, and where their gradients go."""
+"""Distances of the line loss: values, zero at equality, and where their gradients go."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def images(seed: int, channels: int = 1) -> torch.Tensor:
 
 
 class Pixels:
-    """A feature network that sees the image, and the image at twice its size."""
+    """A feature network whose taps are the image, and the image at twice its size."""
 
     tap_channels, tap_strides, tap_weights = (2, 2), (1, 1), None
 
@@ -38,7 +38,7 @@ def test_perceptual_value(pixel_weight: float) -> None:
 
 
 class Weighted(Pixels):
-    """As Pixels, with learned channel weights."""
+    """Pixels with learned channel weights."""
 
     tap_weights = (torch.tensor([0.5, 2.0]), torch.tensor([0.0, 1.0]))
 
@@ -108,7 +108,7 @@ def test_gradient_descent_approaches_the_target(probe: Probe) -> None:
 
 
 class Five:
-    """A feature network with five taps, as VGG16 has."""
+    """A feature network with five taps, like VGG16."""
 
     tap_channels, tap_strides, tap_weights = (2,) * 5, (1,) * 5, None
 

@@ -1,4 +1,4 @@
-"""The Adams solver is exact where it should be, converges at its order, and calibration improves what it has not seen."""
+"""The Adams solver is exact where it should be, converges at its order, and calibration improves results on new noise."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Gaussian(nn.Module):
 
 
 def error(count: int, predictor: int, corrector: int) -> float:
-    """Of the image, from sigma 5 to 0.05, against the closed form."""
+    """Compute the error of the image, from sigma 5 to 0.05, against the closed form."""
     denoiser, noise = Gaussian(0.25), torch.full((1, 1, 1, 1), 1.0, dtype=torch.float64)
     levels = np.geomspace(5, 0.05, count).tolist()
     image = adams(denoiser, noise, None, levels=levels, predictor=predictor, corrector=corrector)
@@ -115,7 +115,7 @@ def test_a_teacher_of_nan_is_not_calibrated(make_denoiser) -> None:
     [
         ({"counts": (3, 8)}, r"--evaluations is \(3, 8\); expected values, each a whole number from 4"),
         ({"counts": ()}, r"--evaluations is \(\)"),
-        ({"counts": (8, 8)}, r"expected rising numbers from 4 on"),
+        ({"counts": (8, 8)}, r"expected increasing numbers from 4 up"),
         ({"heun_steps": 0}, "--heun-steps is 0"),
         ({"noises": 0}, "--noises is 0"),
         ({"held_out": -1}, "--held-out is -1"),

@@ -1,4 +1,4 @@
-"""Faster ways to run a network give the same images, as far as their precision goes."""
+"""Faster ways to run a network give the same images, within their precision."""
 
 from __future__ import annotations
 

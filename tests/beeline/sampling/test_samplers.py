@@ -1,4 +1,4 @@
-"""Samplers against flows with a known solution, the few-step rules, and images that depend on (seed, index) alone."""
+"""Samplers against flows with a known solution, few-step rules, and images that depend only on (seed, index)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Rule = Literal["same_noise", "line", "fresh_noise"]
 
 
 class Gaussian(nn.Module):
-    """The ideal denoiser of data N(0, SIGMA_D^2); keeps its calls."""
+    """The ideal denoiser of data N(0, SIGMA_D^2); records its calls."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ def noise(seed: int, count: int = 4) -> torch.Tensor:
 
 
 def solution_error(solver: Literal["heun", "euler"], num_steps: int) -> float:
-    """Relative error against x(0) = x(sigma_max) SIGMA_D / sqrt(SIGMA_D^2 + sigma_max^2)."""
+    """Compute the relative error against x(0) = x(sigma_max) SIGMA_D / sqrt(SIGMA_D^2 + sigma_max^2)."""
     latents = noise(0)
     wanted = latents * 80 * SIGMA_D / (SIGMA_D**2 + 80**2) ** 0.5
     images = solve(Gaussian(), latents, None, solver=solver, num_steps=num_steps)
@@ -110,7 +110,7 @@ def test_transitions(rule: Rule, steps: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize(("line", "rule"), [("ve", "same_noise"), ("lerp", "line")])
 def test_a_perfect_student_stays_on_its_line(line: Literal["ve", "lerp"], rule: Rule) -> None:
-    """With the rule that goes with its line, a student that always sees x1 is only ever asked about points of that line."""
+    """With the rule for its line, a student that always predicts x1 is only evaluated at points of that line."""
     x1, asked = noise(1).clamp(-1, 1), []
 
     class Student(nn.Module):

@@ -1,4 +1,4 @@
-"""No figure stands beside one of another kind: the paper's tables, ours in them, and the choice of the main metric."""
+"""Only metrics of the same kind are compared: the paper's tables with our results, and the choice of the main metric."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_another_metric_is_never_beside_the_papers_fid(metric: str) -> None:
 
 
 def test_other_networks_than_the_papers_are_not_beside_it() -> None:
-    """cifar10_small's students look through probes: perceptual, but neither VGG nor the paper's discriminator."""
+    """cifar10_small's students use probes: perceptual, but neither VGG nor the paper's discriminator."""
     students = RECIPES["cifar10_small"](0).students
     name, metric = "students/lmm", "fid_50k"
     models = [

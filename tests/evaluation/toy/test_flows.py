@@ -1,4 +1,4 @@
-"""The 2-D flows: losses against the formulas of the papers, straightness against closed forms, and the order of Table 1."""
+"""2-D flows: losses against the papers' formulas, straightness against closed forms, and the order of Table 1."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def field(members: int = 2) -> Field:
 
 
 def lines(members: int = 2) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Noise, data and times of 30 points for each member."""
+    """Draw noise, data and times of 30 points for each member."""
     g = generator(1)
     return (
         torch.randn(members, 30, 2, generator=g),
@@ -107,7 +107,7 @@ def test_a_field_is_regular_at_both_ends_and_its_members_are_apart() -> None:
 
 
 class Gaussian(Field):
-    """The exact field of standard normal data, independently coupled."""
+    """The exact field of standard normal data with independent coupling."""
 
     def __init__(self) -> None:
         super().__init__(1, 1, generator())

@@ -1,4 +1,4 @@
-"""Optimal pairing, and the slope that batches of it leave: closed forms, a bound that holds always, the prediction."""
+"""Optimal pairing and the remaining slope of batches: closed forms, a bound that always holds, the prediction."""
 
 from __future__ import annotations
 
