@@ -125,7 +125,8 @@ def policy(name: str) -> list[dict[str, Any]]:
 
 
 def test_roles_may_do_no_more_than_they_must(aws: dict[str, Any]) -> None:
-    assert "FullAccess" not in "".join(path.read_text() for path in (ROOT / "cluster").rglob("*") if path.is_file())
+    files = [path for path in (ROOT / "cluster").rglob("*") if path.is_file() and path.suffix != ".pyc"]
+    assert "FullAccess" not in "".join(path.read_text() for path in files)
     launch, name, region = policy("launch"), aws["cluster_name"], aws["provider"]["region"]
     for statement in (*launch, *policy("bucket")):
         assert not any("*" in action for action in statement["Action"])
