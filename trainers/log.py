@@ -1,8 +1,8 @@
-"""The log of a training, train.jsonl: a row every so many steps, with the means of the figures since the row before.
+"""The log of a training, train.jsonl: a row every few steps, with the means of the figures since the previous row.
 
-A row holds `step`, the objective's figures, `grad_norm`, `skipped` (steps so far whose gradients were not finite),
-`images_per_s`, `data_wait` (share of the time), `peak_mb` and `seconds` (since this run started or resumed); a student's also
-`phase`, the number of the phase, from 0.
+A row holds `step`, `phase` (number of the phase, from 0), the objective's figures, `grad_norm`, `skipped` (steps so far whose
+gradients were not finite), `images_per_s`, `data_wait` (share of the time spent waiting for data), `peak_mb` (peak memory)
+and `seconds` (since this run started or resumed).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Figures = dict[str, Any]
 
 
 class Log:
-    """The rows so far, and the figures since the last one. A figure's mean is over the steps that had it."""
+    """The rows so far, and the figures since the last row. The mean of a figure is over the steps that reported it."""
 
     def __init__(self, readers: Sequence[ShardReader], device: torch.device, images_per_step: int) -> None:
         self.rows: list[dict[str, Any]] = []
@@ -37,7 +37,7 @@ class Log:
         self.start_row()
 
     def add(self, figures: Figures) -> None:
-        """Count a step. "skipped" is 1 for gradients that are not finite."""
+        """Add the figures of a step. "skipped" is 1 if its gradients were not finite."""
         bad = int(figures.pop("skipped"))
         self.done += 1
         self.skipped, self.skipped_in_a_row = self.skipped + bad, self.skipped_in_a_row + 1 if bad else 0
@@ -46,7 +46,7 @@ class Log:
             self._counts[key] = self._counts.get(key, 0) + 1
 
     def end_row(self) -> None:
-        """Append a row of the steps since the last one."""
+        """Append a row for the steps since the last row."""
         now = time.monotonic()
         means = {key: float(value) / self._counts[key] for key, value in self._sums.items()}
         row = {"step": self.done, **means, "skipped": self.skipped}
@@ -58,11 +58,11 @@ class Log:
         self._sums, self._counts = {}, {}
 
     def start_row(self) -> None:
-        """Time the next row from now on."""
+        """Start the clock of the next row."""
         self._row_began, self._timed_from, self._waited_before = time.monotonic(), self.done, self._waited()
 
     def state_dict(self) -> State:
-        """The counters and open sums for a checkpoint, as plain Python. The rows themselves are in train.jsonl."""
+        """Counters and sums of the unfinished row, as plain Python. The rows themselves are in train.jsonl."""
         return {
             "done": self.done,
             "sums": {key: float(value) for key, value in self._sums.items()},
@@ -72,7 +72,7 @@ class Log:
         }
 
     def restore(self, state: State, folder: Folder) -> None:
-        """Continue from `state_dict`, with the rows of <folder>/train.jsonl up to it."""
+        """Continue from a `state_dict`, with the rows of <folder>/train.jsonl up to its step."""
         self.done = state["done"]
         self._sums, self._counts = dict(state["sums"]), dict(state["counts"])
         self.skipped, self.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
@@ -91,7 +91,7 @@ def peak_memory(device: torch.device) -> float:
 
 
 def read_log(folder: Folder) -> list[dict[str, Any]]:
-    """The rows of train.jsonl; [] where there is none. A damaged file gives the rows before the damage and prints a line."""
+    """The rows of train.jsonl; [] if it is missing. Prints a line for a damaged file and returns the rows before the damage."""
     rows: list[dict[str, Any]] = []
     try:
         for line in folder.read(LOG).splitlines():
@@ -102,11 +102,11 @@ def read_log(folder: Folder) -> list[dict[str, Any]]:
     except FileNotFoundError:
         return []
     except ValueError as error:
-        print(f"{folder}/{LOG} is damaged after row {len(rows)} ({error}); later rows are left out", flush=True)
+        print(f"{folder}/{LOG} is damaged after row {len(rows)} ({error}); later rows are ignored", flush=True)
     return rows
 
 
 def write_log(folder: Folder, rows: Sequence[dict[str, Any]]) -> None:
-    """Publish train.jsonl, and TensorBoard's file, whole: object storage cannot append."""
+    """Write train.jsonl and TensorBoard's file as a whole: object storage cannot append."""
     folder.write(LOG, "".join(json.dumps(row) + "\n" for row in rows).encode())
     folder.write(EVENTS, tensorboard_events(rows))
