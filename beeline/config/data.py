@@ -41,7 +41,7 @@ class PoolConfig(Settings):
     threads: Threads = resource(1)
     """CPU threads of each actor."""
     price: Amount = resource(0.0)
-    """What an hour of one actor costs, in any currency; 0 leaves money out of the progress."""
+    """Price of one actor for an hour, in any currency; 0 shows no costs."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -59,7 +59,7 @@ class ImagesConfig(PoolConfig):
     """Side in pixels."""
     channels: Annotated[int, OneOf((1, 3))] = 1
     fit: Literal["crop", "stretch", "adm"] = "crop"
-    """How other images are fitted: centre square and Lanczos, the whole image stretched, or as ADM prepared ImageNet."""
+    """Fit of other images: centre square and Lanczos, the whole image stretched, or as ADM prepared ImageNet."""
     shard_size: Size = 1024
     """Images per Parquet file."""
     limit: Whole = 0
@@ -80,12 +80,12 @@ class PairsConfig(PoolConfig):
     num_steps: Steps = 18
     """Heun steps; 2 num_steps - 1 evaluations."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Of the network inside; the solver's state is float64 always."""
+    """Precision of the network; the solver's state is always float64."""
     compiled: bool = False
-    """Compile the network: pays on large networks and many pairs, costs minutes at the start of each actor."""
+    """Compile the network: worth it for large networks and many pairs, costs minutes at the start of each actor."""
     dtype: Literal["float32", "float16", "uint8"] = "float32"
-    """Of x1 in the store. float16 is off by at most 2.4e-4 within [-1, 1], a fiftieth of the solver's own error; uint8 by
-    4e-3, and clipped."""
+    """Type of x1 in the store. float16 is off by at most 2.4e-4 within [-1, 1], a fiftieth of the solver's own error; uint8 is
+    off by up to 4e-3, and clips values."""
     seed: Seed = 0
 
     def __post_init__(self) -> None:
@@ -104,7 +104,7 @@ class VerifyConfig(PoolConfig):
     shown: Annotated[int, Range(0, MAX_SHOWN)] = 100
     """Pairs on the contact sheet, drawn at random."""
     remove: bool = False
-    """Remove what is damaged, so that gen_pairs.py makes it again."""
+    """Remove damaged shards, so that gen_pairs.py makes them again."""
     seed: Seed = 0
 
 

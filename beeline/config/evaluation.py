@@ -12,12 +12,12 @@ from beeline.settings import MAX_SHOWN, MAX_STEPS, Count, Range, Seed, Size, Som
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(PoolConfig):
-    """Figures of models against the real images. Rows (`nfe`, `steps`, `solver`, `rule`) may differ from call to call: what is
-    measured already stays, and is not measured again."""
+    """Measurement of models against the real images. `nfe`, `steps`, `solver` and `rule` may differ from call to call: earlier
+    results stay and are not measured again."""
 
     features: Some[Literal["probe", "inception", "dinov2_vitl14", "dinov2_vits14", "probe_losses"]] = ("probe",)
-    """Networks to measure in: the measuring probe, pretrained ones, whose weights it takes to fetch first (python -m
-    beeline.weights fetch), or the losses' probe, in which students that were trained in it look better than they are."""
+    """Networks to measure in: the measuring probe, pretrained networks (fetch their weights first: python -m beeline.weights
+    fetch), or the losses' probe, in which students that were trained with it look better than they are."""
     draws: Annotated[int, Range(1, 1000)] = 3
     """Independent noise seeds; results are mean, standard deviation and minimum over them."""
     count: Whole = 0
@@ -27,20 +27,20 @@ class EvaluateConfig(PoolConfig):
     batch_size: Size = 256
     seed: Seed = 1000
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Of the models that are measured; measuring networks always run in fp32."""
+    """Precision of the measured models; measuring networks always run in fp32."""
     compiled: bool = False
-    """Compile the models: pays on large networks and many samples."""
+    """Compile the models: worth it for large networks and many samples."""
     neighbours: Count = 10_000
-    """Samples, and real images, that precision, recall and their kin look at: their cost grows with its square."""
+    """Samples, and real images, for precision, recall and related metrics, whose cost grows with the square of this number."""
     samples: Annotated[int, Range(1, MAX_SHOWN)] = 40
     """Images of the sample sheet."""
     held_out: Size = 256
-    """Pairs that no student has seen, sampled for straightness and nearness to the teacher's images."""
+    """Pairs that no student was trained on, for straightness and for the distance to the teacher's images."""
     few: bool = resource(False)
-    """Measure on fewer samples than features, too. Such figures mean nothing: for rehearsals (cluster/rehearse.py)."""
+    """Allow fewer samples than features, for rehearsals (cluster/rehearse.py). Such figures mean nothing."""
     reference: str = resource("")
-    """Statistics of the real images in Inception's features as EDM publishes them (an .npz file with mu and sigma; local path
-    or s3://...), instead of those of images/. Its SHA-256 is part of the result."""
+    """Statistics of the real images in Inception's features, instead of those of images/: an .npz file with mu and sigma as
+    EDM publishes it (local path or s3://...). Its SHA-256 is part of the result."""
     nfe: Some[Annotated[int, Range(1, 2 * MAX_STEPS)]] = resource((35, 9, 3, 1))
     """Teacher: evaluations per image."""
     solver: Literal["auto", "heun", "euler", "calibrated"] = resource("auto")
