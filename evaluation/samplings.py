@@ -18,7 +18,7 @@ from beeline.sampling.solvers import Solver
 
 def samplings_for(model: Denoiser, config: EvaluateConfig) -> list[Sampling]:
     """The samplings that `config` asks for. Raises BeelineError for steps that a student was not trained on, and for numbers of
-    evaluations that a solver cannot have."""
+    evaluations that a solver does not allow."""
     if model.few_step is None:
         if config.solver == "calibrated":
             if model.levels is None:
@@ -27,16 +27,16 @@ def samplings_for(model: Denoiser, config: EvaluateConfig) -> list[Sampling]:
         return [teacher_sampling(nfe, config.solver) for nfe in dict.fromkeys(config.nfe)]
     steps = [model.few_step.check(parse_steps(text)) for text in dict.fromkeys(config.steps)]
     rule = None if config.rule in ("trained", model.few_step.rule) else config.rule
-    return [Sampling(steps=each, rule=rule) for each in steps]
+    return [Sampling(steps=schedule, rule=rule) for schedule in steps]
 
 
 def teacher_sampling(nfe: int, solver: str = "auto") -> Sampling:
     """The sampling of a teacher with `nfe` evaluations. "auto" is Heun for odd counts of 15 and more, Euler below: few-step
-    Heun explodes and is no fair baseline. Raises BeelineError for counts that the solver cannot have."""
+    Heun explodes and is not a fair baseline. Raises BeelineError for counts that the solver does not allow."""
     chosen: Solver = "heun" if solver == "heun" or (solver == "auto" and nfe >= 15) else "euler"
     if nfe < 1 or (chosen == "heun" and nfe % 2 == 0):
         raise BeelineError(
-            f"nfe {nfe} cannot be had with solver {solver!r}: Heun takes odd counts, Euler any from 1; "
+            f"nfe {nfe} is not possible with solver {solver!r}; expected an odd number for Heun, any from 1 on for Euler; "
             '"auto" is Heun from 15 on and Euler below'
         )
     return Sampling(solver=chosen, num_steps=(nfe + 1) // 2 if chosen == "heun" else nfe)
@@ -45,8 +45,10 @@ def teacher_sampling(nfe: int, solver: str = "auto") -> Sampling:
 def draw(
     model: Denoiser, sampling: Sampling, indices: Sequence[int], labels: np.ndarray, *, seed: int, batch_size: int
 ) -> torch.Tensor:
-    """Samples (n, C, H, W) in [-1, 1] on the model's device for noise (seed, indices) and classes `labels` (n,). Values that
-    are not finite are NaN."""
+    """Draw samples (n, C, H, W) in [-1, 1], on the model's device, from the noise of (seed, indices) and classes `labels` (n,).
+
+    Values that are not finite become NaN.
+    """
     device = next(model.parameters()).device
     parts = []
     for batch in batches(len(indices), batch_size):
