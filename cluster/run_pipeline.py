@@ -1,4 +1,4 @@
-"""Every stage in order, as one job: images, probes, teacher, pairs, students, sweep, evaluation, report.
+"""Run every stage in order, as one job: images, probes, teacher, pairs, students, sweep, evaluation, report.
 
     python cluster/run_pipeline.py digits
     ray job submit --working-dir . -- python cluster/run_pipeline.py digits --workspace s3://bucket/prefix
@@ -35,10 +35,10 @@ def run_pipeline(workspace: str, recipe: Annotated[Recipe, tyro.conf.arg(name=""
     Args:
         workspace: Local folder or s3://bucket/prefix.
     """
-    start, place = time.monotonic(), Folder(workspace).uri  # tasks run in folders of their own
+    start, place = time.monotonic(), Folder(workspace).uri  # an absolute place: tasks run in other folders
     check_recipe(recipe)
     if not can_vary(recipe.main):
-        print(f"sweeps/{recipe.sweep.name}: left out, since {recipe.main.name!r} is not lines matching", flush=True)
+        print(f"sweeps/{recipe.sweep.name}: skipped, since {recipe.main.name!r} is not lines matching", flush=True)
     ensure_ray()
     for side_by_side, group in itertools.groupby(steps(place, recipe), key=lambda step: step.side_by_side):
         if side_by_side:
@@ -50,7 +50,7 @@ def run_pipeline(workspace: str, recipe: Annotated[Recipe, tyro.conf.arg(name=""
 
 
 def run_together(group: Sequence[Step]) -> None:
-    """Run steps at the same time, the ablations: each starts once the cluster has room for its workers."""
+    """Run steps (the ablations) in parallel. Each starts when the cluster has room for its workers."""
     ray.get([ray.remote(num_cpus=0)(_run).options(name=step.name).remote(step) for step in group])
 
 
