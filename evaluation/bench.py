@@ -1,4 +1,4 @@
-"""The bench: what work items of an evaluation share in an actor's memory, models and networks on its device."""
+"""The bench: models, networks and data that the work items of an evaluation share in an actor's memory."""
 
 from __future__ import annotations
 
@@ -23,20 +23,18 @@ from pipeline.reader import real_labels
 from pipeline.storage import Folder
 
 HELD_OUT = "evaluation/held-out"
-
-
 HELD_OUT_PAIRS = "pairs.npz"
 SAMPLING, LOOKING = "sampling_seconds", "looking_seconds"
 
 
 def held_out_rows(pairs: dict[str, Any], count: int) -> list[int]:
-    """Indices of `count` held-out pairs: after the store's, with evenly spread classes (index mod classes)."""
+    """Indices of `count` held-out pairs: they follow those of pairs/, with evenly spread classes (index mod classes)."""
     return [pairs["pairs"]["count"] + int(i) for i in spread(count, max(count, pairs["num_classes"]))]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Setup:
-    """Settings that all work items share: `images` and `pairs` are the plans of those stages, `count` the samples of a draw."""
+    """Settings that all work items share. `images` and `pairs` are the plans of those stages; `count` is samples per draw."""
 
     workspace: Folder
     recipe: str
@@ -45,11 +43,11 @@ class Setup:
     pairs: dict[str, Any] | None
     count: int
     moments: Gaussian | None = None
-    """Moments of the real images in Inception's features, where a file gives them."""
+    """Moments of the real images in Inception's features, if a file gives them."""
 
 
 def sampled_model(workspace: Folder, name: str, recipe: str, config: EvaluateConfig) -> tuple[Denoiser, str]:
-    """Like `require_model`. For the calibrated solver a teacher gets its levels."""
+    """`require_model`; a teacher also gets its levels if the solver is "calibrated"."""
     model, digest = require_model(workspace, name, recipe)
     if config.solver == "calibrated" and model.few_step is None:
         model.levels = calibrated_levels(workspace / name)
@@ -57,7 +55,7 @@ def sampled_model(workspace: Folder, name: str, recipe: str, config: EvaluateCon
 
 
 class Job(Protocol):
-    """A work item: it writes `file` by `run`. `samples` counts those that are measured."""
+    """A work item: `run` writes `file`. `evaluations` counts network evaluations, `samples` the measured samples."""
 
     @property
     def file(self) -> str: ...
@@ -72,7 +70,7 @@ class Job(Protocol):
 
 
 class Bench:
-    """The pool's worker: does work items on its device, and keeps in memory what they share."""
+    """The pool's worker: does work items on its device, and keeps shared models and data in memory."""
 
     def __init__(self, setup: Setup, jobs: Sequence[Job]) -> None:
         self.setup, self.jobs = setup, jobs
@@ -83,8 +81,8 @@ class Bench:
         self.reference = functools.cache(lambda name: reference(setup.workspace, name, setup.moments))
 
     def work(self, number: int) -> dict[str, Any]:
-        """Do item `number`. Returns its network evaluations, its measured samples, and the seconds that drawing samples and
-        extracting features took."""
+        """Do item `number`. Returns its network evaluations, its measured samples, and the seconds for drawing samples and
+        for extracting features."""
         job = self.jobs[number]
         seconds = job.run(self) or {}
         counts = {"item": number, "evaluations": job.evaluations, "samples": job.samples}
@@ -106,7 +104,7 @@ class Bench:
 
     @functools.cached_property
     def held_out(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """x1 and noise (n, C, H, W) and labels (n,) of pairs that no student has seen, on the device."""
+        """x1 and noise (n, C, H, W) and labels (n,) of pairs that no student was trained on, on the device."""
         x1, noise, labels = (torch.from_numpy(self.held_out_file[key]).to(self.device) for key in ("x1", "noise", "label"))
         return x1, noise, labels
 

@@ -1,12 +1,12 @@
-"""Figures of models against the real images into evaluation/<model>/, by a pool of actors.
+"""Measure models against the real images into evaluation/<model>/, with a pool of actors.
 
     python evaluation/evaluate.py digits --model teacher --nfe 35 9 3 1
     python evaluation/evaluate.py digits --model students/lmm students/l2 --steps 0
     python evaluation/evaluate.py cifar10 --model students/lmm/reconstruction --steps 0 0,1 0,1,2 0,3,5 0,1,3,5
 
-What figures there are, and their names, is in measures.py. Averages of a student's weights are models of their own
-(students/lmm/ema-200). Class labels match those of the real images. Rows add up from call to call. The same numbers come
-out, to the last bit, for any number of actors, after any number of kills.
+measures.py lists the metrics and their names. Averages of a student's weights are models of their own (students/lmm/ema-200).
+Class labels match those of the real images. Each call adds rows to the results of earlier calls. The numbers are the same, to
+the last bit, for any number of actors and after any number of restarts.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def evaluate(
 
 
 def measure(workspace: str, recipe: str, config: EvaluateConfig, models: Mapping[str, tuple[str, ...]]) -> None:
-    """Measure several models with one pool; `models` gives each student the step schedules to sample it at."""
+    """Measure several models with one pool. `models` maps each name to step schedules, which only students use."""
     place = Folder(workspace)
     for name in models:
         check("--model", name, ModelPath)
@@ -76,8 +76,8 @@ def measure(workspace: str, recipe: str, config: EvaluateConfig, models: Mapping
         workspace=place, recipe=recipe, config=config, images=images, pairs=_pairs(place, recipe), count=count, moments=moments
     )
     digests = {name: digest for name, (digest, _) in networks.items()}
-    found = [_measurement(setup, name, replace(config, steps=steps), digests, given) for name, steps in models.items()]
-    work = [measurement for measurement in found if measurement.stage.begin(more=bool(measurement.samplings))]
+    measurements = [_measurement(setup, name, replace(config, steps=steps), digests, given) for name, steps in models.items()]
+    work = [measurement for measurement in measurements if measurement.stage.begin(more=bool(measurement.samplings))]
     if not work:
         return
     seconds = _prepare_and_sample(setup, work, digests)
@@ -89,8 +89,11 @@ def measure(workspace: str, recipe: str, config: EvaluateConfig, models: Mapping
 def check_measurable(
     place: Folder, recipe: str, config: EvaluateConfig, images: Mapping[str, Any]
 ) -> tuple[dict[str, tuple[str, int]], Moments | None, str]:
-    """The measuring networks (`_networks`), and the given reference with its SHA-256. Raises BeelineError where they are
-    missing, do not go together, or have more features than there are samples."""
+    """The measuring networks (`_networks`), and the given reference with its SHA-256.
+
+    Raises BeelineError if one is missing, if the reference does not fit the network, and for too few samples for the number
+    of features.
+    """
     moments, given = _given_reference(config)
     networks = _networks(place, config, recipe)
     count = config.count or images["images"]["count"]
@@ -107,7 +110,7 @@ def check_measurable(
 
 @dataclasses.dataclass
 class Measurement:
-    """What is left to measure of one model: `samplings` whose figures are not published yet."""
+    """The remaining work for one model: `samplings` whose figures are not published yet."""
 
     name: str
     stage: Stage
@@ -136,7 +139,7 @@ class Measurement:
         return [Judge(self.name, sampling, number, tuple(files)) for (sampling, number), files in parts.items()]
 
     def comparisons(self, setup: Setup) -> list[Fidelity | Lines]:
-        """What needs held-out pairs."""
+        """The items that need held-out pairs; none without pairs."""
         if setup.pairs is None:
             return []
         count = setup.config.held_out
@@ -149,8 +152,10 @@ class Measurement:
         return sum(item.evaluations for item in items)
 
     def publish(self, setup: Setup, seconds: Mapping[str, float]) -> None:
-        """Write metrics and sheets, and the `seconds` that samples took. Remove files that were only needed for published
-        figures; what another command still measures stays."""
+        """Write metrics and sheets, and the `seconds` that samples took. Then remove the files of published samplings.
+
+        Files of samplings that another command still measures stay.
+        """
         folder = self.stage.folder
         results.publish(setup, self.name, self.samplings, self.stage.plan, self.straight)
         for name in results.temporary(folder):
@@ -165,7 +170,7 @@ class Measurement:
 
 
 def finish(stage: Stage, **facts: Any) -> None:
-    """Finish the stage with the files that stay, until they are those that `_SUCCESS` lists: another command may write too."""
+    """Finish the stage. Repeats until `_SUCCESS` lists the files of the folder: another command may write at the same time."""
     while True:
         stage.finish(temporary=results.TEMPORARY, **facts)
         if stage.is_complete():
@@ -174,19 +179,19 @@ def finish(stage: Stage, **facts: Any) -> None:
 
 def _networks(place: Folder, config: EvaluateConfig, recipe: str) -> dict[str, tuple[str, int]]:
     """The digest (`checkpoint.digest`) of each measuring network, and the number of its features."""
-    made = {}
+    networks = {}
     for name in config.features:
         if name in PROBES:
             probe, digest = require_probe(place, PROBES[name], recipe)
-            made[name] = digest, probe.tap_channels[-1]
+            networks[name] = digest, probe.tap_channels[-1]
         else:
             network, digest = require_measuring(place, name)
-            made[name] = digest, network.dimensions
-    return made
+            networks[name] = digest, network.dimensions
+    return networks
 
 
 def _given_reference(config: EvaluateConfig) -> tuple[Moments | None, str]:
-    """The statistics of a file, and its SHA-256."""
+    """The statistics in the file that `config.reference` names, and its SHA-256; (None, "") without one."""
     if not config.reference:
         return None, ""
     if "inception" not in config.features:
@@ -195,7 +200,7 @@ def _given_reference(config: EvaluateConfig) -> tuple[Moments | None, str]:
     try:
         data = Folder(folder or ".").read(name)
     except FileNotFoundError as error:
-        raise BeelineError(f"{config.reference} is not there; expected an .npz file with mu and sigma") from error
+        raise BeelineError(f"{config.reference} does not exist; expected an .npz file with mu and sigma") from error
     try:
         return Moments.from_npz(data), hashlib.sha256(data).hexdigest()
     except ValueError as error:
@@ -203,16 +208,19 @@ def _given_reference(config: EvaluateConfig) -> tuple[Moments | None, str]:
 
 
 def _pairs(place: Folder, recipe: str) -> dict[str, Any] | None:
-    """The plan of pairs/; None, with a line said, before there are any."""
+    """The plan of pairs/. Prints a line and returns None if there are no pairs."""
     try:
         return require(place, "pairs", recipe)
     except BeelineError:
-        print(f"evaluation: no pairs in {place}; straightness and nearness to the teacher's images are left out", flush=True)
+        print(
+            f"evaluation: no pairs in {place}; straightness and the distance to the teacher's images are not measured",
+            flush=True,
+        )
         return None
 
 
 def _measurement(setup: Setup, name: str, config: EvaluateConfig, networks: Mapping[str, str], given: str) -> Measurement:
-    """What is left to measure of this model; nothing is written yet."""
+    """Find the remaining work for a model. Writes nothing."""
     model, digest = sampled_model(setup.workspace, name, setup.recipe, config)
     check_fits(setup.workspace, setup.images, model.network_config, name)
     samplings = samplings_for(model, config)
@@ -238,8 +246,7 @@ def unpublished(stage: Stage, name: str, samplings: Sequence[Sampling], few_step
 
 
 def _prepare_and_sample(setup: Setup, work: Sequence[Measurement], networks: Mapping[str, str]) -> dict[str, dict[str, float]]:
-    """The first pass: what real images look like, held-out pairs, all samples. Returns by model the seconds that its samples
-    took."""
+    """Run the first pass: features of real images, held-out pairs, all samples. Returns by model the seconds of its samples."""
     place, images = setup.workspace, setup.images
     references = {}
     for name, digest in networks.items():
@@ -265,23 +272,23 @@ def _prepare_and_sample(setup: Setup, work: Sequence[Measurement], networks: Map
             stage.folder.remove(part.file)
         stage.folder.clean()
     for name in networks:
-        reference(place, name, setup.moments)  # a reference of another network is refused before samples are judged
+        reference(place, name, setup.moments)  # fails for a reference of another network, before samples are judged
     return _seconds(jobs, rows)
 
 
 def _merge(stage: Stage, files: list[str], count: int) -> None:
-    """Make one reference of the groups' files, unless another command has, which then removes them."""
+    """Merge the groups' files into one reference, unless another command has done so and removed them."""
     try:
         if not stage.is_complete():
             merge_reference(stage.folder, files)
             stage.finish(temporary=("part-",), images=count)
     except FileNotFoundError as error:
         if not stage.is_complete():
-            raise BeelineError(f"{error} was removed meanwhile; run the command again") from error
+            raise BeelineError(f"{error} was removed during the run; run the command again") from error
 
 
 def _judge(setup: Setup, work: Sequence[Measurement]) -> None:
-    """The second pass: figures from what was seen."""
+    """Run the second pass: metrics from features."""
     jobs = [
         job
         for measurement in work
@@ -291,29 +298,31 @@ def _judge(setup: Setup, work: Sequence[Measurement]) -> None:
 
 
 def _left(folder: Folder, jobs: Sequence[Any]) -> list[Any]:
-    """The items whose file is missing or damaged, without those of samplings that are published by now."""
-    there, published = folder.sizes(), results.measured(folder)
+    """The items whose file is missing or damaged, except those of samplings that are published by now."""
+    files, published = folder.sizes(), results.measured(folder)
     left = [job for job in jobs if getattr(job, "sampling", None) is None or job.sampling.label not in published]
-    return [job for job in left if job.file not in there or not sound(folder, job.file)]
+    return [job for job in left if job.file not in files or not sound(folder, job.file)]
 
 
 def _seconds(jobs: Sequence[Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """By model, of the samples of this run: seconds of an actor for an evaluation and for looking at an image, medians over
-    work items, so that an actor's first one, which may compile, does not count."""
-    found: dict[str, list[tuple[float, float]]] = {}
+    """An actor's seconds per network evaluation and per image for features, by model, for the samples of this run.
+
+    They are medians over work items: the first item of an actor may include compilation.
+    """
+    seconds: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
         job = jobs[row["item"]]
         if isinstance(job, Samples):
-            each = row[SAMPLING] / job.evaluations, row[LOOKING] / len(job.indices)
-            found.setdefault(job.model, []).append(each)
+            item_seconds = row[SAMPLING] / job.evaluations, row[LOOKING] / len(job.indices)
+            seconds.setdefault(job.model, []).append(item_seconds)
     return {
         name: dict(zip((PER_EVALUATION, PER_LOOK), map(statistics.median, zip(*times, strict=True)), strict=True))
-        for name, times in found.items()
+        for name, times in seconds.items()
     }
 
 
 def _run(setup: Setup, what: str, jobs: list[Any]) -> list[dict[str, Any]]:
-    """The rows of all work items."""
+    """Run all work items with the pool. Returns the row of each."""
     rows = []
     arguments = {"setup": setup, "jobs": jobs}
     evaluations = sum(job.evaluations for job in jobs) if any(isinstance(job, Samples) for job in jobs) else 0

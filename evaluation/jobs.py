@@ -1,9 +1,9 @@
-"""The work items of an evaluation, each done on an actor's bench (bench.py).
+"""The work items of an evaluation. Each runs on an actor's bench (bench.py).
 
     first     RealImages               features of a group of shards of real images
-              HeldOut                  a few pairs that no student has seen
-              Samples                  a shard of a draw of a sampling: draw, extract features, forget the images
-              Sheet                    the images of a sampling that are shown
+              HeldOut                  a few pairs that no student was trained on
+              Samples                  a shard of a draw of a sampling: draws images, keeps only their features
+              Sheet                    the images of a sampling for the sample sheet
     then      Judge                    all metrics of a draw of a sampling, from its shards
               Fidelity                 distance of samples to the teacher's images of the same noise
               Lines                    straightness of the flow
@@ -43,7 +43,7 @@ from pipeline.storage import Folder
 
 @dataclasses.dataclass(frozen=True)
 class RealImages:
-    """Features of real images in `network`, for group `group` of the shards: statistics of all, single features of some."""
+    """Features of real images in `network`, for group `group` of the shards: statistics of all images, features of some."""
 
     network: str
     group: int
@@ -61,11 +61,11 @@ class RealImages:
         statistics, features, rows = None, [], []
         for k in groups(config)[self.group]:
             shard = decoded(bench.place("images"), k)
-            seen = bench.look(torch.tensor(shard.images), (self.network,))[self.network].features
-            made = Statistics.of(seen)
-            statistics = made if statistics is None else statistics + made
+            shard_features = bench.look(torch.tensor(shard.images), (self.network,))[self.network].features
+            shard_statistics = Statistics.of(shard_features)
+            statistics = shard_statistics if statistics is None else statistics + shard_statistics
             chosen = np.isin(shard.indices, kept)
-            features.append(seen[chosen])
+            features.append(shard_features[chosen])
             rows.append(shard.indices[chosen])
         assert statistics is not None
         arrays = {"features": np.concatenate(features), "rows": np.concatenate(rows)}
@@ -75,7 +75,7 @@ class RealImages:
 
 @dataclasses.dataclass(frozen=True)
 class HeldOut:
-    """`count` pairs, made like those in pairs/ from the noise after theirs, with `each` evaluations a pair."""
+    """`count` pairs, made like those in pairs/ from the noise indices after theirs, with `each` evaluations per pair."""
 
     count: int
     each: int
@@ -86,7 +86,7 @@ class HeldOut:
         return self.count * self.each
 
     def run(self, bench: Bench) -> None:
-        """Write them into evaluation/held-out."""
+        """Write the pairs into evaluation/held-out."""
         plan = bench.setup.pairs
         assert plan is not None
         config = from_dict(PairsConfig, plan["pairs"])
@@ -121,7 +121,7 @@ class Samples:
         return self.sampling.nfe * len(self.indices)
 
     def run(self, bench: Bench) -> dict[str, float]:
-        """Draw samples and write their features. Returns the seconds of both, without loading networks."""
+        """Draw samples and write their features. Returns the seconds for both; loading networks does not count."""
         config, model = bench.setup.config, bench.model(self.model)
         labels = bench.labels[self.indices.start : self.indices.stop]
         seed = noise_seed(config, self.draw)
@@ -129,18 +129,18 @@ class Samples:
             bench.eye(name)
         begun = time.monotonic()
         drawn = draw(model, self.sampling, self.indices, labels, seed=seed, batch_size=config.batch_size)
-        if not bool(drawn.isfinite().all()):  # 8 bits would make black pixels of NaN
+        if not bool(drawn.isfinite().all()):  # as uint8, NaN would become black pixels
             raise BeelineError(
                 f"{self.model} makes NaN or infinite samples by {self.sampling.label!r} in precision {config.precision}; "
                 "measure it in --precision fp32, or train it again"
             )
-        images = quantised(drawn).cpu()  # a GPU has finished when its images are here
+        images = quantised(drawn).cpu()  # the copy waits for the GPU, so that the time is complete
         sampled = time.monotonic()
         arrays = {}
-        for name, seen in bench.look(images).items():
-            arrays[f"{name}.features"] = seen.features
-            if seen.logits is not None:
-                arrays[f"{name}.logits"] = seen.logits
+        for name, looks in bench.look(images).items():
+            arrays[f"{name}.features"] = looks.features
+            if looks.logits is not None:
+                arrays[f"{name}.logits"] = looks.logits
         looked = time.monotonic()
         bench.place("evaluation", self.model).write(self.file, pack(arrays))
         return {SAMPLING: sampled - begun, LOOKING: looked - sampled}
@@ -148,7 +148,7 @@ class Samples:
 
 @dataclasses.dataclass(frozen=True)
 class Sheet:
-    """The samples that are shown: of the same noise and classes for every sampling and every model."""
+    """Samples for the sample sheet, from the same noise and classes for every sampling and every model."""
 
     model: str
     sampling: Sampling
@@ -170,8 +170,8 @@ class Sheet:
         seed = noise_seed(config, 0)
         images = quantised(draw(model, self.sampling, range(self.count), classes, seed=seed, batch_size=config.batch_size))
         first = config.features[0]
-        seen = bench.look(images, (first,))[first].features
-        arrays = {"images": images.cpu().numpy(), "features": seen, "device": bench.kind}
+        features = bench.look(images, (first,))[first].features
+        arrays = {"images": images.cpu().numpy(), "features": features, "device": bench.kind}
         bench.place("evaluation", self.model).write(self.file, pack(arrays))
 
 
@@ -193,18 +193,18 @@ class Judge:
     def run(self, bench: Bench) -> None:
         """Join the features of the draw's shards in their order, and write its metrics.
 
-        Does nothing if parts are missing: another command has published this sampling, or publishing reports it.
+        Does nothing if parts are missing: either another command has published this sampling, or `publish` reports the error.
         """
         folder = bench.place("evaluation", self.model)
         try:
             parts = [arrays_in(folder, name) for name in self.parts]
         except FileNotFoundError:
             return
-        found: dict[str, float] = {}
+        figures: dict[str, float] = {}
         for name in bench.setup.config.features:
-            seen = Looks.join([Looks(part[f"{name}.features"], part.get(f"{name}.logits")) for part in parts])
-            found |= measures(seen, bench.reference(name), name, neighbours=bench.setup.config.neighbours)
-        folder.write_json(self.file, found)
+            looks = Looks.join([Looks(part[f"{name}.features"], part.get(f"{name}.logits")) for part in parts])
+            figures |= measures(looks, bench.reference(name), name, neighbours=bench.setup.config.neighbours)
+        folder.write_json(self.file, figures)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,7 +241,7 @@ class Fidelity:
 class Lines:
     """Straightness of a model's flow, along lines between held-out pairs and along its own trajectories.
 
-    The lines are those that a student was trained on. A teacher's are EDM's, x1 + sigma noise.
+    For a student, the lines are those that it was trained on; for a teacher they are EDM's, x1 + sigma noise.
     """
 
     model: str
@@ -262,9 +262,9 @@ class Lines:
         line = model.few_step.line if model.few_step is not None else "ve"
         values = straightness(model, x1, noise, given, sigmas, line=line)
         own, speed = trajectories(model, noise, given, num_steps=self.num_steps)
-        found = {"line": line, "sigmas": sigmas.tolist(), "values": values, "own": own, "speed": speed, "pairs": self.count}
+        curves = {"line": line, "sigmas": sigmas.tolist(), "values": values, "own": own, "speed": speed, "pairs": self.count}
         means = {"mean": float(np.mean(values)), "own_mean": float(np.mean(own)), "speed_mean": float(np.mean(speed))}
-        bench.place("evaluation", self.model).write_json(self.file, means | found)
+        bench.place("evaluation", self.model).write_json(self.file, means | curves)
 
 
 def sound(folder: Folder, name: str) -> bool:
@@ -275,7 +275,7 @@ def sound(folder: Folder, name: str) -> bool:
         return False  # another command removed it
     try:
         json.loads(data) if name.endswith(".json") else unpack(data, "features")
-    except Exception as error:  # damage raises many kinds of errors
+    except Exception as error:  # the type depends on the damage
         print(f"{folder}/{name}: unreadable ({reason(error)}); it will be made again", flush=True)
         return False
     return True

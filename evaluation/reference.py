@@ -1,7 +1,7 @@
-"""The real images as measuring networks see them: evaluation/reference/<network>/, made once for each network.
+"""Features of the real images in the measuring networks: evaluation/reference/<network>/, computed once for each network.
 
-Statistics are of all images, features of an evenly spread part: what needs single images needs no more. Work items look at
-groups of shards (evaluation/jobs.py), so that few statistics are written for many shards.
+Statistics cover all images. Single features are kept for an evenly spread part, which is enough for metrics that need them.
+Work items process groups of shards (evaluation/jobs.py), so that many shards need few files of statistics.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from pipeline.shards import shard_count
 from pipeline.storage import Folder
 
 KEPT = 50_000  # real images whose features are kept one by one
-GROUPS = 64  # of shards, at most
+GROUPS = 64  # largest number of groups of shards
 REFERENCE = f"{EVALUATION}/reference"
 STATISTICS, FEATURES = "statistics.npz", "features.npz"
 
 
 def groups(config: dict[str, Any]) -> list[range]:
-    """The shards of images/ (`config` of its plan) in at most GROUPS groups."""
+    """Divide the shards of images/ into at most GROUPS groups. `config` is the plan's "images"."""
     shards = shard_count(int(config["count"]), int(config["shard_size"]))
     size = -(-shards // GROUPS)
     return [range(k, min(k + size, shards)) for k in range(0, shards, size)]
 
 
 def reference_folder(network: str) -> str:
-    """Where the real images' features in `network` are."""
+    """Folder of the real images' features in `network`."""
     return f"{REFERENCE}/{network}"
 
 
@@ -43,8 +43,10 @@ def reference_bytes(images: int, dimensions: int) -> int:
 
 
 def reference(workspace: Folder, network: str, given: Gaussian | None = None) -> Reference:
-    """The real images as `network` sees them, from files that RealImages and `merge_reference` have made. What is `given` takes
-    the place of their statistics in Inception's features; BeelineError if it is of another network."""
+    """Statistics and features of the real images in `network`, from the files that `merge_reference` writes.
+
+    `given` replaces the statistics in Inception's features. Raises BeelineError if it belongs to another network.
+    """
     folder = workspace / reference_folder(network)
     kept = arrays_in(folder, FEATURES, "features", "rows")
     moments = given if network == "inception" and given else _statistics_in(folder)
@@ -53,14 +55,14 @@ def reference(workspace: Folder, network: str, given: Gaussian | None = None) ->
 
 
 def arrays_in(folder: Folder, name: str, *keys: str) -> dict[str, np.ndarray]:
-    """The arrays of a file that an evaluation left, with these among them. Raises FileNotFoundError where it is not there, and
-    BeelineError where it is damaged."""
+    """The arrays of a file that an evaluation wrote. Raises FileNotFoundError if it is missing, and BeelineError if it is
+    damaged or lacks one of `keys`."""
     data = folder.read(name)
     with reading(f"{folder}/{name} is damaged", "remove it and measure again"):
-        found = unpack(data, "arrays")
-        if missing := set(keys) - set(found):
+        arrays = unpack(data, "arrays")
+        if missing := set(keys) - set(arrays):
             raise ValueError(f"it lacks {', '.join(sorted(missing))}")
-        return found
+        return arrays
 
 
 def _statistics_in(folder: Folder) -> Statistics:
@@ -70,21 +72,21 @@ def _statistics_in(folder: Folder) -> Statistics:
 
 
 def check_reference(moments: Gaussian, network: str, dimensions: int) -> None:
-    """Raise BeelineError unless `moments` are of as many features as `network` has."""
+    """Raise BeelineError unless `moments` have `dimensions` features, the number of `network`."""
     if moments.mean.shape[0] != dimensions:
         raise BeelineError(
-            f"the reference has {moments.mean.shape[0]} features, {network} {dimensions}; "
-            "expected statistics of the same network"
+            f"the reference has {moments.mean.shape[0]} features, expected {dimensions}; give statistics in the features of "
+            f"{network}"
         )
 
 
 def merge_reference(folder: Folder, files: list[str]) -> None:
-    """The groups' files, in their order, into one of statistics and one of features."""
+    """Merge the files of the groups, in their order, into one file of statistics and one of features."""
     statistics, features, rows = None, [], []
     for name in files:
         part = arrays_in(folder, name, "n", "mean", "m2", "features", "rows")
-        made = Statistics(int(part["n"]), part["mean"], part["m2"])
-        statistics = made if statistics is None else statistics + made
+        part_statistics = Statistics(int(part["n"]), part["mean"], part["m2"])
+        statistics = part_statistics if statistics is None else statistics + part_statistics
         features.append(part["features"])
         rows.append(part["rows"])
     assert statistics is not None

@@ -25,7 +25,7 @@ def samplings_of(few_step: FewStep | None, config: EvaluateConfig, *, levels: in
     """The samplings that `config` asks for, of a student that is sampled by `few_step`, or of a teacher (None) whose calibrated
     solver has `levels` levels. Needs no network: planning counts the same samplings.
 
-    Raises BeelineError for steps that a student was not trained on, for numbers of evaluations that a solver cannot have,
+    Raises BeelineError for steps that a student was not trained on, for numbers of evaluations that a solver does not allow,
     and for a calibrated solver that is missing.
     """
     if few_step is None:
@@ -36,16 +36,16 @@ def samplings_of(few_step: FewStep | None, config: EvaluateConfig, *, levels: in
         return [teacher_sampling(nfe, config.solver) for nfe in dict.fromkeys(config.nfe)]
     steps = [few_step.check(parse_steps(text)) for text in dict.fromkeys(config.steps)]
     rule = None if config.rule in ("trained", few_step.rule) else config.rule
-    return [Sampling(steps=each, rule=rule) for each in steps]
+    return [Sampling(steps=schedule, rule=rule) for schedule in steps]
 
 
 def teacher_sampling(nfe: int, solver: str = "auto") -> Sampling:
     """The sampling of a teacher with `nfe` evaluations. "auto" is Heun for odd counts of 15 and more, Euler below: few-step
-    Heun explodes and is no fair baseline. Raises BeelineError for counts that the solver cannot have."""
+    Heun explodes and is not a fair baseline. Raises BeelineError for counts that the solver does not allow."""
     chosen: Solver = "heun" if solver == "heun" or (solver == "auto" and nfe >= 15) else "euler"
     if nfe < 1 or (chosen == "heun" and nfe % 2 == 0):
         raise BeelineError(
-            f"nfe {nfe} cannot be had with solver {solver!r}: Heun takes odd counts, Euler any from 1; "
+            f"nfe {nfe} is not possible with solver {solver!r}; expected an odd number for Heun, any from 1 on for Euler; "
             '"auto" is Heun from 15 on and Euler below'
         )
     return Sampling(solver=chosen, num_steps=(nfe + 1) // 2 if chosen == "heun" else nfe)
@@ -54,8 +54,10 @@ def teacher_sampling(nfe: int, solver: str = "auto") -> Sampling:
 def draw(
     model: Denoiser, sampling: Sampling, indices: Sequence[int], labels: np.ndarray, *, seed: int, batch_size: int
 ) -> torch.Tensor:
-    """Samples (n, C, H, W) in [-1, 1] on the model's device for noise (seed, indices) and classes `labels` (n,). Values that
-    are not finite are NaN."""
+    """Draw samples (n, C, H, W) in [-1, 1], on the model's device, from the noise of (seed, indices) and classes `labels` (n,).
+
+    Values that are not finite become NaN.
+    """
     device = next(model.parameters()).device
     parts = []
     for batch in batches(len(indices), batch_size):

@@ -1,4 +1,4 @@
-"""Models in a workspace's folders: loaded in eval mode, or a message that names the command that makes them."""
+"""Loads models from a workspace's folders, in eval mode. If one is missing, the error names the command that makes it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def require_probe(workspace: Folder, which: str, recipe: str) -> tuple[Probe, st
 
 
 def require_features(workspace: Folder, name: str, recipe: str) -> tuple[FeatureNetwork, str]:
-    """The feature network "probe" (that of the losses) or a pretrained backbone, and its `checkpoint.digest`."""
+    """The feature network "probe" (the losses' probe) or a pretrained backbone, and its `checkpoint.digest`."""
     if name == "probe":
         return require_probe(workspace, "losses", recipe)
     files, where = _weights(workspace, weights_of(name))
@@ -49,7 +49,7 @@ def require_measuring(workspace: Folder, name: str) -> tuple[Inception | DinoV2,
 
 
 def publish_model(folder: Folder, files: Mapping[str, bytes]) -> None:
-    """Write a checkpoint's files, config.json last: a folder with a config.json has its weights."""
+    """Write a checkpoint's files, config.json last, so that a folder with a config.json is complete."""
     folder.write(WEIGHTS, files[WEIGHTS])
     folder.write(CONFIG, files[CONFIG])
 

@@ -1,7 +1,7 @@
-"""What all stages share: a plan that says what is being made, and a marker that says it is complete.
+"""Stages: each has a plan of its result, and a marker for a complete result.
 
-Every stage owns a folder of the workspace. plan.json is written first and fixes what goes there; a different plan in the
-same place is refused with the difference named, never mixed. `_SUCCESS` comes last and holds the time it took.
+Every stage owns a folder of the workspace. plan.json is written first and fixes the content of the folder. A different plan in
+the same folder is refused, with a list of the differences. `_SUCCESS` comes last and holds the time that the stage took.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ MADE_BY = {
 
 
 def fingerprint(plan: Any) -> str:
-    """SHA-256 of a plan: equal for equal plans, whatever the order of keys."""
+    """SHA-256 of a plan. It does not depend on the order of keys."""
     return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
 
 
 def differences(old: Any, new: Any, at: str = "") -> list[str]:
-    """Where two plans differ, as "pairs.count: 5000 there, 2000 asked for"."""
+    """The differences between two plans, as "pairs.count: 5000 there, 2000 asked for"."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         keys = [*old, *(key for key in new if key not in old)]
         return [d for key in keys for d in differences(old.get(key), new.get(key), f"{at}.{key}" if at else key)]
@@ -44,33 +44,33 @@ def differences(old: Any, new: Any, at: str = "") -> list[str]:
 
 
 class Stage:
-    """A stage's folder `name` in the workspace, and its plan (JSON-ready; config and digests of inputs)."""
+    """A stage's folder `name` in the workspace, and its plan (config and digests of inputs, as JSON values)."""
 
     def __init__(self, workspace: Folder, name: str, plan: Mapping[str, Any]) -> None:
         self.name = name
         self.folder = workspace / name
-        self.plan: dict[str, Any] = json.loads(json.dumps(plan))  # as it will be read back
+        self.plan: dict[str, Any] = json.loads(json.dumps(plan))  # in the form in which JSON is read back
         self._started = time.monotonic()
 
     def begin(self, *, more: bool = False, quiet: bool = False) -> bool:
-        """Take the folder for this plan. True if work is left; False, with a line said unless `quiet`, if the stage is
-        complete and there is no `more` to add to it.
+        """Claim the folder for this plan. Returns whether work is left.
 
-        Raises BeelineError if the folder holds another plan's work, or cannot be written.
+        No work is left if the stage is complete and there is no `more` to add; this prints a line unless `quiet`. Raises
+        BeelineError if the folder holds the result of another plan, or cannot be written.
         """
-        found = plan_in(self.folder, {})
-        if found is None:
+        old = plan_in(self.folder, {})
+        if old is None:
             if WEIGHTS in self.folder.sizes():
                 raise BeelineError(
-                    f"{self.folder} holds a model that this command did not make; it is left alone. "
-                    "Use it as it is, move it away, or choose another --workspace"
+                    f"{self.folder} holds a model that this command did not make. Nothing was changed. "
+                    "Use that model, move it away, or choose another --workspace"
                 )
             self.folder.write_json(PLAN, self.plan)
-        elif found != self.plan:
-            changes = "; ".join(differences(found, self.plan))
+        elif old != self.plan:
+            changes = "; ".join(differences(old, self.plan))
             raise BeelineError(
-                f"{self.folder} was made with other settings: {changes}. Nothing was changed. Use the settings that are "
-                "there, choose another --workspace, or remove that folder to make it anew"
+                f"{self.folder} was made with other settings: {changes}. Nothing was changed. Use the old settings, choose "
+                "another --workspace, or remove that folder to make it again"
             )
         if not more and self.is_complete():
             if not quiet:
@@ -79,11 +79,11 @@ class Stage:
         return True
 
     def withdraw(self) -> None:
-        """Take the plan back: nothing was kept that was made by it, and other settings may take the folder."""
+        """Remove the plan of a stage that kept nothing, so that other settings may use the folder."""
         self.folder.remove(PLAN)
 
     def is_complete(self) -> bool:
-        """Whether `_SUCCESS` is there and every file it lists has the size it had."""
+        """Whether `_SUCCESS` exists and every file that it lists has the listed size."""
         done = success_in(self.folder)
         if done is None:
             return False
@@ -91,8 +91,10 @@ class Stage:
         return all(sizes.get(name) == size for name, size in done["files"].items())
 
     def finish(self, *, temporary: tuple[str, ...] = (), **facts: Any) -> None:
-        """Write `_SUCCESS`: `facts`, the seconds since this stage was made and the sizes of its files, but for those whose
-        names begin as `temporary` ones do."""
+        """Write `_SUCCESS`: `facts`, the seconds since this object was made, and the sizes of the stage's files.
+
+        Files whose names start with one of the prefixes in `temporary` are not listed.
+        """
         sizes = self.folder.sizes().items()
         files = {name: size for name, size in sizes if name != SUCCESS and not name.startswith(temporary)}
         seconds = round(time.monotonic() - self._started, 1)
@@ -101,7 +103,7 @@ class Stage:
 
 
 def require(workspace: Folder, name: str, recipe: str) -> dict[str, Any]:
-    """The plan of a complete stage. Raises BeelineError naming the command that makes it, or remakes what is damaged."""
+    """The plan of a complete stage. Raises BeelineError with the command that makes or repairs the stage if it is not."""
     folder = workspace / name
     plan, done = plan_in(folder, LAYOUTS.get(name, {})), success_in(folder)
     command = f"python {MADE_BY[name.split('/')[0]]} {recipe} --workspace {workspace}"
@@ -110,22 +112,22 @@ def require(workspace: Folder, name: str, recipe: str) -> dict[str, Any]:
     sizes = folder.sizes()
     for file, size in done["files"].items():
         if sizes.get(file) != size:
-            found = "is missing" if file not in sizes else f"has {sizes[file]} bytes"
-            raise BeelineError(f"{folder}/{file} {found}, expected {size} bytes; mend it with: {command}")
+            state = "is missing" if file not in sizes else f"has {sizes[file]} bytes"
+            raise BeelineError(f"{folder}/{file} {state}, expected {size} bytes; repair it with: {command}")
     return plan
 
 
 def check_fits(workspace: Folder, images: Mapping[str, Any], network: NetworkConfig | None, what: str) -> None:
-    """Raise BeelineError unless `network` takes what images/ (of plan `images`) holds: resolution, channels, classes."""
+    """Raise BeelineError unless `network` fits images/ (of plan `images`) in resolution, channels and classes."""
     assert network is not None
-    found, where = images["images"], workspace / IMAGES
-    if (found["resolution"], found["channels"]) != (network.img_resolution, network.img_channels):
+    data, where = images["images"], workspace / IMAGES
+    if (data["resolution"], data["channels"]) != (network.img_resolution, network.img_channels):
         raise BeelineError(
-            f"{where} has {found['channels']} channels at {found['resolution']} pixels; {what} takes {network.img_channels} "
+            f"{where} has {data['channels']} channels at {data['resolution']} pixels; {what} takes {network.img_channels} "
             f"at {network.img_resolution}. Make the two agree"
         )
-    if network.label_dim not in (0, found["num_classes"]):
+    if network.label_dim not in (0, data["num_classes"]):
         raise BeelineError(
-            f"{where} has {found['num_classes']} classes; {what}.label_dim is {network.label_dim}. "
+            f"{where} has {data['num_classes']} classes; {what}.label_dim is {network.label_dim}. "
             "Make the two agree, or set it to 0 for an unconditional model"
         )

@@ -1,9 +1,9 @@
-"""Checkpoints of training in <folder>/checkpoints/step-<n>/: a file for each entry of the state, index.json last.
+"""Checkpoints of a training in <folder>/checkpoints/step-<n>/: one file for each entry of the state, and index.json last.
 
-They are written like everything else in a workspace, each file whole and with retries, local or on object storage; a folder
-without index.json is one that was being written or removed. The index holds the SHA-256 of every file: a checkpoint that is
-not what was written, to the last bit, is refused. Nothing here knows who restarts a run, or how: a run goes on from what it
-finds. Several files, since one PUT to S3 ends at 5 GB.
+Each file is written whole and with retries, to a local folder or to object storage. A folder without index.json is
+incomplete: its checkpoint was being written or removed. The index holds the SHA-256 of every file, so that a checkpoint with
+one wrong bit is refused. This module does not depend on how a run is restarted: a run continues from the checkpoints in its
+folder. The state is in several files because one PUT to S3 is limited to 5 GB.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ State = dict[str, Any]
 
 
 def save(folder: Folder, step: int, state: State, *, keep: int) -> None:
-    """Publish `state` (tensors and plain Python) as that of `step`, then remove all but the last `keep` checkpoints."""
+    """Publish `state` (tensors and plain Python) as the checkpoint of `step`, then remove all but the last `keep`."""
     place = folder / CHECKPOINTS / name_of(step)
     digests = {}
     for name, value in state.items():
@@ -39,30 +39,30 @@ def save(folder: Folder, step: int, state: State, *, keep: int) -> None:
 
 
 def load(folder: Folder, step: int) -> State:
-    """The state of `step`, its tensors in main memory. Raises BeelineError if it is not what was saved."""
+    """The state of `step`, with tensors in main memory. Raises BeelineError if it is not what was saved."""
     place = folder / CHECKPOINTS / name_of(step)
     try:
         index = place.read_json(INDEX)
         if index["step"] != step:
-            raise ValueError(f"{INDEX} is of step {index['step']}")
+            raise ValueError(f"{INDEX} is of step {index['step']}, expected {step}")
         return {name.removesuffix(".pt"): _part(place, name, digest) for name, digest in index["sha256"].items()}
     except StorageError:
         raise
-    except Exception as error:  # what a damaged file raises depends on the damage
+    except Exception as error:  # the type depends on the damage
         reason = error if str(error) else type(error).__name__
         raise BeelineError(f"{place} is damaged ({reason}); the checkpoint before it is used") from error
 
 
 def _part(place: Folder, name: str, digest: str) -> Any:
     data = place.read(name)
-    found = hashlib.sha256(data).hexdigest()
-    if found != digest:
-        raise ValueError(f"{name} has SHA-256 {found[:12]}..., expected {str(digest)[:12]}...")
+    actual = hashlib.sha256(data).hexdigest()
+    if actual != digest:
+        raise ValueError(f"{name} has SHA-256 {actual[:12]}..., expected {str(digest)[:12]}...")
     return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
 
 
 def newest(folder: Folder, refused: Collection[int] = ()) -> tuple[int, State] | None:
-    """The newest checkpoint that is whole and not `refused`, or None; a line says what is wrong with others."""
+    """The newest intact checkpoint whose step is not in `refused`, or None. Prints a line for each damaged one."""
     for step in reversed(steps(folder)):
         if step not in refused:
             try:
@@ -75,7 +75,7 @@ def newest(folder: Folder, refused: Collection[int] = ()) -> tuple[int, State] |
 
 
 def steps(folder: Folder) -> list[int]:
-    """Steps of the complete checkpoints, in order; folders of other names are left alone."""
+    """Steps of the complete checkpoints, in order. Ignores folders with other names."""
     numbers = [int(name.removeprefix("step-")) for name in (folder / CHECKPOINTS).folders() if _is_name(name)]
     return sorted(step for step in numbers if INDEX in (folder / CHECKPOINTS / name_of(step)).sizes())
 
@@ -88,7 +88,7 @@ def remove(folder: Folder, step: int) -> None:
 
 
 def name_of(step: int) -> str:
-    """The checkpoint's folder."""
+    """Name of the folder of the checkpoint of `step`."""
     return f"step-{step:08d}"
 
 

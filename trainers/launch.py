@@ -1,7 +1,7 @@
-"""The Ray Train shell around the loop: DDP ranks, restarts after failures, from the newest checkpoint that is whole.
+"""The Ray Train shell around the loop: DDP ranks, restarted after failures from the newest intact checkpoint.
 
-Ray's own checkpoint store is not used: it does not retry an upload, and a damaged snapshot in it ends every further run.
-Ray gets a folder on the driver's machine, where it writes nothing but an empty marker.
+Ray's own checkpoint store is not used: it does not retry uploads, and one damaged snapshot in it ends every later run.
+Ray gets a temporary folder on the driver's machine and writes only an empty marker there.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ def launch(
     cadence: loop.Cadence,
     tracking: Mapping[str, Any] | None = None,
 ) -> None:
-    """Train `build(session=..., **arguments)` on `workers.count` ranks. Goes on from <folder>/checkpoints by itself.
+    """Train `build(session=..., **arguments)` on `workers.count` ranks. Continues from <folder>/checkpoints.
 
     `build` is called in each rank, so it must be importable and its arguments picklable. Ray's dashboard and the metrics show
-    the run under `name`. `tracking` are the arguments of `open_trackers`. Ranks that are killed are restarted
-    `workers.max_failures` times; a BeelineError in a rank is final, but for a StorageError, which may pass. Machines that Ray
-    is told will leave are left in time, and not counted.
+    the run as `name`. `tracking` holds the arguments of `open_trackers`. Killed ranks are restarted up to
+    `workers.max_failures` times. A BeelineError in a rank ends the training, except a StorageError, which may be temporary.
+    When Ray announces that a machine will leave, the ranks save a checkpoint and restart without it; this is not a failure.
     """
     ensure_ray()
     check_room(name, workers.min_count or workers.count, cpus=workers.threads, gpus=workers.gpus)
@@ -73,7 +73,7 @@ def launch(
                     resources_per_worker={"CPU": workers.threads} | ({"GPU": workers.gpus} if workers.gpus else {}),
                 ),
                 run_config=ray.train.RunConfig(
-                    name=name.replace("/", "-"),  # it names a folder, too
+                    name=name.replace("/", "-"),  # also the name of a folder
                     storage_path=scratch,
                     failure_config=ray.train.FailureConfig(max_failures=workers.max_failures),
                     callbacks=[FinalErrors()],
@@ -82,22 +82,23 @@ def launch(
             )
             finished = bool(trainer.fit().return_value)
             if not finished:
-                print("training: a machine is about to leave; going on with the others", flush=True)
+                print("training: a machine is about to leave; continuing on the others", flush=True)
 
 
 class _Trainer(ray.train.torch.TorchTrainer):
-    """Leaves Ctrl-C to the command (beeline/entry.py): Ray's handler of it would end this process with status 1."""
+    """Leaves Ctrl-C to the command (beeline/entry.py): Ray's own handler would end this process with status 1."""
 
     def _register_sigint_handler(self, controller: Any) -> None: ...
 
     def _create_default_callbacks(self) -> list[RayTrainCallback]:
         # Ray's cleaner of placement groups is a detached actor. In Ray 2.60 it never ends once the driver is killed, because it
-        # calls exit_actor in a thread. Leave it out: placement groups end with their job.
-        return [each for each in super()._create_default_callbacks() if not isinstance(each, PlacementGroupCleanerCallback)]
+        # calls exit_actor in a thread. It is not needed: placement groups end with their job.
+        callbacks = super()._create_default_callbacks()
+        return [callback for callback in callbacks if not isinstance(callback, PlacementGroupCleanerCallback)]
 
 
 class FinalErrors(ray.train.UserCallback):
-    """Ray Train takes an exception of the code for a lost process and tries again; the user's to mend are not tried again."""
+    """Makes user errors fail at once: Ray Train retries every exception."""
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         for error in worker_exceptions.values():
@@ -110,12 +111,13 @@ def check_batch(batch_size: int, workers: WorkersConfig, accumulate: int = 1) ->
     if batch_size % (workers.count * accumulate):
         raise BeelineError(
             f"batch size {batch_size} does not divide among {workers.count} workers"
-            f"{f' in {accumulate} parts each' if accumulate > 1 else ''}; choose a multiple, or other workers"
+            f"{f' in {accumulate} parts each' if accumulate > 1 else ''}; choose a multiple of "
+            f"{workers.count * accumulate}, or another number of workers"
         )
 
 
 def _rank(config: dict[str, Any]) -> bool:
-    # 1x1 convolutions: the two layouts hold the same numbers in the same order.
+    # Harmless for 1x1 convolutions: both layouts hold the same numbers in the same order.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     set_numerics()
     logging.getLogger("ray.train.v2._internal.util").addFilter(_is_news)
@@ -142,14 +144,14 @@ def _rank(config: dict[str, Any]) -> bool:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Whether Ray Train logs more than an error for the user, which the command tells in one line."""
+    """False for a user error that Ray Train logs: the command prints it in one line."""
     return not isinstance(sys.exc_info()[1], BeelineError)
 
 
 def _newest(folder: Folder, rank: int, device: torch.device, refused: Collection[int]) -> tuple[int, loop.State] | None:
-    """`checkpoints.newest`. Rank 0 chooses it, so that all ranks take the same."""
-    found = checkpoints.newest(folder, refused) if rank == 0 else None
-    chosen: list[int | None] = [found[0] if found else None]
+    """`checkpoints.newest`, with the same result on all ranks: rank 0 chooses the step."""
+    newest = checkpoints.newest(folder, refused) if rank == 0 else None
+    chosen: list[int | None] = [newest[0] if newest else None]
     torch.distributed.broadcast_object_list(chosen, src=0, device=device)
     (step,) = chosen
-    return (step, checkpoints.load(folder, step)) if rank and step is not None else found
+    return (step, checkpoints.load(folder, step)) if rank and step is not None else newest

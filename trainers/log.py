@@ -1,4 +1,4 @@
-"""Writing the log of a training, train.jsonl: a row every so many steps, with the means of the figures since the row before.
+"""Write the log of a training, train.jsonl: a row every few steps, with the means of the figures since the previous row.
 
 pipeline/training_log.py names the columns. In a row "skipped" counts the steps so far whose gradients were not finite.
 """
@@ -26,7 +26,7 @@ Figures = dict[str, Any]
 
 
 class Log:
-    """The rows so far, and the figures since the last one. A figure's mean is over the steps that had it."""
+    """The rows so far, and the figures since the last row. The mean of a figure is over the steps that reported it."""
 
     def __init__(self, readers: Sequence[ShardReader], device: torch.device, images_per_step: int) -> None:
         self.rows: list[dict[str, Any]] = []
@@ -37,7 +37,7 @@ class Log:
         self.start_row()
 
     def add(self, figures: Figures) -> None:
-        """Count a step. SKIPPED is 1 for gradients that are not finite."""
+        """Add the figures of a step. SKIPPED is 1 if its gradients were not finite."""
         bad = int(figures.pop(SKIPPED))
         self.done += 1
         self.skipped, self.skipped_in_a_row = self.skipped + bad, self.skipped_in_a_row + 1 if bad else 0
@@ -46,7 +46,7 @@ class Log:
             self._counts[key] = self._counts.get(key, 0) + 1
 
     def end_row(self) -> None:
-        """Append a row of the steps since the last one."""
+        """Append a row for the steps since the last row."""
         now = time.monotonic()
         means = {key: float(value) / self._counts[key] for key, value in self._sums.items()}
         row = {STEP: self.done, **means, SKIPPED: self.skipped}
@@ -58,11 +58,11 @@ class Log:
         self._sums, self._counts = {}, {}
 
     def start_row(self) -> None:
-        """Time the next row from now on."""
+        """Start the clock of the next row."""
         self._row_began, self._timed_from, self._waited_before = time.monotonic(), self.done, self._waited()
 
     def state_dict(self) -> State:
-        """The counters and open sums for a checkpoint, as plain Python. The rows themselves are in train.jsonl."""
+        """Counters and sums of the unfinished row, as plain Python. The rows themselves are in train.jsonl."""
         return {
             "done": self.done,
             "sums": {key: float(value) for key, value in self._sums.items()},
@@ -72,7 +72,7 @@ class Log:
         }
 
     def restore(self, state: State, folder: Folder) -> None:
-        """Continue from `state_dict`, with the rows of <folder>/train.jsonl up to it."""
+        """Continue from a `state_dict`, with the rows of <folder>/train.jsonl up to its step."""
         self.done = state["done"]
         self._sums, self._counts = dict(state["sums"]), dict(state["counts"])
         self.skipped, self.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
@@ -91,6 +91,6 @@ def peak_memory(device: torch.device) -> float:
 
 
 def write_log(folder: Folder, rows: Sequence[dict[str, Any]]) -> None:
-    """Publish train.jsonl, and TensorBoard's file, whole: object storage cannot append."""
+    """Write train.jsonl and TensorBoard's file as a whole: object storage cannot append."""
     folder.write(LOG, "".join(json.dumps(row) + "\n" for row in rows).encode())
     folder.write(EVENTS, tensorboard_events(rows))

@@ -1,7 +1,7 @@
-"""The training loop: steps, logs, validations, checkpoints. It knows no Ray; `Session` is what it sees of the outside world.
+"""The training loop: steps, logs, validations, checkpoints. It does not use Ray; a `Session` describes its surroundings.
 
-A task says what one step does; the loop does the rest. Everything random in a step is a function of (seed, rank, step), so
-a checkpoint holds weights, optimisers and counters, and a resumed run ends with the weights of an undisturbed one.
+A task defines one step; the loop does the rest. All randomness in a step is a function of (seed, rank, step). A checkpoint
+therefore holds only weights, optimisers and counters, and a resumed run ends with the weights of an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -26,20 +26,23 @@ from trainers import checkpoints
 from trainers.log import Figures, Log, write_log
 from trainers.tracking import Tracker
 
-MAX_SKIPPED = 100  # steps in a row
-NOTICE_EVERY = 10  # steps: to ask whether a machine leaves makes all ranks meet, some 5 ms
-LOOP = "loop"  # the loop's own entry of a checkpoint
+MAX_SKIPPED = 100  # consecutive steps
+NOTICE_EVERY = 10  # steps between checks for a leaving machine: each check synchronises all ranks, about 5 ms
+LOOP = "loop"  # the loop's own entry in a checkpoint
 State = checkpoints.State
 
 
 class MisfitError(BeelineError):
-    """A checkpoint is whole, but not one of this task."""
+    """An intact checkpoint that does not fit this task."""
 
 
 @dataclasses.dataclass(kw_only=True)
 class Session:
-    """One rank's view of a run. `restored` is the state to go on from; `run` takes it, so that its memory is free again.
-    `leaving` says whether a machine is about to be taken away; all ranks ask it at the same steps, and hear the same."""
+    """One rank's view of a run.
+
+    `restored` is the state to continue from; `run` removes it, to free its memory. `leaving` returns whether a machine is
+    about to be taken away; all ranks call it at the same steps and get the same answer.
+    """
 
     rank: int = 0
     world_size: int = 1
@@ -51,7 +54,7 @@ class Session:
     readers: list[ShardReader] = dataclasses.field(default_factory=list, init=False)
 
     def read(self, folder: Folder, config: dict[str, Any], seed: int) -> ShardReader:
-        """A reader of shards; the log tells how long steps wait for it."""
+        """A reader of shards. The log shows how long steps wait for it."""
         self.readers.append(ShardReader(folder, config, seed))
         return self.readers[-1]
 
@@ -61,7 +64,7 @@ class Session:
         return step * batch_size + first, last - first
 
     def average_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Average the gradients of parameters that `parallel` has not wrapped over all ranks."""
+        """Average gradients over all ranks, for parameters that `parallel` has not wrapped."""
         if self.world_size > 1:
             for parameter in parameters:
                 parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
@@ -69,8 +72,10 @@ class Session:
                 parameter.grad /= self.world_size
 
     def generator(self, seed: int, step: int) -> torch.Generator:
-        """The source of this step's randomness on this rank. torch's global generator (dropout) gets a seed of its own: with
-        the same one both would draw the same numbers."""
+        """The random generator of this step on this rank.
+
+        Also seeds torch's global generator (dropout), with another seed: otherwise both would draw the same numbers.
+        """
         torch.manual_seed(stream_seed(seed, "global", self.rank, step))
         return torch.Generator(self.device).manual_seed(stream_seed(seed, "step", self.rank, step))
 
@@ -78,12 +83,12 @@ class Session:
         """The model, wrapped so that gradients are averaged over ranks."""
         if self.world_size == 1:
             return model
-        # Buffers follow the weights by themselves (spectral norm, resampling filters): nothing to broadcast.
+        # Nothing to broadcast: buffers change equally on all ranks (spectral norm) or are constant (resampling filters).
         return DistributedDataParallel(model, forward_sync_buffers=False, gradient_as_bucket_view=True)
 
 
 class Task(Protocol):
-    """What is trained. `name` heads the log lines; `images_per_step` counts over all ranks."""
+    """A training, as the loop sees it. `name` starts the log lines; `images_per_step` counts images of all ranks."""
 
     name: str
     iterations: int
@@ -91,16 +96,15 @@ class Task(Protocol):
 
     @property
     def phase_ends(self) -> Sequence[int]:
-        """Steps after which a phase ends. Rows of the log end there, too."""
+        """Steps after which a phase ends. The log ends a row there as well."""
         ...
 
     def step(self, step: int) -> Figures:
-        """One step; returns figures for the log, numbers or tensors, among them "skipped" (1 for a step with non-finite
-        gradients)."""
+        """Do one step. Returns figures for the log, numbers or tensors; "skipped" is 1 if gradients were not finite."""
         ...
 
     def validate(self, step: int) -> dict[str, float]:
-        """Judge the model after `step` steps; figures for the log. Called on rank 0, where `validate_every` asks for it."""
+        """Evaluate the model after `step` steps. Returns figures for the log. Called on rank 0, each `validate_every` steps."""
         ...
 
     def state_dict(self) -> State:
@@ -118,7 +122,7 @@ class Task(Protocol):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cadence:
-    """How often, in steps. `validate_every` 0 never validates; `keep` is how many checkpoints stay."""
+    """Intervals in steps. `validate_every` 0 disables validation. `keep` is the number of checkpoints that are kept."""
 
     log_every: int
     checkpoint_every: int
@@ -132,26 +136,28 @@ def train(
     cadence: Cadence,
     newest: Callable[[Collection[int]], tuple[int, State] | None],
 ) -> bool:
-    """Build a task and `run` it from the newest checkpoint that it can take, or from the start. `newest(refused)` gives the
-    newest that is whole, but for steps that were `refused` before; it gives all ranks the same."""
+    """Build a task and `run` it from the newest checkpoint that fits it, or from the start.
+
+    `newest(refused)` returns the newest intact checkpoint whose step is not in `refused`, the same on all ranks.
+    """
     refused: set[int] = set()
     while True:
         session.readers.clear()
         step, session.restored = newest(refused) or (0, None)
         try:
             return run(build(session), session, cadence)
-        except MisfitError as error:  # the task may have taken half of it: build another
+        except MisfitError as error:  # the task may have loaded half of the state: build a new one
             if session.rank == 0:
                 print(f"{session.folder}/{checkpoints.CHECKPOINTS}/{checkpoints.name_of(step)}: {error}", flush=True)
             refused.add(step)
 
 
 def run(task: Task, session: Session, cadence: Cadence) -> bool:
-    """Train `task` to its end, from `session.restored` where there is one, and publish the model: True. False if a machine
-    is about to leave: a checkpoint of this very step is there, and the ranks are to be started anew.
+    """Train `task` to its end, from `session.restored` if it is set, and publish the model.
 
-    Raises BeelineError if MAX_SKIPPED steps in a row had gradients that are not finite, MisfitError if `restored` is not a
-    state of this task.
+    Returns True when the model is published. Returns False if a machine is about to leave: a checkpoint of the current step
+    is saved, and the caller must restart the ranks. Raises BeelineError if the gradients of MAX_SKIPPED steps in a row are
+    not finite, and MisfitError if `restored` does not fit this task.
     """
     log = Log(session.readers, session.device, task.images_per_step)
     if session.restored is not None:
@@ -166,16 +172,16 @@ def run(task: Task, session: Session, cadence: Cadence) -> bool:
         log.add(task.step(done - 1))
         if log.skipped_in_a_row == MAX_SKIPPED:
             raise BeelineError(
-                f"{task.name}: the gradients of {MAX_SKIPPED} steps in a row, up to step {done}, are not finite, and were "
-                "skipped; lower the learning rate, or train in fp32. The last checkpoint is kept"
+                f"{task.name}: the gradients of {MAX_SKIPPED} steps in a row, up to step {done}, are not finite; "
+                "lower the learning rate, or train in fp32. The last checkpoint is kept"
             )
         final = done == task.iterations
-        judged = bool(cadence.validate_every) and (done % cadence.validate_every == 0 or final)
-        if done % cadence.log_every == 0 or judged or final or done in task.phase_ends:
+        validate = bool(cadence.validate_every) and (done % cadence.validate_every == 0 or final)
+        if done % cadence.log_every == 0 or validate or final or done in task.phase_ends:
             log.end_row()
             if session.rank == 0:
-                left = (task.iterations - done) * (time.monotonic() - began) / (done - start)
-                _show(task, session, log.rows[-1], judged, left)
+                seconds_left = (task.iterations - done) * (time.monotonic() - began) / (done - start)
+                _show(task, session, log.rows[-1], validate, seconds_left)
             log.start_row()
         leaving = done % NOTICE_EVERY == 0 and session.leaving()
         if (done % cadence.checkpoint_every == 0 or leaving) and not final:
@@ -195,26 +201,26 @@ def run(task: Task, session: Session, cadence: Cadence) -> bool:
     return True
 
 
-def _show(task: Task, session: Session, row: dict[str, Any], judged: bool, left: float) -> None:
-    """Print a row of the log, with the figures of a validation if it is `judged`, and give it to the trackers."""
-    if judged:
+def _show(task: Task, session: Session, row: dict[str, Any], validate: bool, seconds_left: float) -> None:
+    """Print a row of the log and send it to the trackers. With `validate`, first add the figures of a validation."""
+    if validate:
         row |= task.validate(row[STEP])
     shown = ", ".join(f"{key} {value:.4g}" for key, value in row.items() if key not in (STEP, SECONDS))
-    print(f"{task.name}: step {row[STEP]} of {task.iterations}, {shown}, {left:.0f} s left", flush=True)
+    print(f"{task.name}: step {row[STEP]} of {task.iterations}, {shown}, {seconds_left:.0f} s left", flush=True)
     for tracker in session.trackers:
         tracker.log(row)
 
 
 def _restore(task: Task, session: Session) -> State:
-    """Give the task its state and drop it; returns the loop's own part."""
+    """Load the task's state and free it. Returns the loop's own part."""
     state, session.restored = dict(session.restored or {}), None
     try:
         own = state.pop(LOOP)
         check_layout(own, {"done": 0, "sums": {}, "counts": {}, "skipped": 0, "skipped_in_a_row": 0})
         task.load_state_dict(state)
     except (BeelineError, torch.OutOfMemoryError, torch.AcceleratorError):
-        raise  # nothing that the checkpoint is to blame for
-    except Exception as error:  # torch, optimisers and tasks each raise their own
+        raise  # not a fault of the checkpoint
+    except Exception as error:  # torch, optimisers and tasks raise different types
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise MisfitError(f"the checkpoint is of another task ({reason}); the one before it is used") from error
     return own

@@ -1,4 +1,4 @@
-"""The training of a student, from the weights of its teacher or of another student."""
+"""Training of a student from the weights of its teacher or of another student."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def student_training(
     images: dict[str, Any] | None,
     task: type[Training] = Training,
 ) -> Training:
-    """The training of a student from the weights in `config.init`. New weights depend on `config.seed` alone."""
+    """Build the training of a student from the weights in `config.init`. New weights depend on `config.seed` alone."""
 
     def start() -> Denoiser:
         torch.manual_seed(stream_seed(config.seed, "student"))
@@ -49,22 +49,22 @@ def student_training(
 
 
 def check_phases(config: StudentConfig) -> None:
-    """Raise BeelineError for a student without phases, and phases whose optimisers do not follow each other."""
+    """Raise BeelineError for a student without phases, and for phases whose optimisers cannot continue each other."""
     if not config.running:
         raise BeelineError(f"student {config.name!r} needs at least one phase with iterations above 0")
     kinds = [phase.optimizer.kind for phase in config.running.values()]
     if config.phase_switch == "continue" and len(set(kinds)) > 1:
         raise BeelineError(
-            f"the phases use the optimisers {' and '.join(kinds)}, and phase_switch is 'continue': a later one cannot continue "
-            "with the moments of the first. Use the same kind, or set phase_switch to 'restart'"
+            f"the phases use the optimisers {' and '.join(kinds)}, and phase_switch is 'continue': one kind cannot use "
+            "the moments of the other. Use the same kind in all phases, or set phase_switch to 'restart'"
         )
 
 
 def start_from(init: Denoiser, *, second_level: bool = False) -> Denoiser:
     """A student with the weights of `init`, ready to train, without dropout and without the augmentation input.
 
-    A student never gets augmentation labels: the weights of that input would have no gradient, which DDP refuses. The input
-    of a second noise level is added, or dropped, as `second_level` asks; its new weights are 0 where it ends, so that the
+    A student never gets augmentation labels: the weights of that input would have no gradient, which DDP refuses.
+    `second_level` adds or removes the input for a second noise level. The last layer of a new input is 0, so that the
     student starts as `init`.
     """
     assert init.network_config is not None

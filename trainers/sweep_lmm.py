@@ -1,12 +1,12 @@
-"""A sweep of SOT step schedules, learning rates, the adversarial weight and the average into sweeps/<name>/, with Ray Tune.
+"""Sweep SOT step schedules, learning rates, adversarial weights and EMA half-lives into sweeps/<name>/, with Ray Tune.
 
     python trainers/sweep_lmm.py digits
-    python trainers/sweep_lmm.py digits --sweep.trials 32                       # adds to what is there
-    python trainers/sweep_lmm.py digits --sweep.promote tuned                   # the best one into students/tuned
+    python trainers/sweep_lmm.py digits --sweep.trials 32                       # adds trials
+    python trainers/sweep_lmm.py digits --sweep.promote tuned                   # publishes the best as students/tuned
 
-Every trial starts from one shared student and trains through the same task and loop as train_lmm.py. ASHA, on the training
-step, stops the worse ones by a quick distance; the finished ones are judged by the evaluation pool. Both look through the
-losses' probe by default, so that what is chosen here is not chosen by the measure that is reported.
+Every trial starts from one shared student and trains with the same task and loop as train_lmm.py. ASHA compares trials at
+equal training steps and stops the worse ones by a quick distance. The evaluation pool measures the finished ones. By
+default both use the features of the losses' probe, so that trials are not selected by the reported metric.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ from pipeline.storage import Folder
 from trainers import checkpoints
 from trainers.launch import check_batch
 from trainers.train_lmm import check_resolution
-from trainers.trials import PerSchedule, config_of, folder_name, run_trial, rungs_in, settings, trials_of
+from trainers.trials import PerSchedule, Shared, config_of, folder_name, run_trial, rungs_in, settings, trials_of
 
 PARETO = "pareto.png"
 
@@ -65,7 +65,7 @@ PARETO = "pareto.png"
 def sweep_lmm(
     workspace: str, recipe: tyro.conf.Suppress[str], sweep: SweepConfig, student: StudentConfig, evaluate: EvaluateConfig
 ) -> None:
-    """Train `sweep.trials` short trials, judge the finished ones, and tabulate all.
+    """Train `sweep.trials` short trials, measure the finished ones, and tabulate all of them.
 
     Args:
         workspace: Local folder or s3://bucket/prefix.
@@ -74,7 +74,7 @@ def sweep_lmm(
     check_sweep(sweep, student)
     pairs, images = require(place, PAIRS, recipe), require(place, IMAGES, recipe)
     check_measurable(place, recipe, judging(sweep, evaluate), images)
-    tried = {number: settings(number, sweep, student.seed) for number in range(sweep.trials)}
+    trials = {number: settings(number, sweep, student.seed) for number in range(sweep.trials)}
     configs = trials_of(sweep, student)
     names = dict.fromkeys(name for config in configs.values() for name in config.needs().features)
     init, init_sha256 = require_model(place, sweep.init, recipe)
@@ -90,14 +90,15 @@ def sweep_lmm(
         "features_sha256": {name: require_features(place, name, recipe)[1] for name in names},
     }
     stage = Stage(place, f"{SWEEPS}/{sweep.name}", plan)
-    folder, there = stage.folder, stage.folder.sizes()
-    left = [number for number in tried if _row_name(number) not in there]
+    folder, files = stage.folder, stage.folder.sizes()
+    left = [number for number in trials if _row_name(number) not in files]
     if stage.begin(more=bool(left)):
-        print(f"sweep: {len(tried) - len(left)} of {len(tried)} trials are there", flush=True)
-        _train(place, recipe, sweep, folder, tried, {number: configs[number] for number in left}, pairs, images)
-        for number in tried:  # a stopped trial may have written one before its process ended
+        print(f"sweep: {len(trials) - len(left)} of {len(trials)} trials are complete", flush=True)
+        shared = Shared(workspace=place, recipe=recipe, sweep=sweep, folder=folder, pairs=pairs, images=images)
+        _train(shared, trials, {number: configs[number] for number in left})
+        for number in trials:  # a stopped trial may have written a checkpoint before its process ended
             _remove_checkpoints(folder, number)
-        rows = [_row(folder, number) for number in tried]
+        rows = [_row(folder, number) for number in trials]
         rows = _judge(place, recipe, sweep, evaluate, rows)
         write_trials(folder, rows)
         folder.write(PARETO, _pareto_plot(rows))
@@ -107,7 +108,7 @@ def sweep_lmm(
 
 
 def check_sweep(sweep: SweepConfig, student: StudentConfig) -> None:
-    """Raise BeelineError for settings that do not go together, whatever the workspace holds."""
+    """Raise BeelineError for settings that contradict each other. Does not read the workspace."""
     config_of(settings(0, sweep, student.seed), sweep, student)
     lines = list(student.phases.values())[-1].objective
     assert isinstance(lines, LinesMatchingConfig)
@@ -120,44 +121,34 @@ def check_sweep(sweep: SweepConfig, student: StudentConfig) -> None:
         sweep.require(sweep.promote_nfe in nfes, "promote_nfe", f"the steps of one of the schedules {sweep.schedules}")
 
 
-def _train(
-    place: Folder,
-    recipe: str,
-    sweep: SweepConfig,
-    folder: Folder,
-    tried: Mapping[int, Mapping[str, Any]],
-    configs: Mapping[int, StudentConfig],
-    pairs: dict[str, Any],
-    images: dict[str, Any],
-) -> None:
-    """Run the trials of `configs`; each that ends, or is stopped, leaves a row."""
+def _train(shared: Shared, trials: Mapping[int, Mapping[str, Any]], configs: Mapping[int, StudentConfig]) -> None:
+    """Run those of `trials` that `configs` holds. Each writes a row when it finishes or is stopped."""
     if not configs:
         return
+    sweep, folder = shared.sweep, shared.folder
     ensure_ray()
     check_room("sweep", 1, cpus=sweep.threads, gpus=sweep.gpus)
-    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # or Ctrl-C would end the trials and go on with the sweep
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new one has tables of its own even where verbose is 0
+    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # otherwise Ctrl-C ends only the trials, not the sweep
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new output prints tables even if verbose is 0
     logging.getLogger("ray.tune.execution.tune_controller").addFilter(_is_news)
-    rungs = {number: rungs_in(folder / folder_name(number)) for number in tried}
-    function = tune.with_parameters(
-        run_trial, workspace=place, recipe=recipe, folder=folder, configs=configs, sweep=sweep, pairs=pairs, images=images
-    )
+    rungs = {number: rungs_in(folder / folder_name(number)) for number in trials}
+    function = tune.with_parameters(run_trial, shared=shared, configs=configs)
     resources, name = {"CPU": sweep.threads, "GPU": sweep.gpus}, f"Trial({sweep.name})"
     trainable = wrap_function(tune.with_resources(function, resources), name=name)
-    trainable.__name__ = trainable.__qualname__ = name  # for Ray's dashboard: by itself it is an "ImplicitFunc"
-    ended = [_row(folder, number) for number in tried if number not in configs]
-    # Tune's own files are of no use afterwards: what a sweep goes on from is in the workspace.
+    trainable.__name__ = trainable.__qualname__ = name  # for Ray's dashboard, which shows "ImplicitFunc" otherwise
+    ended = [_row(folder, number) for number in trials if number not in configs]
+    # Tune's own files are not needed afterwards: a sweep resumes from the workspace.
     with tempfile.TemporaryDirectory(prefix="beeline-sweep-") as scratch:
         tuner = tune.Tuner(
             trainable,
             param_space={"trial": tune.grid_search(list(configs))},
             tune_config=tune.TuneConfig(
-                scheduler=PerSchedule(sweep, tried, rungs), max_concurrent_trials=sweep.max_concurrent or None
+                scheduler=PerSchedule(sweep, trials, rungs), max_concurrent_trials=sweep.max_concurrent or None
             ),
             run_config=tune.RunConfig(
                 name=sweep.name,
                 storage_path=scratch,
-                callbacks=[_Rows(folder, sweep, tried, ended)],
+                callbacks=[_Rows(folder, sweep, trials, ended)],
                 failure_config=tune.FailureConfig(max_failures=sweep.max_failures),
                 verbose=0,
             ),
@@ -168,33 +159,33 @@ def _train(
 
 
 class _Rows(tune.Callback):
-    """Writes the row of each trial that has ended: it will not be run again. `ended` are those of earlier runs."""
+    """Writes a row for each trial that ends, so that it is not run again. `ended` are the rows of earlier runs."""
 
     def __init__(
-        self, folder: Folder, sweep: SweepConfig, tried: Mapping[int, Mapping[str, Any]], ended: list[dict[str, Any]]
+        self, folder: Folder, sweep: SweepConfig, trials: Mapping[int, Mapping[str, Any]], ended: list[dict[str, Any]]
     ) -> None:
-        self.folder, self.sweep, self.tried, self.ended = folder, sweep, tried, ended
+        self.folder, self.sweep, self.trials, self.ended = folder, sweep, trials, ended
         self._show()
 
     def _show(self) -> None:
         stopped = sum(row["stopped"] for row in self.ended)
-        states = {"left": len(self.tried) - len(self.ended), "stopped": stopped, "finished": len(self.ended) - stopped}
-        for state, trials in states.items():
-            prometheus.gauge("sweep_trials", trials, sweep=self.sweep.name, state=state)
+        states = {"left": len(self.trials) - len(self.ended), "stopped": stopped, "finished": len(self.ended) - stopped}
+        for state, count in states.items():
+            prometheus.gauge("sweep_trials", count, sweep=self.sweep.name, state=state)
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Tune tries a trial again after any error. One that only the user can mend is final; others are said."""
-        file = trial.pickled_error_file  # as Tune has just written it; what `get_pickled_error` reads is copied later
+        """Fail at once for user errors, and print other errors: Tune retries a trial after every error."""
+        file = trial.pickled_error_file  # just written by Tune; `get_pickled_error` reads a copy that is made later
         error = find_user_error(ray.cloudpickle.loads(Path(file).read_bytes())) if file else None
         if error is not None and not isinstance(error, StorageError):
             raise error
         why = error or "its process has died"
-        print(f"sweep: trial {trial.config['trial']} is tried again: {why}", flush=True)
+        print(f"sweep: retrying trial {trial.config['trial']}: {why}", flush=True)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         number = trial.config["trial"]
         last = rungs_in(self.folder / folder_name(number))[-1]
-        row = {**self.tried[number], **last, "stopped": last["step"] < self.sweep.iterations}
+        row = {**self.trials[number], **last, "stopped": last["step"] < self.sweep.iterations}
         self.folder.write_json(_row_name(number), row)
         _remove_checkpoints(self.folder, number)
         self.ended.append(row)
@@ -205,12 +196,12 @@ class _Rows(tune.Callback):
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Whether Tune logs more than an error for the user, which is told by itself and without a traceback."""
+    """False for a user error that Tune logs: it is printed separately, without a traceback."""
     return find_user_error(record.exc_info[1] if record.exc_info else None) is None
 
 
 def judging(sweep: SweepConfig, evaluate: EvaluateConfig) -> EvaluateConfig:
-    """How finished trials are measured: in the sweep's own features."""
+    """Settings to measure finished trials with: `evaluate`, in the sweep's own features."""
     reference = evaluate.reference if sweep.features == "inception" else ""
     return replace(evaluate, features=(sweep.features,), rule="trained", reference=reference)
 
@@ -218,35 +209,40 @@ def judging(sweep: SweepConfig, evaluate: EvaluateConfig) -> EvaluateConfig:
 def _judge(
     place: Folder, recipe: str, sweep: SweepConfig, evaluate: EvaluateConfig, rows: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """The rows, and to those of finished trials what the evaluation pool finds: `distance` (mean over draws) and its `std`, of
-    `metric`."""
+    """Measure the finished trials with the evaluation pool. Returns the rows with `metric`, `distance` and `std`.
+
+    `distance` is the mean of the metric over draws, `std` its standard deviation. All three are None for stopped trials.
+    """
     names = {row["trial"]: f"{SWEEPS}/{sweep.name}/{folder_name(row['trial'])}" for row in rows if not row["stopped"]}
     steps = {names[row["trial"]]: (row["steps"],) for row in rows if row["trial"] in names}
     measure(str(place), recipe, judging(sweep, evaluate), steps)
-    made = []
+    measured_rows = []
     for row in rows:
         figures: dict[str, Any] = {"metric": None, "distance": None, "std": None}
         if row["trial"] in names:
-            found = metrics_in(place / EVALUATION / names[row["trial"]])
-            assert found is not None, "measure() leaves metrics of every trial"
-            first = found["rows"][0]
+            metrics = metrics_in(place / EVALUATION / names[row["trial"]])
+            assert metrics is not None, "measure() writes metrics of every trial"
+            first = metrics["rows"][0]
             figures = {"metric": first["metric"], "distance": first["mean"], "std": first["std"]}
-        made.append(row | figures)
-    return made
+        measured_rows.append(row | figures)
+    return measured_rows
 
 
 def finished(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of trials that were not stopped."""
+    """The rows of finished trials; stopped ones are left out."""
     return [row for row in rows if not row["stopped"]]
 
 
 def _promote(place: Folder, sweep: SweepConfig, rows: list[dict[str, Any]]) -> None:
-    """The best trial of `sweep.promote_nfe` evaluations as a student."""
-    able = [row for row in rows if row["nfe"] == sweep.promote_nfe and is_judged(row)]
-    if not able:
+    """Publish the best trial of `sweep.promote_nfe` evaluations as a student."""
+    candidates = [row for row in rows if row["nfe"] == sweep.promote_nfe and is_judged(row)]
+    if not candidates:
         counts = ", ".join(map(str, sorted({row["nfe"] for row in finished(rows)})))
-        raise BeelineError(f"no finished trial has {sweep.promote_nfe} evaluations; there are some of {counts}")
-    best, swept = min(able, key=lambda row: row["distance"]), place / SWEEPS / sweep.name
+        raise BeelineError(
+            f"no finished trial has {sweep.promote_nfe} evaluations; finished trials have: {counts or 'none'}. "
+            "Set --sweep.promote-nfe to one of these, or add trials (--sweep.trials)"
+        )
+    best, swept = min(candidates, key=lambda row: row["distance"]), place / SWEEPS / sweep.name
     source = swept / folder_name(best["trial"])
     files = {name: source.read(name) for name in (WEIGHTS, CONFIG)}
     origin = {"sweep": sweep.name, **{key: best[key] for key in ("trial", "metric", "distance")}}
@@ -259,16 +255,16 @@ def _promote(place: Folder, sweep: SweepConfig, rows: list[dict[str, Any]]) -> N
 
 
 def _row(folder: Folder, number: int) -> dict[str, Any]:
-    """What is kept of a trial that has ended."""
+    """The row of a trial that has ended."""
     name = _row_name(number)
-    with reading(f"{folder}/{name} is not as a trial leaves it", "remove it and sweep again"):
+    with reading(f"{folder}/{name} is damaged", "remove it and run the sweep again"):
         row = folder.read_json(name)
         check_layout(row, ENDED)
         return row
 
 
 def _remove_checkpoints(folder: Folder, number: int) -> None:
-    """Those of a trial that has ended: several times the size of the student."""
+    """Remove the checkpoints of a trial that has ended: each is several times as large as the student."""
     for step in checkpoints.steps(folder / folder_name(number)):
         checkpoints.remove(folder / folder_name(number), step)
 
@@ -278,7 +274,7 @@ def _row_name(number: int) -> str:
 
 
 def _pareto_plot(rows: list[dict[str, Any]]) -> bytes:
-    """NFE against distance, a point for each judged trial, coloured by learning rate; the Pareto front joined."""
+    """A PNG plot of distance over NFE: a point for each measured trial, coloured by learning rate, and the Pareto front."""
     figure, axes = plt.subplots(figsize=(5, 3.2), layout="constrained")
     shown, front = finished(rows), pareto(rows)
     nfe, distance = [row["nfe"] for row in shown], [row["distance"] for row in shown]

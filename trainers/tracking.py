@@ -1,7 +1,7 @@
-"""A run's figures for those who watch: TensorBoard's file and, where asked for, MLflow and Weights & Biases.
+"""Sends a run's figures to TensorBoard and, on request, to MLflow and Weights & Biases.
 
-All are made of the rows of train.jsonl, which remains the record. What is read back from a tracker is the last step that it
-has: a resumed run goes on from there, with no point twice and none left out.
+All of them get the rows of train.jsonl, which remains the record. Only the last step is read back from a tracker: a resumed
+run continues after that step, so that no point is doubled or missing.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from beeline.errors import BeelineError
 from pipeline.training_log import SECONDS, STEP
 
 Row = Mapping[str, Any]
-RETRY = 600.0  # seconds: an attempt to reach a server that is gone can take most of a minute
+RETRY = 600.0  # seconds between attempts: one attempt to reach a missing server can take most of a minute
 RUN_TAG = "beeline.run_id"  # MLflow chooses its runs' ids itself
-# By its own defaults MLflow would hold a step up for 20 minutes before it gives up a server that hangs.
+# With MLflow's own defaults, a server that hangs would block a training step for 20 minutes.
 MLFLOW_DEFAULTS = {"HTTP_REQUEST_TIMEOUT": "10", "HTTP_REQUEST_MAX_RETRIES": "1", "DISABLE_TELEMETRY": "true"}
 WANDB_WAITS: dict[str, Any] = {"init_timeout": 30.0, "finish_timeout": 60.0}  # seconds
 
@@ -32,11 +32,11 @@ WANDB_WAITS: dict[str, Any] = {"init_timeout": 30.0, "finish_timeout": 60.0}  # 
 def tensorboard_events(rows: Sequence[Row]) -> bytes:
     """One TensorBoard event file with every finite number of every row as a scalar (float32) at the row's "step".
 
-    The bytes are a function of the rows. The file is to be published whole, under one name, whenever train.jsonl is: object
-    storage cannot append, and so a restarted run leaves no doubled or orphaned points, as a file per process would.
-    `wall_time` is seconds of training over all restarts (those show by "seconds" that begin anew), so that TensorBoard's
-    relative axis leaves pauses out. A running TensorBoard sees new points with --load_fast=false only: its fast reader
-    stays with the file that was replaced. (On S3 also with FSSPEC_S3='{"use_listings_cache": false}' in its environment.)
+    The bytes are a function of the rows. Object storage cannot append: publish the file as a whole, under one name, whenever
+    train.jsonl is published. One file per process would leave doubled or orphaned points after a restart. `wall_time` is
+    seconds of training over all restarts, so that TensorBoard's relative axis has no pauses; a restart shows by "seconds"
+    that are smaller than before. A running TensorBoard shows new points only with --load_fast=false: its fast reader keeps
+    reading the replaced file. (On S3 also set FSSPEC_S3='{"use_listings_cache": false}' in its environment.)
     """
     from tensorboard.compat.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
     from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
@@ -56,54 +56,56 @@ def tensorboard_events(rows: Sequence[Row]) -> bytes:
 
 
 class Tracker(Protocol):
-    """Where rows go, on rank 0. Neither method raises: a server that is gone must not end a training.
+    """Receives rows on rank 0. Neither method raises: an unreachable server must not end a training.
 
-    Rows that could not be sent wait in memory and go with a later one, at most one attempt every ten minutes; the first
-    failure is told on stdout. What still waits at the end is in train.jsonl.
+    Rows that could not be sent wait in memory and go with a later row, with at most one attempt every ten minutes. The first
+    failure is printed. Rows that are still waiting at the end are in train.jsonl.
     """
 
     def log(self, row: Row) -> None:
-        """Send a row, unless the tracker has its step. After a resume, hand in all rows of train.jsonl again."""
+        """Send a row, unless the tracker has its step. After a resume, pass all rows of train.jsonl again."""
         ...
 
     def close(self) -> None:
-        """Send what waits and mark the run as finished. Not for runs that failed: they go on when they are resumed."""
+        """Send waiting rows and mark the run as finished. Do not call it for failed runs: they can be resumed."""
         ...
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Raise BeelineError, naming the fix, unless all names are of trackers that are installed here. Connects to nothing."""
+    """Raise BeelineError, naming the fix, unless all `names` are trackers that are installed here. Connects to nothing."""
     for name in names:
         if name not in SERVICES:
             raise BeelineError(f"tracker {name!r} is unknown; expected {' or '.join(SERVICES)}")
         spec = importlib.util.find_spec(name)
-        if spec is None or spec.origin is None:  # a folder of results, mlflow/ or wandb/, is no package
-            raise BeelineError(f"tracker {name!r} is not installed; in Beeline's folder: pip install --editable '.[tracking]'")
+        if spec is None or spec.origin is None:  # a folder of results, mlflow/ or wandb/, is not the package
+            raise BeelineError(
+                f"tracker {name!r} is not installed; in Beeline's folder, run: pip install --editable '.[tracking]'"
+            )
 
 
 def open_trackers(
     names: Sequence[str], *, run_id: str, name: str, config: Mapping[str, Any], resumed: bool = False
 ) -> list[Tracker]:
-    """Start the run `run_id` in each tracker, or continue it where it is there; `name` is what people see.
+    """Start the run `run_id` in each tracker, or continue it if it exists. `name` is the displayed name.
 
-    Where the server is, and who asks, is in the libraries' own variables (MLFLOW_TRACKING_URI, WANDB_API_KEY, WANDB_MODE
-    ...), the project in MLFLOW_EXPERIMENT_NAME and WANDB_PROJECT, "beeline" by default. Raises BeelineError for a tracker
-    that is not installed or cannot be reached; for a `resumed` run the latter is a failure like those in `Tracker`.
+    The libraries' own variables set the server and the account (MLFLOW_TRACKING_URI, WANDB_API_KEY, WANDB_MODE ...).
+    MLFLOW_EXPERIMENT_NAME and WANDB_PROJECT set the project, "beeline" by default. Raises BeelineError for a tracker that is
+    not installed or cannot be reached. For a `resumed` run, an unreachable tracker is a failure as described in `Tracker`.
     """
     check_trackers(names)
-    trackers = [_Patient(which, functools.partial(SERVICES[which], run_id, name, config)) for which in dict.fromkeys(names)]
+    trackers = [_Retrying(which, functools.partial(SERVICES[which], run_id, name, config)) for which in dict.fromkeys(names)]
     for tracker in trackers:
-        tracker.send(must=not resumed)
+        tracker.send(required=not resumed)
     return list(trackers)
 
 
-class _Patient:
-    """A tracker around a service that may fail. After a failure it connects anew, and so learns what had arrived."""
+class _Retrying:
+    """A tracker around a service that may fail. After a failure it reconnects, and so learns which rows have arrived."""
 
     def __init__(self, which: str, connect: Callable[[], _Mlflow | _Wandb]) -> None:
         self.which, self.connect, self.service = which, connect, None
         self.rows: dict[int, Row] = {}
-        self.told, self.not_before = False, 0.0
+        self.reported, self.not_before = False, 0.0
 
     def log(self, row: Row) -> None:
         self.rows[row[STEP]] = row
@@ -113,12 +115,12 @@ class _Patient:
     def close(self) -> None:
         self.send(last=True)
 
-    def send(self, *, must: bool = False, last: bool = False) -> None:
+    def send(self, *, required: bool = False, last: bool = False) -> None:
         try:
             if self.service is None:
                 self.service = self.connect()
-                there = f"goes on after step {self.service.last}" if self.service.last >= 0 else "begins"
-                print(f"{self.which}: the run {there}", flush=True)
+                state = f"continues after step {self.service.last}" if self.service.last >= 0 else "starts"
+                print(f"{self.which}: the run {state}", flush=True)
             steps = sorted(step for step in self.rows if step > self.service.last)
             self.service.send({step: _figures(self.rows[step]) for step in steps})
             self.service.last = max([self.service.last, *steps])
@@ -127,17 +129,17 @@ class _Patient:
         except Exception as error:  # whatever the libraries raise
             self.service, self.not_before = None, time.monotonic() + RETRY
             text = re.sub(r"//[^/\s]*@", "//", " ".join(str(error).split()))[:500].removesuffix(".")  # no credentials
-            if must:
+            if required:
                 raise BeelineError(
-                    f"{self.which}: {text}. Check the {self.which.upper()}_* variables, or go without"
+                    f"{self.which}: {text}. Check the {self.which.upper()}_* variables, or train without this tracker"
                 ) from error
-            if not self.told:
-                print(f"{self.which} failed; it is tried again every {RETRY / 60:.0f} minutes: {text}", flush=True)
-            self.told = True
+            if not self.reported:
+                print(f"{self.which} failed; retrying every {RETRY / 60:.0f} minutes: {text}", flush=True)
+            self.reported = True
 
 
 class _Mlflow:
-    """The newest run with our tag in the experiment, by a client of its own; `last` is the last step there, or -1."""
+    """The newest run with Beeline's tag in the experiment. `last` is the last step that it holds, or -1."""
 
     def __init__(self, run_id: str, name: str, config: Mapping[str, Any]) -> None:
         for variable, value in MLFLOW_DEFAULTS.items():
@@ -148,11 +150,11 @@ class _Mlflow:
         title = os.environ.get("MLFLOW_EXPERIMENT_NAME", "beeline")
         experiment = self.client.get_experiment_by_name(title)
         where = self.client.create_experiment(title) if experiment is None else experiment.experiment_id
-        found = self.client.search_runs([where], f"tags.`{RUN_TAG}` = '{run_id}'", max_results=1)
-        run = found[0] if found else self.client.create_run(where, tags={RUN_TAG: run_id}, run_name=name)
+        runs = self.client.search_runs([where], f"tags.`{RUN_TAG}` = '{run_id}'", max_results=1)
+        run = runs[0] if runs else self.client.create_run(where, tags={RUN_TAG: run_id}, run_name=name)
         self.id = run.info.run_id
         self.client.update_run(self.id, status="RUNNING")
-        # A parameter that is there cannot be logged again.
+        # An existing parameter cannot be logged again.
         new = [self.entities.Param(key, value) for key, value in _flat(config).items() if key not in run.data.params]
         self.client.log_batch(self.id, params=new)
         histories = [self.client.get_metric_history(self.id, key) for key in run.data.metrics]
@@ -168,9 +170,12 @@ class _Mlflow:
 
 
 class _Wandb:
-    """The run of this id in the project; `last` as above. Offline, no server tells what it has, and every process writes a
-    folder in WANDB_DIR that holds the run from its start: `wandb sync` is to send the newest alone, so the others are marked
-    as sent. Sent after one another, they would give the same rows again under steps that wandb makes up."""
+    """The run with this id in the project. `last` is the last step that it holds, or -1.
+
+    Offline, no server reports its steps, and every process writes a folder in WANDB_DIR that holds the run from its start.
+    `wandb sync` must send only the newest folder, so the others are marked as sent. Otherwise wandb would get the same rows
+    again and give them new steps.
+    """
 
     def __init__(self, run_id: str, name: str, config: Mapping[str, Any]) -> None:
         import wandb  # pyright: ignore[reportMissingImports]
@@ -183,8 +188,8 @@ class _Wandb:
         )  # fmt: skip
         self.last = self.run.starting_step - 1
         if self.run.offline:
-            here = Path(self.run.sync_dir)
-            for folder in set(here.parent.glob(f"offline-run-*-{run_id}*")) - {here}:
+            own_folder = Path(self.run.sync_dir)
+            for folder in set(own_folder.parent.glob(f"offline-run-*-{run_id}*")) - {own_folder}:
                 (folder / f"run-{run_id}.wandb.synced").touch()
 
     def send(self, rows: Mapping[int, Mapping[str, float]]) -> None:
@@ -199,13 +204,13 @@ SERVICES = {"mlflow": _Mlflow, "wandb": _Wandb}
 
 
 def _figures(row: Row) -> dict[str, float]:
-    """The row's finite numbers but its step."""
+    """The row's finite numbers, without its step."""
     numbers = {key: value for key, value in row.items() if isinstance(value, int | float) and key != STEP}
     return {key: float(value) for key, value in numbers.items() if math.isfinite(value)}
 
 
 def _flat(config: Any, at: str = "") -> dict[str, str]:
-    """{"a": {"b": 1}} as {"a.b": "1"}, cut to lengths that every MLflow server takes."""
+    """{"a": {"b": 1}} as {"a.b": "1"}, cut to lengths that every MLflow server accepts."""
     if not isinstance(config, Mapping):
         return {at[1:251]: str(config)[:500]}
     return {name: text for key, value in config.items() for name, text in _flat(value, f"{at}.{key}").items()}

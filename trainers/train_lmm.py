@@ -1,4 +1,4 @@
-"""A student of the recipe into students/<name>/, in the phases that the recipe says: DDP on Ray Train.
+"""Train a student of the recipe into students/<name>/, phase by phase: DDP on Ray Train.
 
 python trainers/train_lmm.py digits                  # the recipe's main student
 python trainers/train_lmm.py digits --student kd     # another student
@@ -76,14 +76,14 @@ def train_lmm(workspace: str, recipe: tyro.conf.Suppress[str], student: StudentC
 
 
 def check_student(student: StudentConfig) -> None:
-    """Raise BeelineError for settings that do not go together, whatever the workspace holds."""
+    """Raise BeelineError for settings that contradict each other. Does not read the workspace."""
     check_phases(student)
     check_batch(student.batch_size, student.workers, student.accumulate)
     check_trackers(student.trackers)
 
 
 def check_resolution(student: StudentConfig, resolution: int) -> None:
-    """Raise BeelineError for methods that cannot take images of `resolution` pixels."""
+    """Raise BeelineError if a method of the student cannot take images of `resolution` pixels."""
     for phase in student.running.values():
         phase.objective.check(resolution)
 

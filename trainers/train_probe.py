@@ -1,4 +1,4 @@
-"""The two probes into probe/: small classifiers of the real images, one for the losses, one for measuring.
+"""Train the two probes into probe/: small classifiers of the real images, one for the losses and one for measuring.
 
 python trainers/train_probe.py digits
 """
@@ -32,7 +32,7 @@ from pipeline.stage import Stage, fingerprint, require
 from pipeline.storage import Folder
 
 PROBES = ("losses", "measure")
-MOST_IMAGES = 100_000  # a probe needs no more, and they are in memory
+MOST_IMAGES = 100_000  # enough for a probe, and all of them are held in memory
 FEWEST_IMAGES = 10
 
 
@@ -48,8 +48,8 @@ def train_probes(workspace: str, recipe: tyro.conf.Suppress[str], probe: ProbeCo
         raise BeelineError(f"{place / 'images'} has no labels; a probe is a classifier and needs them")
     if images["images"]["count"] < FEWEST_IMAGES:
         raise BeelineError(
-            f"{place / 'images'} holds {images['images']['count']} images; a probe needs {FEWEST_IMAGES} at least, since one "
-            "in ten is held out to test it. Ingest more, or train with the distance l2 and no probe"
+            f"{place / 'images'} holds {images['images']['count']} images; a probe needs at least {FEWEST_IMAGES}, since one "
+            "in ten is held out to test it. Ingest more images, or train with the distance l2, which needs no probe"
         )
     for which in PROBES:
         network, classes = getattr(probe, which), images["images"]["num_classes"]
@@ -61,7 +61,7 @@ def train_probes(workspace: str, recipe: tyro.conf.Suppress[str], probe: ProbeCo
     check_room("probe", 1, cpus=1, gpus=probe.gpus)
     try:
         files, accuracies = _train_both(place, probe, images)
-    except Exception:  # nothing is kept of a failed training: free the folder for other settings
+    except Exception:  # a failed training keeps nothing: free the folder for other settings
         stage.withdraw()
         raise
     for which in PROBES:
@@ -70,7 +70,7 @@ def train_probes(workspace: str, recipe: tyro.conf.Suppress[str], probe: ProbeCo
 
 
 def _train_both(place: Folder, config: ProbeConfig, images: dict) -> tuple[dict[str, dict[str, bytes]], dict[str, float]]:
-    """Files and held-out accuracy of each probe, trained side by side."""
+    """Train both probes in parallel. Returns the files and the held-out accuracy of each."""
     remote = ray.remote(num_cpus=1, num_gpus=config.gpus)(_train)
     jobs = {
         which: remote.options(name=f"probe/{which}").remote(place, getattr(config, which), config, images) for which in PROBES
@@ -79,10 +79,11 @@ def _train_both(place: Folder, config: ProbeConfig, images: dict) -> tuple[dict[
     for which, job in jobs.items():
         files[which], accuracies[which] = ray.get(job)
         print(f"probe: {which}, held-out accuracy {accuracies[which]:.3f}", flush=True)
-        if not accuracies[which] >= config.min_accuracy:  # NaN, of weights that are not finite, is not enough either
+        if not accuracies[which] >= config.min_accuracy:  # also refuses NaN, from weights that are not finite
             raise BeelineError(
-                f"the {which} probe reached a held-out accuracy of {accuracies[which]:.3f}, under the {config.min_accuracy} "
-                "asked for; train it longer (--probe.iterations) or with a lower --probe.lr, or lower --probe.min-accuracy"
+                f"the {which} probe reached a held-out accuracy of {accuracies[which]:.3f}, expected at least "
+                f"{config.min_accuracy}; train it longer (--probe.iterations) or with a lower --probe.lr, or lower "
+                "--probe.min-accuracy"
             )
     return files, accuracies
 

@@ -1,4 +1,4 @@
-"""The EDM teacher into teacher/: denoising score matching on the real images, DDP on Ray Train.
+"""Train the EDM teacher into teacher/: denoising score matching on the real images, DDP on Ray Train.
 
 python trainers/train_teacher.py digits --teacher.workers.count 2
 """
@@ -43,7 +43,7 @@ def train_teacher(workspace: str, recipe: tyro.conf.Suppress[str], teacher: Teac
     images = require(place, IMAGES, recipe)
     check_fits(place, images, teacher.network, "teacher.network")
     if imported := imported_from(place / TEACHER):
-        print(f"teacher: imported from {imported}; it is used as it is", flush=True)
+        print(f"teacher: imported from {imported}; used without training", flush=True)
         return
     stage = Stage(place, TEACHER, {"teacher": to_dict(teacher, resources=False), "images": fingerprint(images)})
     if not stage.begin():
@@ -62,7 +62,7 @@ def train_teacher(workspace: str, recipe: tyro.conf.Suppress[str], teacher: Teac
 def teacher_training(
     *, session: loop.Session, workspace: Folder, recipe: str, config: TeacherConfig, images: dict[str, Any]
 ) -> Training:
-    """The training of a teacher from random weights, which depend on `config.seed` alone."""
+    """Build the training of a teacher. Its initial random weights depend on `config.seed` alone."""
 
     def start() -> Denoiser:
         torch.manual_seed(stream_seed(config.seed, "teacher"))
@@ -72,7 +72,7 @@ def teacher_training(
 
 
 def check_teacher(teacher: TeacherConfig) -> None:
-    """Raise BeelineError for settings that do not go together, whatever the workspace holds."""
+    """Raise BeelineError for settings that contradict each other. Does not read the workspace."""
     check_batch(teacher.batch_size, teacher.workers, teacher.accumulate)
     if teacher.augment and teacher.network.augment_dim != LABELS:
         raise BeelineError(
@@ -83,8 +83,8 @@ def check_teacher(teacher: TeacherConfig) -> None:
 
 
 def imported_from(folder: Folder) -> str | None:
-    """The file that the model in `folder` was imported from, or None where it was trained here or there is none."""
-    with reading(f"{folder}/{CONFIG} does not say where the teacher is from", "make or copy the model again"):
+    """The file that the model in `folder` was imported from. None if it was trained here or does not exist."""
+    with reading(f"{folder}/{CONFIG} does not say where the teacher comes from", "make or copy the model again"):
         config = folder.read_json(CONFIG) or {}
         check_layout(config, {"about?": {"imported?": {"file?": str}}})
         return ((config.get("about") or {}).get("imported") or {}).get("file")

@@ -33,10 +33,10 @@ from trainers.validation import Validation
 
 
 class Training:
-    """Trains a model phase by phase. The model after each phase but the last is published in <folder>/<phase>.
+    """Trains a model phase by phase. Publishes the model after each phase but the last in <folder>/<phase>.
 
-    `start` makes the model with its first weights, the same on all ranks. `pairs` and `images` are the plans of those folders,
-    None where no phase needs them. `validation(device=...)` makes what judges the model on rank 0.
+    `start` builds the model with its first weights, the same on all ranks. `pairs` and `images` are the plans of those
+    stages, None if no phase needs them. `validation(device=...)` builds the `Validation` of rank 0.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Training:
         return Learner(model, optimizer, parallel=self.session.parallel, precision=self.config.precision)
 
     def _switch_to(self, number: int) -> None:
-        """Begin a later phase, as `phase_switch` says. Averages go on in any case."""
+        """Begin a later phase, as `phase_switch` says. Averages always continue."""
         optimizer = self.phases[number][1].optimizer
         if self.config.phase_switch == "continue":
             self.student.continue_with(optimizer)
@@ -88,7 +88,7 @@ class Training:
         self._begin_phase(number)
 
     def _begin_phase(self, number: int) -> None:
-        """Make the phase's objective, its critic, and the optimiser of what else it trains."""
+        """Build the phase's objective, its critic, and the learner of the objective's own parameters."""
         config, device = self.config, self.session.device
         self.number, self.phase = number, self.phases[number][1]
         self.phase_start = self.phase_ends[number] - self.phase.iterations
@@ -127,7 +127,7 @@ class Training:
                 self.weighting = Learner(self.state, self.phase.optimizer)
 
     def step(self, step: int) -> loop.Figures:
-        """Train on this rank's share of batch `step`, in the phase that it belongs to."""
+        """Train on this rank's share of batch `step`. Switches to the next phase where it begins."""
         if step == self.phase_ends[self.number]:
             if self.session.rank == 0:
                 self._publish(self.folder / self.phases[self.number][0])
@@ -139,8 +139,8 @@ class Training:
         figures: loop.Figures = {PHASE: float(self.number)}
         for batch, last in self._batches(step, local):
             with learners[0].accumulating(last=last), learners[-1].accumulating(last=last):
-                found = self.objective.backward(self.student, self.critic, batch, generator)
-            for name, value in found.items():
+                batch_figures = self.objective.backward(self.student, self.critic, batch, generator)
+            for name, value in batch_figures.items():
                 figures[name] = figures.get(name, 0.0) + batch.weight * value
         figures[SKIPPED] = 0.0
         if turns.student:
@@ -149,9 +149,9 @@ class Training:
                 self.session.average_gradients(self.weighting.parameters)
                 figures[SKIPPED] = max(figures[SKIPPED], self.weighting.update(local, self.phase.iterations)[SKIPPED])
         if self.critic is not None and turns.critic:
-            done = self.critic.update(local, self.phase.iterations)
-            figures[CRITIC_GRAD_NORM] = done[GRAD_NORM]
-            figures[SKIPPED] = max(figures[SKIPPED], done[SKIPPED])
+            critic_figures = self.critic.update(local, self.phase.iterations)
+            figures[CRITIC_GRAD_NORM] = critic_figures[GRAD_NORM]
+            figures[SKIPPED] = max(figures[SKIPPED], critic_figures[SKIPPED])
         if turns.student:
             for average, half_life in zip(self.averages, self.config.half_lives, strict=True):
                 ema_update(average, self.model, half_life, step + 1, self.config.ema_ramp)
@@ -159,7 +159,7 @@ class Training:
         return figures
 
     def _batches(self, step: int, local: int) -> list[tuple[Batch, bool]]:
-        """This rank's rows of the step, in parts; the last one is marked."""
+        """This rank's micro-batches of global step `step`, step `local` of the phase; True marks the last one."""
         start, size = self.session.share(self.config.batch_size, step)
         rows: dict[str, np.ndarray] = {}
         if self.pairs is not None and self.needs.pairs:
@@ -170,20 +170,16 @@ class Training:
         if self.images is not None and self.needs.images:
             batch = self.images.batch(start, size)
             rows |= {"real": batch["image"], "real_labels": batch["label"]}
-        made = []
+        batches: list[tuple[Batch, bool]] = []
         for part in np.array_split(np.arange(size), self.config.accumulate):
             tensors = {name: self._tensor(name, column[part]) for name, column in rows.items()}
             weight = len(part) * self.session.world_size / self.config.batch_size
-            made.append(
-                (
-                    Batch(size=len(part), step=local, total=self.phase.iterations, weight=weight, **tensors),
-                    len(made) + 1 == self.config.accumulate,
-                )
-            )
-        return made
+            micro_batch = Batch(size=len(part), step=local, total=self.phase.iterations, weight=weight, **tensors)
+            batches.append((micro_batch, len(batches) + 1 == self.config.accumulate))
+        return batches
 
     def _fresh(self, indices: range) -> dict[str, np.ndarray]:
-        """Noise that no pair has, a function of the seed and the position in the stream of rows; labels as pairs have them."""
+        """Noise that no pair uses, a function of (seed, position in the stream of rows), with labels chosen as for pairs."""
         noise = unit_noise(stream_seed(self.config.seed, "training noise"), indices, self.model.image_shape)
         return {"noise": noise, "labels": pair_labels(indices, self.model.label_dim)}
 
@@ -195,7 +191,7 @@ class Training:
         return torch.from_numpy(to_float(column) if column.dtype == np.uint8 else column).to(device)
 
     def validate(self, step: int) -> dict[str, float]:
-        """Write a sheet of samples, return their distance, and publish the best model so far."""
+        """Write a sheet of samples, and publish the model if it is the best so far. Returns the distance."""
         assert self.validation is not None
         figures, sheet = self.validation.judge(self.average())
         self.folder.write(f"{SAMPLES}/step-{step:08d}.png", sheet)
@@ -205,7 +201,7 @@ class Training:
         return figures
 
     def state_dict(self) -> loop.State:
-        """As `load_state_dict` takes it: the number of the phase, the networks that learn, and what the objective keeps."""
+        """The phase and the best distance so far, the learning networks, the objective's state, and the averages."""
         trained = {"student": self.student, "critic": self.critic, "weighting": self.weighting}
         state = {name: None if learner is None else learner.state_dict() for name, learner in trained.items()}
         kept = None if self.state is None or self.weighting is not None else self.state.state_dict()
@@ -217,7 +213,7 @@ class Training:
         }
 
     def load_state_dict(self, state: loop.State) -> None:
-        """Go on from a checkpoint of any phase."""
+        """Continue from a checkpoint of any phase."""
         for number in range(self.number + 1, state["progress"]["phase"] + 1):
             self._switch_to(number)
         for average, weights in zip(self.averages, state["averages"], strict=True):
@@ -230,13 +226,13 @@ class Training:
         self.best = state["progress"]["best"]
 
     def publish(self) -> None:
-        """Write the model, and its other averages into ema-<half-life>."""
+        """Write the model (the first average), and the other averages into ema-<half-life>."""
         self._publish(self.folder)
         for average, half_life in list(zip(self.averages, self.config.half_lives, strict=True))[1:]:
             self._publish(self.folder / average_name(half_life), average)
 
     def average(self, average: Denoiser | None = None) -> Denoiser:
-        """The first average, or another, with a record of how it may be sampled."""
+        """The first average, or `average`, marked with how it may be sampled."""
         model = average or self.averages[0]
         model.few_step = self.phase.objective.sampling()
         return model

@@ -1,11 +1,12 @@
 """The trials of a sweep: what each one changes, how it trains, and ASHA over all of them.
 
-A trial is a student in <sweep>/trials/<number>/, with a log, checkpoints and rungs.json, its measurements so far. Whatever is
-killed, the same command goes on: a trial from its checkpoint, ASHA from the rungs of all trials, this run's and those before.
+A trial is a student in <sweep>/trials/<number>/, with a log, checkpoints and rungs.json, its measurements so far. After a
+crash the same command continues: each trial from its checkpoint, and ASHA from the rungs of all trials in all runs.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Mapping
@@ -36,13 +37,16 @@ REDUCTION = 2  # ASHA keeps the better half at each rung
 
 
 def folder_name(number: int) -> str:
-    """Of a trial, within the sweep's folder."""
+    """Folder of trial `number`, relative to the sweep's folder."""
     return f"trials/{number:04d}"
 
 
 def settings(number: int, sweep: SweepConfig, seed: int) -> dict[str, Any]:
-    """What trial `number` tries: step schedules in turn, so that each gets as many trials, the rest at random, learning rates
-    log-uniform within their bounds. A function of (seed, number) alone: more trials leave the first ones as they were."""
+    """Settings of trial `number`. Step schedules take turns, so that each gets equally many trials; the rest is random.
+
+    Learning rates are log-uniform within their bounds. The result depends on (seed, number) alone: a larger sweep keeps its
+    first trials unchanged.
+    """
     draw = stream(seed, "trial", number)
     schedule = sweep.schedules[number % len(sweep.schedules)]
     return {
@@ -66,10 +70,10 @@ def can_vary(student: StudentConfig) -> bool:
     return bool(student.phases) and isinstance(list(student.phases.values())[-1].objective, LinesMatchingConfig)
 
 
-def config_of(found: Mapping[str, Any], sweep: SweepConfig, student: StudentConfig) -> StudentConfig:
-    """The student of a trial with these settings: the last phase of `student` alone, from the sweep's shared student.
+def config_of(trial: Mapping[str, Any], sweep: SweepConfig, student: StudentConfig) -> StudentConfig:
+    """Config of the student of a trial with these `settings`: the last phase of `student`, from the sweep's shared student.
 
-    Raises BeelineError unless that phase is lines matching, whose settings a sweep varies.
+    Raises BeelineError unless that phase is lines matching: a sweep varies its settings.
     """
     name, phase = list(student.phases.items())[-1]
     lines = phase.objective
@@ -81,17 +85,17 @@ def config_of(found: Mapping[str, Any], sweep: SweepConfig, student: StudentConf
     critic = lines.discriminator
     objective = replace(
         lines,
-        steps=parse_steps(found["steps"]),
-        adversarial_weight=found["adversarial_weight"],
-        discriminator=replace(critic, optimizer=replace(critic.optimizer, lr=found["critic_lr"])),
+        steps=parse_steps(trial["steps"]),
+        adversarial_weight=trial["adversarial_weight"],
+        discriminator=replace(critic, optimizer=replace(critic.optimizer, lr=trial["critic_lr"])),
     )
-    optimizer = replace(phase.optimizer, lr=found["lr"])
+    optimizer = replace(phase.optimizer, lr=trial["lr"])
     return replace(
         student,
-        name=f"trial-{found['trial']:04d}",
+        name=f"trial-{trial['trial']:04d}",
         init=sweep.init,
         phases={name: replace(phase, iterations=sweep.iterations, optimizer=optimizer, objective=objective)},
-        ema_half_lives=(found["ema_half_life"],),
+        ema_half_lives=(trial["ema_half_life"],),
         validate_every=rung_of(sweep),
         checkpoint_every=rung_of(sweep),
         log_every=rung_of(sweep),
@@ -105,13 +109,13 @@ def trials_of(sweep: SweepConfig, student: StudentConfig) -> dict[int, StudentCo
 
 
 def rung_of(sweep: SweepConfig) -> int:
-    """Iterations between measurements: ASHA's first rung, the others are its doublings."""
+    """Iterations between measurements, and ASHA's first rung. Each later rung doubles the one before it."""
     return max(1, sweep.iterations // REDUCTION ** (sweep.rungs - 1))
 
 
 def rungs_in(folder: Folder) -> list[dict[str, Any]]:
-    """The measurements so far of the trial in `folder`."""
-    with reading(f"{folder}/{RUNGS} is not as a trial leaves it", "remove it and sweep again"):
+    """Measurements so far of the trial in `folder`."""
+    with reading(f"{folder}/{RUNGS} is damaged", "remove it and run the sweep again"):
         rungs = folder.read_json(RUNGS) or []
         check_layout(rungs, [{"step": 0, VALIDATION: float}])
         return rungs
@@ -121,33 +125,36 @@ class Trial(Training):
     """A student that reports each validation to Tune."""
 
     def validate(self, step: int) -> dict[str, float]:
-        """As Training, but keeps no best student: a trial's is its last."""
+        """Write a sheet of samples, and record and report the distance. Keeps no best student: the last one is the result."""
         assert self.validation is not None
         figures, sheet = self.validation.judge(self.average())
         self.folder.write("samples.png", sheet)
         rungs = [rung for rung in rungs_in(self.folder) if rung["step"] < step]
         self.folder.write_json(RUNGS, [*rungs, {"step": step, VALIDATION: figures[VALIDATION]}])
-        if step < self.iterations:  # the last one needs no decision: ASHA would stop the trial before it is published
+        if step < self.iterations:  # after the last step, ASHA would stop the trial before it is published
             tune.report({"step": step, VALIDATION: figures[VALIDATION]})
         return figures
 
 
-def run_trial(
-    config: Mapping[str, Any],
-    *,
-    workspace: Folder,
-    recipe: str,
-    folder: Folder,
-    configs: Mapping[int, StudentConfig],
-    sweep: SweepConfig,
-    pairs: dict[str, Any],
-    images: dict[str, Any],
-) -> None:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shared:
+    """Inputs that all trials of a sweep share. `folder` is the sweep's; `pairs` and `images` are the plans of those stages."""
+
+    workspace: Folder
+    recipe: str
+    sweep: SweepConfig
+    folder: Folder
+    pairs: dict[str, Any]
+    images: dict[str, Any]
+
+
+def run_trial(config: Mapping[str, Any], *, shared: Shared, configs: Mapping[int, StudentConfig]) -> None:
     """Tune's trainable: the loop of train_lmm.py in this process, from the trial's newest checkpoint."""
+    sweep = shared.sweep
     set_numerics()
     torch.set_num_threads(sweep.threads)
     number = int(config["trial"])
-    student, place = configs[number], folder / folder_name(number)
+    student, place = configs[number], shared.folder / folder_name(number)
     session = loop.Session(
         device=torch.device("cuda" if sweep.gpus else "cpu"),
         folder=place,
@@ -156,7 +163,13 @@ def run_trial(
     every = student.checkpoint_every
     loop.train(
         lambda session: student_training(
-            session=session, workspace=workspace, recipe=recipe, config=student, pairs=pairs, images=images, task=Trial
+            session=session,
+            workspace=shared.workspace,
+            recipe=shared.recipe,
+            config=student,
+            pairs=shared.pairs,
+            images=shared.images,
+            task=Trial,
         ),
         session,
         loop.Cadence(log_every=every, checkpoint_every=every, validate_every=every),
@@ -165,14 +178,16 @@ def run_trial(
 
 
 class PerSchedule(TrialScheduler):
-    """ASHA, on the training step, that compares like with like: one for each step schedule, or the easier schedule would stop
-    the harder. What earlier runs have measured counts: `rungs` are those of each trial."""
+    """One ASHA for each step schedule, on the training step: in a single ASHA, easy schedules would stop hard ones.
+
+    `trials` holds the settings of each trial, `rungs` its measurements in earlier runs, which count as well.
+    """
 
     def __init__(
-        self, sweep: SweepConfig, tried: Mapping[int, Mapping[str, Any]], rungs: Mapping[int, list[dict[str, Any]]]
+        self, sweep: SweepConfig, trials: Mapping[int, Mapping[str, Any]], rungs: Mapping[int, list[dict[str, Any]]]
     ) -> None:
         super().__init__()
-        self.tried = tried
+        self.trials = trials
         self._of = {
             steps: ASHAScheduler(
                 time_attr="step", metric=VALIDATION, mode="min", max_t=sweep.iterations, grace_period=rung_of(sweep),
@@ -181,20 +196,20 @@ class PerSchedule(TrialScheduler):
             for steps in sweep.schedules
         }  # fmt: skip
         controller: Any = None
-        for number, found in rungs.items():
+        for number, trial_rungs in rungs.items():
             earlier: Any = SimpleNamespace(trial_id=f"earlier-{number}", config={"trial": number})
             self.on_trial_add(controller, earlier)
-            for rung in found:
+            for rung in trial_rungs:
                 self.on_trial_result(controller, earlier, rung)
 
     def _asha(self, trial: Any) -> ASHAScheduler:
-        return self._of[self.tried[trial.config["trial"]]["steps"]]
+        return self._of[self.trials[trial.config["trial"]]["steps"]]
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
         self._asha(trial).on_trial_add(tune_controller, trial)
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        if not math.isfinite(result[VALIDATION]):  # ASHA would let NaN pass: it is not below any bound
+        if not math.isfinite(result[VALIDATION]):  # ASHA would not stop NaN: no comparison with it is true
             return TrialScheduler.STOP
         return self._asha(trial).on_trial_result(tune_controller, trial, result)
 

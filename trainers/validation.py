@@ -1,7 +1,7 @@
-"""A quick judgement of a student in training: a few samples to look at, and a distance in the losses' probe.
+"""Quick validation of a student in training: a few samples to look at, and a distance in the features of the losses' probe.
 
-The probe is the one that losses may look through, so that what is chosen by this distance (the best student, the winner of
-a sweep) is not chosen by the measure that is reported. A workspace without probes gets the samples alone.
+The losses may use the same probe, the reported metrics do not. Selection by this distance (the best student, the winner of a
+sweep) is therefore not selection by a reported metric. Without probes in the workspace, only samples are drawn.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ def sampling_of(few_step: FewStep | None) -> Sampling:
 
 
 class Validation:
-    """Judges by `count` samples against as many real images, of their classes; noise that no pair and no reported draw has.
+    """Compares `count` samples with as many real images of the same classes.
 
-    `images` is the plan of images/. The samples are the same for any student.
+    `images` is the plan of images/. All students are sampled from the same noise, which no pair and no reported draw uses.
     """
 
     def __init__(
@@ -56,9 +56,10 @@ class Validation:
         self._real = self._statistics(torch.from_numpy(rows["image"]))
 
     def judge(self, model: Denoiser, steps: tuple[int, ...] | None = None) -> tuple[dict[str, float], bytes]:
-        """The figure `fd_probe_losses`, where there is a probe (NaN for samples that are not finite), and a PNG of the first.
+        """The figure `fd_probe_losses` (NaN for samples that are not finite), and a PNG of the first samples.
 
-        `steps`: the schedule to sample at; left out, the levels that the student was trained on, or one step.
+        There are no figures without a probe. `steps` is the schedule to sample at, by default the steps that the student was
+        trained on, or one step.
         """
         sampling = Sampling(steps=steps) if steps else sampling_of(model.few_step)
         count = len(self.labels) if self._eye is not None else min(SHOWN, len(self.labels))

@@ -15,7 +15,7 @@ from beeline.settings import Name, RecipeName, Settings, Some, StepList
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe(Settings):
-    """All settings for one data set, stage by stage. `students` are the main one and its ablations."""
+    """Settings of every stage for one data set. `students` holds the main student and its ablations."""
 
     name: RecipeName
     images: ImagesConfig
@@ -23,9 +23,9 @@ class Recipe(Settings):
     teacher: TeacherConfig
     pairs: PairsConfig
     students: dict[Name, StudentConfig]
-    """The first is the main one, used by sweeps."""
+    """Students by name. The first is the main one, which sweeps vary."""
     few_steps: Some[StepList]
-    """Step schedules at which to measure students that accept any level."""
+    """Step schedules to measure students at that were trained on all levels."""
     sweep: SweepConfig
     evaluate: EvaluateConfig
 

@@ -33,43 +33,43 @@ def half_life_of(part: str) -> str | None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StudentConfig(TrainingConfig):
-    """A student: phases of training, one after the other, from the weights of another model."""
+    """A student: consecutive phases of training, from the weights of another model."""
 
     name: Name
     init: ModelPath = "teacher"
     """Folder of the model whose weights the student starts from: "teacher" or "students/<name>"."""
     phases: dict[Name, PhaseConfig]
-    """By name, in order. The student as each but the last leaves it is published as students/<name>/<phase>."""
+    """Phases by name, in order. After each phase but the last, the student is published as students/<name>/<phase>."""
     ema_half_lives: Some[HalfLife] = (693.0,)
     """Half-lives of the averages of the weights, in iterations; 693 is the paper's decay of 0.999. The first average is the
-    student, the others are published as <name>/ema-<half-life>. Averages go on through the phases."""
+    student, the others are published as <name>/ema-<half-life>. Averages continue through all phases."""
     phase_switch: Literal["continue", "restart"] = "continue"
-    """Start of a later phase. "continue": the weights and the optimiser's moments as they are, as in CTM's code,
-    where the adversarial term joins a running training. "restart": the averaged weights, with a new optimiser."""
+    """Start of a later phase. "continue" keeps the weights and the optimiser's moments, as in CTM's code, where the adversarial
+    term joins a running training. "restart" takes the averaged weights and a new optimiser."""
     compiled: bool = False
-    """Compile student and frozen networks: pays on GPUs and long runs, costs minutes at the start."""
+    """Compile student and frozen networks: worth it on GPUs and in long runs, costs minutes at the start."""
     validate_every: Whole = resource(0)
-    """Iterations between validations: a sheet of samples and a distance in the losses' probe, by which students/<name>/best
-    is chosen. 0 leaves them out."""
+    """Iterations between validations. Each writes a sheet of samples and measures a distance in the losses' probe, which
+    selects students/<name>/best. 0 disables validation."""
     validate_count: Annotated[int, Range(1, MAX_SIZE)] = resource(1024)
     """Samples of a validation."""
     trackers: tuple[Literal["mlflow", "wandb"], ...] = resource(())
-    """Where the log goes in addition to train.jsonl and TensorBoard."""
+    """Trackers that get the log in addition to train.jsonl and TensorBoard."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         taken = [name for name in self.phases if name in RESERVED or name.startswith(AVERAGE)]
         names = f"{', '.join(RESERVED)} and {AVERAGE}..."
-        self.require(not taken, "phases", f"other names than {names}, which the student's folder has")
+        self.require(not taken, "phases", f"names other than {names}, which the student's folder uses")
         folders = {average_name(half_life) for half_life in self.ema_half_lives}
         distinct = len(folders) == len(self.ema_half_lives)
         self.require(
-            distinct, "ema_half_lives", "values that differ in their first six digits, since folders are named by them"
+            distinct, "ema_half_lives", "values that differ in their first six digits, since folders are named after them"
         )
 
     @property
     def running(self) -> dict[str, PhaseConfig]:
-        """The phases that are not left out."""
+        """The phases with iterations above 0."""
         return {name: phase for name, phase in self.phases.items() if phase.iterations}
 
     @property
@@ -83,13 +83,15 @@ class StudentConfig(TrainingConfig):
         return self.ema_half_lives
 
     def record(self, phase: str) -> dict[str, Any]:
-        """What the config.json of the student after `phase` says of its training."""
+        """Facts about the training, for the config.json of the student after `phase`."""
         trained = to_dict(self, resources=False)
         return {"method": self.phases[phase].objective.about(), "phase": phase, "trained": trained}
 
     def models(self) -> dict[str, PhaseConfig]:
-        """The published models by folder, each with the phase that made it. The last is the student itself; other averages and
-        the best validation are left out."""
+        """The published models by folder, each with the phase that made it. The last one is the student itself.
+
+        Other averages and the best validated student are not included.
+        """
         running = list(self.running.items())
         last = {student_folder(self.name): running[-1][1]} if running else {}
         return {student_folder(self.name, name): phase for name, phase in running[:-1]} | last

@@ -29,38 +29,44 @@ from beeline.settings import (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SweepConfig(Settings):
-    """A sweep over SOT step schedules, learning rates and weights; all trials start from one shared student. Each trial is one
-    process; as many run at once as fit into the cluster."""
+    """A sweep over SOT step schedules, learning rates and weights. Every trial starts from one shared student and is one
+    process; as many trials run in parallel as the cluster has room for."""
 
     name: Name = "sot"
+    """Results go to sweeps/<this name>."""
     init: ModelPath = "students/lmm/reconstruction"
+    """Folder of the model that every trial starts from."""
     trials: Annotated[int, Range(1, MAX_TRIALS)] = resource(8)
-    """Trials. A finished sweep can be extended with more; the first ones stay as they are."""
+    """Number of trials. A finished sweep can be extended; its first trials stay unchanged."""
     schedules: Some[StepList] = ("0", "0,1")
-    """Step schedules, each as "0,8", used in turn: a trial trains on its schedule and is measured at it."""
+    """Step schedules, each as "0,8". Trials take them in turn, to train on their steps and to be measured at them."""
     learning_rates: tuple[Positive, Positive] = (1e-4, 1e-3)
-    """Bounds of the generator's learning rate, drawn log-uniformly."""
+    """Bounds of the student's learning rate, which is drawn log-uniformly."""
     critic_learning_rates: tuple[Positive, Positive] = (5e-4, 5e-3)
-    """Bounds of the discriminator's learning rate, drawn log-uniformly."""
+    """Bounds of the discriminator's learning rate, which is drawn log-uniformly."""
     adversarial_weights: Some[Amount] = (0.0,)
-    """Weights of the adversarial term to draw from; 0 means no discriminator."""
+    """Weights of the adversarial loss; each trial draws one. 0 disables the discriminator."""
     ema_half_lives: Some[HalfLife] = (693.0,)
-    """Half-lives of the averaged weights to draw from, in iterations."""
+    """Half-lives of the average, in iterations; each trial draws one."""
     iterations: Count = 1000
+    """Training steps of a trial."""
     rungs: Annotated[int, Range(1, 30)] = 2
-    """Measurements of a trial, at equal intervals; ASHA stops the worse half at the first, second, fourth and so on."""
+    """ASHA's rungs. Each is at twice the steps of the previous one, the last is the end. At the others the worse half stops."""
     features: Literal["probe_losses", "probe", "inception", "dinov2_vitl14", "dinov2_vits14"] = "probe_losses"
-    """Feature network in which the evaluation pool compares finished trials. Choose another one than in the report: a metric
-    used for selection looks too good afterwards."""
+    """Features in which the evaluation pool measures finished trials. Avoid those of reported metrics: a student that is
+    selected by a metric looks better in it than it is."""
     promote: NameOrNone = resource("")
     """Publish the best trial with `promote_nfe` evaluations as students/<this name>."""
     promote_nfe: Steps = resource(1)
+    """Evaluations per image of the trial to promote."""
     max_concurrent: Annotated[int, Range(0, MAX_PROCESSES)] = resource(0)
-    """Trials at once; 0 means as many as fit into the cluster."""
+    """Trials that run in parallel; 0 for as many as the cluster has room for."""
     max_failures: Restarts = resource(3)
     """Restarts of a trial, from its last checkpoint, before it counts as failed."""
     threads: Threads = resource(1)
+    """CPU threads, and Ray CPUs, of each trial."""
     gpus: Gpus = resource(0)
+    """GPUs of each trial."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

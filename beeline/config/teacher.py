@@ -19,29 +19,30 @@ class TeacherConfig(TrainingConfig):
 
     network: NetworkConfig
     iterations: Count
+    """Training steps."""
     optimizer: OptimizerConfig
     ema_half_life: Amount
-    """In iterations."""
+    """Half-life of the average of the weights, in iterations."""
     ema_ramp: Share = 0.05
-    """Limit of the half-life as a share of the iterations so far (EDM's ramp-up); 0 for none."""
+    """Upper limit of the half-life, as a share of the iterations so far (EDM's ramp-up); 0 for no limit."""
     flip: bool = False
-    """Mirror images at random: the data set and its mirror image are one."""
+    """Mirror images at random, for data without a preferred side."""
     augment: Share = 0.0
-    """Probability of each non-leaking augmentation; needs a network with augment_dim 9. 0 leaves the images as they are."""
+    """Probability of each non-leaking augmentation; needs a network with augment_dim 9. 0 disables it."""
 
     @property
     def name(self) -> str:
-        """The folder."""
+        """Name of the teacher's folder."""
         return "teacher"
 
     @property
     def compiled(self) -> bool:
-        """Never."""
+        """False: training of a teacher is never compiled."""
         return False
 
     @property
     def phase_switch(self) -> Literal["continue", "restart"]:
-        """There is one phase."""
+        """Unused: a teacher has one phase."""
         return "continue"
 
     @property
@@ -52,9 +53,9 @@ class TeacherConfig(TrainingConfig):
 
     @property
     def half_lives(self) -> tuple[float, ...]:
-        """Of the one average, the teacher."""
+        """Half-life of the only average, which is the teacher."""
         return (self.ema_half_life,)
 
     def record(self, phase: str) -> dict[str, Any]:
-        """All settings but resources."""
+        """All settings except resources."""
         return {"trained": to_dict(self, resources=False)}

@@ -1,4 +1,4 @@
-"""Settings that trainings share: phases, optimisers, processes; and those of the probes."""
+"""Settings that trainings share (phases, optimisers, processes), and settings of the probes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from beeline.settings import (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ProbeConfig(Settings):
-    """The two probes: features for the losses, and other features for measuring."""
+    """The two probes: one gives features for the losses, the other features for measuring."""
 
     losses: ProbeNetworkConfig
     measure: ProbeNetworkConfig
@@ -39,7 +39,7 @@ class ProbeConfig(Settings):
     batch_size: Size = 128
     lr: Positive = 4e-3
     min_accuracy: Share = 0.9
-    """Held-out accuracy below which the probe is refused: its features would say little."""
+    """Lowest held-out accuracy that is accepted: below it, features would say little."""
     gpus: Gpus = resource(0)
     """GPUs of each of the two trainings."""
 
@@ -51,13 +51,13 @@ class WorkersConfig(Settings):
     count: Processes = 1
     """Training processes (DDP ranks); the batch is divided among them."""
     min_count: Annotated[int, Range(0, MAX_PROCESSES)] = resource(0)
-    """The fewest to go on with when machines are lost and none takes their place; 0 waits until all are there."""
+    """Fewest processes to continue with when machines are lost and not replaced; 0 waits for all of `count`."""
     gpus: Gpus = 0
-    """GPUs of each."""
+    """GPUs of each process."""
     threads: Threads = 1
-    """CPU threads, and Ray CPUs, of each."""
+    """CPU threads, and Ray CPUs, of each process."""
     max_failures: Restarts = 3
-    """Restarts from the last checkpoint before training gives up; -1 never does."""
+    """Restarts from the last checkpoint before training gives up; -1 for no limit."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -69,28 +69,31 @@ class PhaseConfig(Settings):
     """One phase of a training."""
 
     iterations: Whole
-    """0 leaves the phase out."""
+    """Training steps of the phase; 0 skips it."""
     optimizer: OptimizerConfig
     objective: ObjectiveConfig
-    """The settings of a method (beeline/objectives), which compute the gradients of a step."""
+    """Settings of the method that computes the gradients of a step (beeline/objectives)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingConfig(Settings, abc.ABC):
-    """What all trainings of denoisers have: teachers and students."""
+    """Settings that teachers and students share."""
 
     batch_size: Size = 512
+    """Images per step, over all ranks."""
     ema_ramp: Share = 0.0
-    """Limit of a half-life as a share of the iterations so far, so that an average forgets its start (EDM: 0.05). 0 keeps the
-    decay constant."""
+    """Upper limit of a half-life, as a share of the iterations so far, so that an average forgets its start (EDM: 0.05). 0
+    keeps the decay constant."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """"bf16": networks that learn run under autocast, frozen networks are bf16. Weights, averages, losses: float32."""
+    """"bf16" runs learning networks under autocast and frozen networks in bf16. Weights, averages and losses stay float32."""
     seed: Seed = 0
     accumulate: Size = resource(1)
-    """Gradient-accumulation steps per rank, where a rank's share of the batch does not fit the memory. The adaptive weight and
-    the discriminator's batch norms then see one part at a time."""
+    """Gradient-accumulation steps per rank, if a rank's share of the batch does not fit into memory. The adaptive weight and
+    the discriminator's batch norms then see one micro-batch at a time."""
     log_every: Count = resource(50)
+    """Steps between rows of the log."""
     checkpoint_every: Count = resource(500)
+    """Steps between checkpoints."""
     keep: Count = resource(2)
     """Checkpoints that are kept; older ones are removed."""
     workers: WorkersConfig = resource(WorkersConfig())
@@ -98,7 +101,7 @@ class TrainingConfig(Settings, abc.ABC):
     @property
     @abc.abstractmethod
     def running(self) -> dict[str, PhaseConfig]:
-        """The phases that are not left out, by name and in order."""
+        """The phases with iterations above 0, by name and in order."""
 
     @property
     @abc.abstractmethod
@@ -107,7 +110,7 @@ class TrainingConfig(Settings, abc.ABC):
 
     @abc.abstractmethod
     def record(self, phase: str) -> dict[str, Any]:
-        """What the config.json of the model after `phase` says of its training."""
+        """Facts about the training, for the config.json of the model after `phase`."""
 
     def needs(self) -> Needs:
         """The combined needs of all phases that run."""

@@ -1,8 +1,8 @@
-"""Objectives: what a training step computes. The seam between the trainer and a method.
+"""Objectives: what a training step computes. The interface between the trainer and a method.
 
-A method is one file with two halves. Its settings are an `ObjectiveConfig`, which a recipe puts into a phase; they say what
-the method needs and how a student of it may be sampled, without building anything. Its `Objective` adds the gradients of a
-batch. The trainer owns data, optimisers, averages, checkpoints and ranks, and knows no loss.
+A method is one file with two parts. Its settings are an `ObjectiveConfig`, which a recipe puts into a phase. They say what the
+method needs and how its students may be sampled, without building anything. Its `Objective` computes the gradients of a batch.
+The trainer owns data, optimisers, averages, checkpoints and ranks; it contains no loss.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Needs:
-    """What an objective asks of the trainer. The trainer asks the workspace for it before it starts."""
+    """Inputs that an objective needs. The trainer checks that the workspace has them before it starts."""
 
     pairs: bool = False
     """Noise-image pairs: `Batch.noise`, `x1`, `labels`."""
     images: bool = False
     """Real images: `Batch.real`, `real_labels`."""
     noise: bool = False
-    """Fresh noise and labels, where there are no pairs: `Batch.noise`, `labels`."""
+    """Fresh noise and labels, for methods without pairs: `Batch.noise`, `labels`."""
     models: tuple[str, ...] = ()
     """Frozen denoisers by their folder in the workspace, "teacher" or "students/<name>": `Context.models`."""
     features: tuple[str, ...] = ()
@@ -56,36 +56,36 @@ class Needs:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Context:
-    """What the trainer provides to an objective."""
+    """Networks and facts that the trainer provides to an objective."""
 
     image_shape: tuple[int, int, int]
     """(C, H, W)"""
     num_classes: int
     """0 for unconditional students."""
     models: Mapping[str, Denoiser]
-    """As `Needs.models` asks; in the run's precision. Gradients flow to their inputs, not to their weights."""
+    """The models of `Needs.models`, in the run's precision. Gradients flow to their inputs, not to their weights."""
     features: Mapping[str, FeatureNetwork]
-    """As `Needs.features` asks; in the run's precision. Gradients flow to their inputs, not to their weights."""
+    """The networks of `Needs.features`, in the run's precision. Gradients flow to their inputs, not to their weights."""
     average: Denoiser
-    """The student's first average. The trainer updates it after each step: read it as a target, or copy it for one with a
-    decay of its own."""
+    """The student's first average. The trainer updates it after each step: use it as a target, or copy it to make a target
+    with another decay."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Batch:
-    """One rank's rows of one step, or a part of them, on the device. What the objective does not need is None."""
+    """A micro-batch: one rank's rows of one step, or a part of them, on the device. Unneeded tensors are None."""
 
     size: int
     """B"""
     step: int
-    """Of the phase, from 0."""
+    """Step of the phase, from 0."""
     total: int
     """Steps of the phase."""
     weight: float = 1.0
-    """Weight of this micro-batch in the step, for the objective to multiply its mean loss by: 1 / parts, or near it where
-    shares differ in size."""
+    """Weight of this micro-batch in the step: the objective multiplies its mean loss by it. It is 1 / micro-batches, or close
+    to that if they differ in size."""
     noise: torch.Tensor | None = None
-    """Unit-variance noise x0 / sigma_max, float32 (B, C, H, W): of the pairs, or fresh."""
+    """Unit-variance noise x0 / sigma_max, float32 (B, C, H, W): the noise of the pairs, or fresh noise."""
     x1: torch.Tensor | None = None
     """Images of the pairs, float32 (B, C, H, W), nominally in [-1, 1]."""
     labels: torch.Tensor | None = None
@@ -98,7 +98,7 @@ class Batch:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Turns:
-    """Which networks learn in a step."""
+    """Flags for the networks that learn in a step."""
 
     student: bool = True
     critic: bool = True
@@ -110,11 +110,11 @@ class ObjectiveConfig(Settings, abc.ABC):
 
     @abc.abstractmethod
     def needs(self) -> Needs:
-        """What training asks for."""
+        """Inputs that training needs."""
 
     @abc.abstractmethod
     def sampling(self) -> FewStep | None:
-        """How a student of this objective may be sampled in few steps. None: by ODE solvers, as teachers are."""
+        """Few-step sampling that fits a student of this objective; None for ODE solvers, as for teachers."""
 
     @abc.abstractmethod
     def about(self) -> str:
@@ -122,43 +122,43 @@ class ObjectiveConfig(Settings, abc.ABC):
 
     @abc.abstractmethod
     def build(self, context: Context) -> Objective:
-        """The objective. Called once at the start of the phase, on each rank alike; torch's global generator is seeded."""
+        """Build the objective. Called once per rank at the start of the phase, with torch's global generator seeded equally."""
 
     def check(self, resolution: int) -> None:
         """Raise BeelineError for images of `resolution` pixels that the method cannot take."""
 
     def representative(self) -> ObjectiveConfig:
-        """Settings whose step costs as much as that of these: planning counts equal ones once."""
+        """Settings whose training step costs the same. Planning counts settings with equal representatives once."""
         return self
 
 
 class Objective(abc.ABC):
-    """What a step of a method does."""
+    """The computation of a method's training steps."""
 
     critic: nn.Module | None = None
-    """A network that learns beside the student: a discriminator, a fake score."""
+    """A second network that learns with the student: a discriminator or a fake score."""
     critic_optimizer: OptimizerConfig | None = None
-    """Its optimiser's settings."""
+    """Optimiser settings of the critic."""
 
     @abc.abstractmethod
     def backward(
         self, student: Learner, critic: Learner | None, batch: Batch, generator: torch.Generator
     ) -> dict[str, torch.Tensor]:
-        """Add the gradients of `batch` to the parameters that learn in this step. Returns figures for the log, scalars.
+        """Add the gradients of `batch` to the parameters that learn in this step. Returns scalar figures for the log.
 
         All randomness comes from `generator`, or from torch's global generator, which is seeded for the step.
         """
 
     def turns(self, step: int) -> Turns:
-        """Which networks learn in `step` of the phase."""
+        """The networks that learn in `step` of the phase."""
         return Turns()
 
     def after_step(self, student: nn.Module) -> None:  # noqa: B027 (most methods have nothing to do)
-        """Update what follows the student, for example target networks. Called after each step in which it learned."""
+        """Update networks that follow the student, for example targets. Called after each step in which the student learned."""
 
     def state(self) -> nn.Module | None:
-        """What a checkpoint holds of the objective itself: target networks, learned weightings.
+        """The objective's own part of a checkpoint: target networks, learned weightings.
 
-        Parameters that require gradients are trained with the student, by an optimiser of the same settings.
+        Parameters that require gradients are trained with the student, by an optimiser with the same settings.
         """
         return None

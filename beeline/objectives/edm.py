@@ -22,23 +22,23 @@ class EDMConfig(ObjectiveConfig):
     """Denoising score matching on real images."""
 
     flip: bool = False
-    """Mirror images at random: the data set and its mirror image are one."""
+    """Mirror images at random, for data without a preferred side."""
     augment: Share = 0.0
-    """Probability of each non-leaking augmentation; needs a network with augment_dim 9. 0 leaves the images as they are."""
+    """Probability of each non-leaking augmentation; needs a network with augment_dim 9. 0 disables it."""
 
     def needs(self) -> Needs:
         """Real images."""
         return Needs(images=True)
 
     def sampling(self) -> None:
-        """By ODE solvers."""
+        """None: the model is sampled by ODE solvers."""
 
     def about(self) -> str:
-        """As the report shows it."""
+        """Name of the method, for logs and report."""
         return "denoising score matching (EDM)"
 
     def build(self, context: Context) -> EDM:
-        """The objective."""
+        """Build the objective."""
         return EDM(self)
 
 
@@ -51,7 +51,7 @@ class EDM(Objective):
     def backward(
         self, student: Learner, critic: Learner | None, batch: Batch, generator: torch.Generator
     ) -> dict[str, torch.Tensor]:
-        """The figure "loss"."""
+        """Add the gradients of the loss. Returns the figure "loss"."""
         assert batch.real is not None
         images, augment_labels = batch.real, None
         if self.config.augment:
@@ -75,8 +75,8 @@ def edm_loss(
     """EDM's training loss, averaged over pixels and batch: ln sigma ~ N(p_mean, p_std^2), weight
     (sigma^2 + sigma_data^2) / (sigma sigma_data)^2 (Karras et al. 2022, eq. 2 and Table 1).
 
-    `images` (B, C, H, W) in [-1, 1], augmented as `augment_labels` (B, A) say; the draws come from `generator` (torch's
-    global one if None).
+    `images` is (B, C, H, W) in [-1, 1], already augmented as `augment_labels` (B, A) describe. Random numbers come from
+    `generator`, or from torch's global generator if it is None.
     """
     normal = torch.randn(len(images), 1, 1, 1, device=images.device, generator=generator)
     sigma = (normal * p_std + p_mean).exp()

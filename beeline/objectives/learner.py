@@ -1,4 +1,4 @@
-"""A network that learns, with its optimiser: what objectives call and trainers step."""
+"""A learning network and its optimiser. Objectives call it, trainers update it."""
 
 from __future__ import annotations
 
@@ -20,8 +20,10 @@ GRAD_NORM, SKIPPED = "grad_norm", "skipped"
 
 
 class Learner:
-    """`model` as objectives see it: called, it runs under the precision's autocast and through `parallel`'s wrapper, which
-    averages gradients over ranks; `model` itself is the bare network."""
+    """Wraps a network for objectives. A call runs `model` under autocast, through the wrapper that `parallel` returns.
+
+    That wrapper averages gradients over ranks. The attribute `model` is the network itself.
+    """
 
     def __init__(
         self,
@@ -43,7 +45,7 @@ class Learner:
             return self._parallel(*inputs)
 
     def frozen(self, *inputs: Any) -> Any:
-        """The network's output, with gradients for the inputs alone."""
+        """The network's output, with gradients for the inputs only."""
         for parameter in self.parameters:
             parameter.requires_grad_(False)
         try:
@@ -69,18 +71,21 @@ class Learner:
             return rate(self.model, x, sigma, labels, velocity, to=to, derivative=derivative)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """The precision that this network computes in."""
+        """Context manager for the precision that this network computes in."""
         return torch.autocast(self.parameters[0].device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
     def accumulating(self, *, last: bool) -> contextlib.AbstractContextManager[Any]:
-        """For gradients that are summed over several backward passes: ranks exchange them in the last one alone."""
+        """Context manager for one of several backward passes whose gradients add up. Ranks exchange them only in the last."""
         if last or not isinstance(self._parallel, DistributedDataParallel):
             return contextlib.nullcontext()
         return self._parallel.no_sync()
 
     def update(self, step: int, total: int) -> dict[str, float]:
-        """Apply the gradients at the schedule's rate for `step` of `total`, unless they are not finite: the figures
-        GRAD_NORM (0 for such a step) and SKIPPED (1). Gradients are the same on all ranks, so all skip together."""
+        """Apply the gradients at the schedule's rate for `step` of `total`, and clear them.
+
+        A step whose gradients are not finite is skipped. Gradients are the same on all ranks, so all ranks skip it. Returns
+        the figures GRAD_NORM (0 for a skipped step) and SKIPPED (1 for a skipped step, else 0).
+        """
         config = self.config
         norm = float(nn.utils.clip_grad_norm_(self.parameters, config.clip or math.inf))
         if math.isfinite(norm):
@@ -91,7 +96,7 @@ class Learner:
         return {GRAD_NORM: norm if math.isfinite(norm) else 0.0, SKIPPED: float(not math.isfinite(norm))}
 
     def continue_with(self, config: OptimizerConfig) -> None:
-        """Follow other settings of the same kind of optimiser, with the weights and moments as they are."""
+        """Switch to other settings of the same kind of optimiser. Keeps weights and moments."""
         assert config.kind == self.config.kind
         self.config = config
         for group in self.optimizer.param_groups:
@@ -108,7 +113,9 @@ class Learner:
 
 
 def compile_trunk(model: Denoiser) -> None:
-    """Compile the network in place, but for its output convolution: the adaptive weight differentiates that one by itself,
-    which would take a whole backward pass through a compiled network."""
+    """Compile the network in place, except its output convolution.
+
+    The adaptive weight differentiates that convolution alone. In a compiled network this would take a whole backward pass.
+    """
     network = model.model
     network.trunk = torch.compile(network.trunk, dynamic=False)  # pyright: ignore[reportArgumentType, reportCallIssue]

@@ -25,11 +25,11 @@ class OptimizerConfig(Settings):
     decay: Literal["constant", "cosine"] = "constant"
     """"cosine" falls to 5 % of `lr` at the last step."""
     clip: Amount = 1.0
-    """Gradient norm above which gradients are scaled down; 0 leaves them as they are."""
+    """Gradient norm above which gradients are scaled down; 0 disables clipping."""
 
 
 def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
-    """The optimiser that `config` names."""
+    """Build the optimiser that `config` describes."""
     cls = {"adam": torch.optim.Adam, "radam": torch.optim.RAdam}[config.kind]
     extra = {"fused": True} if config.kind == "adam" else {"foreach": True}
     return cls(list(parameters), lr=config.lr, betas=config.betas, **extra)

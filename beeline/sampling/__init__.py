@@ -22,7 +22,7 @@ from beeline.sampling.solvers import Solver, evaluations, solve
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """A way to sample a model: `solver` with `num_steps` levels, or `steps`, indices into the student's schedule."""
+    """A method to sample a model: by `solver` with `num_steps` levels, or at `steps`, indices into the student's schedule."""
 
     solver: Solver = "heun"
     num_steps: int = 18
@@ -69,18 +69,18 @@ class Sampling:
         try:
             if first in get_args(Solver):
                 (num_steps,) = map(int, rest)
-                made = Sampling(solver=cast(Solver, first), num_steps=num_steps)
+                sampling = Sampling(solver=cast(Solver, first), num_steps=num_steps)
             else:
-                made = Sampling(steps=parse_steps(first), rule=" ".join(rest) or None)
+                sampling = Sampling(steps=parse_steps(first), rule=" ".join(rest) or None)
         except (ValueError, BeelineError) as error:
-            raise ValueError(f"{label!r:.60} names no sampling") from error
-        if made.label != label or made.nfe < 1:
-            raise ValueError(f"{label!r:.60} names no sampling")
-        return made
+            raise ValueError(f"{label!r:.60} is not the label of a sampling") from error
+        if sampling.label != label or sampling.nfe < 1:
+            raise ValueError(f"{label!r:.60} is not the label of a sampling")
+        return sampling
 
 
 def slug_of(label: str) -> str:
-    """The label of a `Sampling` as file names hold it."""
+    """The label of a `Sampling` in the form that file names use."""
     return label.replace(" ", "-").replace(",", "-")
 
 
@@ -112,7 +112,7 @@ def sample_from(
     if sampling.steps is not None:
         how = model.few_step
         if how is None:
-            raise BeelineError("steps were given, but this model is a teacher: use solver= and num_steps=")
+            raise BeelineError("steps were given, but this model is a teacher; use solver= and num_steps= instead")
         how = dataclasses.replace(how, rule=sampling.rule) if sampling.rule else how
         return few_step(model, latents, labels, steps=sampling.steps, how=how, fresh=fresh)
     if sampling.solver == "calibrated":

@@ -1,15 +1,16 @@
-"""An exponential Adams predictor-corrector for the probability-flow ODE: one network evaluation a step, third order.
+"""An exponential Adams predictor-corrector for the probability-flow ODE: one network evaluation per step, third order.
 
 In l = -log sigma the ODE reads dx/dl = D(x; l) - x, so between two levels
 
     x(l1) = e^-(l1-l0) x(l0) + integral over l0 ... l1 of e^-(l1-l) D(l) dl
 
-exactly. D is replaced by the polynomial through the evaluations at hand: the last `predictor` of them to step ahead, and,
-once the network was evaluated there, the new one and `corrector - 1` before it to correct the step. The corrected point
-goes on with the evaluation of the predicted one (PEC). At the last level the denoised image is the result. The family is
-that of exponential multistep methods (Hochbruck & Ostermann 2010); DPM-Solver++(2M) is its relative without a corrector.
+holds exactly. D is replaced by the polynomial through known evaluations. The predictor uses the last `predictor` of them.
+Once the network is evaluated at the predicted point, the corrector repeats the step with that evaluation and the
+`corrector - 1` before it. The next step starts from the corrected point, but keeps the evaluation of the predicted one (PEC).
+At the last level the denoised image is the result. These are exponential multistep methods (Hochbruck & Ostermann 2010);
+DPM-Solver++(2M) is one of them, without a corrector.
 
-Where the levels lie matters more than the order: `beeline.calibrate` finds them for a teacher.
+The choice of levels matters more than the order: `beeline.calibrate` finds good levels for a teacher.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ PREDICTOR, CORRECTOR = 3, 3
 
 
 def check_levels(levels: Sequence[float]) -> tuple[float, ...]:
-    """`levels` as a tuple, once they are known to be at least two positive, finite, strictly falling noise levels."""
+    """Return `levels` as a tuple. Raises ValueError unless they are two or more finite, falling noise levels above 0."""
     levels = tuple(float(level) for level in levels)
     if len(levels) < 2 or not all(math.isfinite(a) and a > b > 0 for a, b in itertools.pairwise(levels)):
         raise ValueError(f"levels are {levels}; expected at least two noise levels, finite, falling and above 0")
@@ -36,16 +37,16 @@ def check_levels(levels: Sequence[float]) -> tuple[float, ...]:
 def weights(start: float, end: float, nodes: Sequence[float]) -> np.ndarray:
     """w_j = integral over l from `start` to `end` of e^-(end-l) L_j(l), L_j the Lagrange polynomials of `nodes`; float64.
 
-    By Gauss-Legendre quadrature of 20 points: to rounding error for the step lengths that occur (up to 11).
+    Uses Gauss-Legendre quadrature with 20 points: exact to rounding error for steps up to 11, the longest that occur.
     """
     points, quadrature = np.polynomial.legendre.leggauss(20)
     l = start + (end - start) * (points + 1) / 2  # noqa: E741
     kernel = quadrature * (end - start) / 2 * np.exp(l - end)
-    found = []
+    integrals = []
     for j, node in enumerate(nodes):
         others = [other for i, other in enumerate(nodes) if i != j]
-        found.append((kernel * np.prod([(l - other) / (node - other) for other in others], axis=0)).sum())
-    return np.array(found)
+        integrals.append((kernel * np.prod([(l - other) / (node - other) for other in others], axis=0)).sum())
+    return np.array(integrals)
 
 
 def adams(
@@ -57,10 +58,10 @@ def adams(
     predictor: int = PREDICTOR,
     corrector: int = CORRECTOR,
 ) -> torch.Tensor:
-    """Integrate from `levels[0]` to `levels[-1]`, one evaluation a level; float32 images (B, C, H, W).
+    """Integrate from `levels[0]` to `levels[-1]`, one evaluation per level. Returns float32 images (B, C, H, W).
 
-    `latents` (B, C, H, W): unit-variance noise. `predictor`, `corrector`: how many evaluations the polynomials go through
-    (1 and more); a corrector of 0 leaves it out. The state is float64.
+    `latents` is unit-variance noise (B, C, H, W). `predictor` and `corrector` are the numbers of evaluations (1 or more)
+    that each polynomial passes through; `corrector` 0 disables the corrector. The state is float64.
     """
     levels = check_levels(levels)
     x = latents.to(torch.float64) * levels[0]

@@ -1,7 +1,7 @@
-"""How a student is sampled: a step list, and the rule that leads from one noise level to the next (LMM, appendix A.4).
+"""Few-step sampling of students: a step list, and the rule that leads from one noise level to the next (LMM, appendix A.4).
 
-From x0 = sigma_max noise, each step predicts the image at the present level and moves to the next one; the last prediction is
-the image. A rule is a function of that name in `RULES`, to which a method of one's own may add.
+Sampling starts at x0 = sigma_max noise. Each step predicts the image at the current level and moves to the next level; the
+last prediction is the image. A rule is an entry of `RULES`; your own method may add one.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ Fresh = Callable[[], torch.Tensor]
 
 
 class Predict(Protocol):
-    """The student: images, float64 (B, C, H, W), from points `x` float64 (B, C, H, W) at a level."""
+    """The student: predicts images, float64 (B, C, H, W), from points `x`, float64 (B, C, H, W), at noise level `sigma`."""
 
     def __call__(self, x: torch.Tensor, sigma: float, to: float | None = None) -> torch.Tensor: ...
 
 
 class Rule(Protocol):
-    """A step from `x` at level `sigma` to the level `following`; where that is 0, to the image. All float64 (B, C, H, W).
+    """A step from `x` at level `sigma` to level `following`. Returns the image if `following` is 0. All float64 (B, C, H, W).
 
-    `noise` is the unit-variance noise that sampling started from, `fresh()` new noise for this transition.
+    `noise` is the unit-variance noise that sampling started from; `fresh()` returns new noise for this transition.
     """
 
     def __call__(
@@ -42,7 +42,7 @@ class Rule(Protocol):
 def same_noise(
     predict: Predict, x: torch.Tensor, sigma: float, following: float, *, noise: torch.Tensor, fresh: Fresh
 ) -> torch.Tensor:
-    """To the point of the line "ve" with the noise that sampling started from."""
+    """Move to the point of the line "ve" with the noise that sampling started from."""
     image = predict(x, sigma)
     return image + following * noise if following else image
 
@@ -50,7 +50,7 @@ def same_noise(
 def line(
     predict: Predict, x: torch.Tensor, sigma: float, following: float, *, noise: torch.Tensor, fresh: Fresh
 ) -> torch.Tensor:
-    """Along the segment from x to the prediction: Euler's method."""
+    """Move along the segment from x to the prediction: Euler's method."""
     image = predict(x, sigma)
     return following / sigma * x + (1 - following / sigma) * image if following else image
 
@@ -58,7 +58,7 @@ def line(
 def fresh_noise(
     predict: Predict, x: torch.Tensor, sigma: float, following: float, *, noise: torch.Tensor, fresh: Fresh
 ) -> torch.Tensor:
-    """To new noise around the prediction: the multistep sampling of consistency models (Song et al. 2023, algorithm 1)."""
+    """Add new noise to the prediction: multistep sampling of consistency models (Song et al. 2023, algorithm 1)."""
     image = predict(x, sigma)
     return image + max(following**2 - SIGMA_MIN**2, 0.0) ** 0.5 * fresh() if following else image
 
@@ -67,7 +67,7 @@ RULES: dict[str, Rule] = {"same_noise": same_noise, "line": line, "fresh_noise":
 
 
 class Registered:
-    """Names in RULES."""
+    """Condition of a setting: a name in RULES."""
 
     def allows(self, value: str) -> bool:
         return value in RULES
@@ -81,19 +81,19 @@ RuleName = Annotated[str, Registered()]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FewStep(Settings):
-    """What a student learned on, and so how it may be sampled. Kept in the student's config.json."""
+    """Levels and line that a student was trained on, and its sampling rule. Saved in the student's config.json."""
 
     num_steps: Steps
     """Levels of the EDM schedule that step indices refer to."""
     rule: RuleName = "line"
-    """How the next point is made."""
+    """Rule that computes the next point."""
     line: Line = "lerp"
-    """The line whose points the student learned on (beeline.objectives.lines)."""
+    """Line whose points the student was trained on (beeline.objectives.lines)."""
     trained_steps: Some[Index] | None = None
-    """The indices that the student was trained on where that is not all of them (SOT)."""
+    """Indices that the student was trained on; None for all of them. SOT trains on some."""
 
     def check(self, steps: Sequence[int]) -> tuple[int, ...]:
-        """`steps` as a tuple; BeelineError where the schedule lacks them or the student was never trained on them."""
+        """Return `steps` as a tuple. Raises BeelineError for steps outside the schedule, or that the student has not seen."""
         try:
             steps = check_steps(steps, self.num_steps)
         except ValueError as error:
@@ -116,9 +116,9 @@ def few_step(
     how: FewStep,
     fresh: Callable[[int], torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """Images, float32 (B, C, H, W), from unit-variance noise `latents` (B, C, H, W): one evaluation per entry of `steps`.
+    """Draw images, float32 (B, C, H, W), from unit-variance noise `latents` (B, C, H, W): one evaluation per entry of `steps`.
 
-    `fresh(n)` gives unit-variance noise (B, C, H, W) for the n-th transition, for rules that need it.
+    `fresh(n)` returns unit-variance noise (B, C, H, W) for the n-th transition, for rules that need it.
     """
     steps = how.check(steps)
     levels = edm_sigmas(how.num_steps).tolist()
@@ -127,8 +127,8 @@ def few_step(
 
     def predict(x: torch.Tensor, sigma: float, to: float | None = None) -> torch.Tensor:
         level = torch.full((len(x),), sigma, device=x.device)
-        further: dict[str, Any] = {} if to is None else {"to": torch.full((len(x),), to, device=x.device)}
-        return denoiser(x.to(torch.float32), level, labels, **further).to(torch.float64)
+        options: dict[str, Any] = {} if to is None else {"to": torch.full((len(x),), to, device=x.device)}
+        return denoiser(x.to(torch.float32), level, labels, **options).to(torch.float64)
 
     def new(n: int) -> torch.Tensor:
         if fresh is None:
@@ -142,7 +142,7 @@ def few_step(
 
 
 def parse_steps(text: str) -> tuple[int, ...]:
-    """ "0,8" as (0, 8). Raises BeelineError for anything else."""
+    """Parse "0,8" as (0, 8). Raises BeelineError for anything else."""
     if re.fullmatch("[0-9]{1,9}(,[0-9]{1,9})*", text) is None:
         raise BeelineError(f"steps {text!r} are not indices separated by commas, for example 0 or 0,8")
     return tuple(int(part) for part in text.split(","))

@@ -1,7 +1,7 @@
-"""How a network runs when it is only evaluated: precision, memory layout, compilation. The mathematics stays the same.
+"""Precision, memory layout and compilation of networks that are only evaluated. The mathematics stays the same.
 
-The state of a solver is float64 and preconditioning is float32 in every policy; only the network inside runs in
-`precision`, and of it only convolutions, norms and attention: the embedding of noise level and labels stays float32.
+In every precision, the state of a solver is float64 and preconditioning is float32. Only the convolutions, norms and
+attention of the network inside run in `precision`; the embedding of noise level and labels stays float32.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16,
 def prepare(
     model: Denoiser, *, precision: Precision = "fp32", compiled: bool = False, batch_size: int | None = None
 ) -> Denoiser:
-    """A copy of `model` for evaluation alone, channels last, in `precision`, compiled if asked.
+    """Copy `model` for evaluation only: channels last, in `precision`, and compiled if `compiled`.
 
-    With `batch_size`, smaller batches are filled up to it and cut again: a compiled network then sees one shape and is
-    compiled once. On a GPU compilation includes CUDA graphs. Compiling costs one to three minutes at the first batch.
+    With `batch_size`, smaller batches are padded to that size and the result is cut: a compiled network then sees one shape
+    and is compiled once. On a GPU compilation includes CUDA graphs. Compiling costs one to three minutes at the first batch.
     """
-    made = copy.deepcopy(model).eval().requires_grad_(False)
-    network: nn.Module = made.model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    prepared = copy.deepcopy(model).eval().requires_grad_(False)
+    network: nn.Module = prepared.model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     dtype = DTYPES[precision]
     for module in network.modules():
         if isinstance(module, Conv2d | GroupNorm):
@@ -37,12 +37,12 @@ def prepare(
         on_gpu = next(network.parameters()).is_cuda
         options: dict[str, Any] = {"triton.cudagraphs": True} if on_gpu else {"freezing": True}
         network = cast(nn.Module, torch.compile(network, dynamic=False, options=options))
-    made.model = _Network(network, dtype, batch_size)
-    return made
+    prepared.model = _Network(network, dtype, batch_size)
+    return prepared
 
 
 class _Network(nn.Module):
-    """The network between the precision outside, float32, and its own."""
+    """Converts the network's inputs to its precision, and pads batches."""
 
     def __init__(self, network: nn.Module, dtype: torch.dtype, batch_size: int | None) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class _Network(nn.Module):
         augment_labels: torch.Tensor | None = None,
         to_labels: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """As the network's own, for any batch up to `batch_size`."""
+        """Same arguments and result as the network, for any batch up to `batch_size`."""
         size = len(x)
         missing = (self.batch_size or size) - size
         if missing > 0:
@@ -69,5 +69,5 @@ class _Network(nn.Module):
 
 
 def _filled(tensor: torch.Tensor, missing: int) -> torch.Tensor:
-    """`missing` more rows, copies of the first."""
+    """Append `missing` copies of the first row."""
     return torch.cat([tensor, tensor[:1].expand(missing, *tensor.shape[1:])])

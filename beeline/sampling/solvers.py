@@ -1,6 +1,6 @@
 """EDM's deterministic solvers of the probability-flow ODE, for teachers.
 
-The ODE state is float64, the network runs in float32, as in EDM. adams.py holds the calibrated solver.
+As in EDM, the ODE state is float64 and the network runs in float32. The calibrated solver is in adams.py.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def solve(
 ) -> torch.Tensor:
     """Integrate the probability-flow ODE dx/dsigma = (x - D(x; sigma)) / sigma from sigma_max to 0.
 
-    "heun" is Karras et al. 2022, Algorithm 1 (2 num_steps - 1 evaluations); "euler" its first-order part (num_steps).
+    "heun" is Karras et al. 2022, Algorithm 1 (2 num_steps - 1 evaluations); "euler" is its first-order part (num_steps).
     Takes unit-variance noise `latents` (B, C, H, W). Returns float32 images (B, C, H, W), nominally in [-1, 1].
     """
     sigmas = [*edm_sigmas(num_steps).tolist(), 0.0]

@@ -121,7 +121,7 @@ def test_a_failing_stage_is_a_line_and_what_needs_it_is_not_tried(run: Run, tmp_
     done = run(
         "cluster/rehearse.py", "digits", "--workspace", tmp_path / "ws", "--cpu", "--images.source", "/nowhere", ok=False
     )
-    assert f"rehearsal: digits in {there}, which is emptied first" in done.stdout
+    assert f"rehearsal: digits in {there}, emptied first" in done.stdout
     assert not (there / "old").exists()
     lines = [line.split("  ") for line in done.stdout.splitlines() if line.startswith("FAILED  ")]
     table = {line[1].strip(): line[-1].strip() for line in lines}

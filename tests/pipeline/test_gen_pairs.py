@@ -78,7 +78,7 @@ def test_a_truncated_shard_is_found_and_made_again(run: Run, trained: Path, tmp_
     shard.write_bytes(whole[:-50])
     failed = run("trainers/train_lmm.py", "digits", "--workspace", workspace, ok=False)
     assert "part-00002.parquet has" in failed.stderr
-    assert "mend it with: python pipeline/gen_pairs.py digits" in failed.stderr
+    assert "repair it with: python pipeline/gen_pairs.py digits" in failed.stderr
     mended = run("pipeline/gen_pairs.py", "digits", "--workspace", workspace, *TINY_PAIRS)
     assert "part-00002.parquet: unreadable" in mended.stdout
     assert shard.read_bytes() == whole

@@ -225,7 +225,7 @@ def test_stage_refuses_another_plan_and_notices_lost_files(tmp_path: Path) -> No
         Stage(place, "pairs", plan | {"pairs": config | {"count": 3}}).begin()
     assert require(place, "pairs", "digits") == plan
     (tmp_path / "pairs" / "part-00000.parquet").write_bytes(b"12")
-    with pytest.raises(BeelineError, match=r"has 2 bytes, expected 4 bytes; mend it with"):
+    with pytest.raises(BeelineError, match=r"has 2 bytes, expected 4 bytes; repair it with"):
         require(place, "pairs", "digits")
     assert stage.begin()
 

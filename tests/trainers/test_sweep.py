@@ -53,7 +53,7 @@ def test_a_killed_sweep_goes_on_and_leaves_nothing_behind(run: Run, head: Head, 
     ended = {path: path.read_bytes() for path in folder.glob("trial-*.json")}
     models = {path: path.stat().st_mtime_ns for path in folder.glob("trials/*/model.safetensors")}
     done = run(*command)
-    assert f"sweep: {len(ended)} of 8 trials are there" in done.stdout
+    assert f"sweep: {len(ended)} of 8 trials are complete" in done.stdout
     assert {path: path.read_bytes() for path in ended} == ended
     assert {path: path.stat().st_mtime_ns for path in models} == models
     rows = trials(workspace)
@@ -101,7 +101,7 @@ def test_the_best_is_promoted_and_more_trials_are_added(run: Run, workspace: Pat
     before = trials(workspace)
     assert "already complete" in run(*command).stdout
     done = run(*command, "--sweep.trials", "9", "--sweep.promote", "tuned", "--sweep.promote-nfe", "2")
-    assert "sweep: 8 of 9 trials are there" in done.stdout
+    assert "sweep: 8 of 9 trials are complete" in done.stdout
     rows = trials(workspace)
     assert rows[:8] == before
     best = min((row for row in rows if row["nfe"] == 2 and not row["stopped"]), key=lambda row: row["distance"])

@@ -184,8 +184,8 @@ def test_mlflow_gets_every_row_once_over_a_restart(store: Path, capsys: pytest.C
     assert points == EXPECTED
     assert run.info.status == "FINISHED"
     assert (run.data.params["images"], run.data.params["workers"]) == ("None", "2")
-    assert "mlflow: the run begins" in (told := capsys.readouterr().out)
-    assert "mlflow: the run goes on after step 25" in told
+    assert "mlflow: the run starts" in (told := capsys.readouterr().out)
+    assert "mlflow: the run continues after step 25" in told
 
 
 def test_mlflow_keeps_runs_and_experiments_apart(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,7 +236,7 @@ def test_mlflow_that_cannot_be_reached(
     tracker.close()
     told = capsys.readouterr().out
     assert told.count("\n") == 1
-    assert "tried again every 10 minutes" in told
+    assert "retrying every 10 minutes" in told
     assert "secret" not in told
 
 
