@@ -215,7 +215,7 @@ def _images(recipe: Recipe, there: Workspace) -> Line:
         return Line("images", "scikit-learn's digits, built in")
     if os.path.exists(source) and os.access(source, os.R_OK):
         return Line("images", f"{source} is there{f'; {SHARED}' if os.environ.get('RAY_ADDRESS') else ''}")
-    return Line("images", f"{source} is not there, or may not be read", "Give --images.source a path (README: Your own images)")
+    return Line("images", f"{source} is not there, or may not be read", "Give --images.source a path (docs/your-own-data.md)")
 
 
 def _disk(place: Folder, left: Sequence[Stage]) -> Line:
