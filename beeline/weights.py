@@ -21,9 +21,9 @@ import http.client
 import importlib.metadata
 import importlib.util
 import json
-import os
 import re
-import urllib.request
+import socket
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +57,7 @@ class Source:
     """SHA-256 of the lpips package's linear layers for this network; "" if there are none."""
 
 
+TIMEOUT = 60.0  # seconds without an answer from a server
 LPIPS_LICENCE = "BSD-2-Clause (R. Zhang et al., https://github.com/richzhang/PerceptualSimilarity)"
 SOURCES: dict[str, Source] = {
     "vgg16": Source(
@@ -143,34 +144,19 @@ def obtain(source: Source, downloads: Path) -> Path:
     if file.is_file():
         _check(file, source.sha256, f"delete {file} and run again to download it")
         return file
-    part = file.with_name(f"{file.name}.{os.getpid()}.part")
     by_hand = f"or put the right file there by hand as {file}"
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(TIMEOUT)  # torch.hub sets none: a server that stalls would be waited for forever
     try:
         downloads.mkdir(parents=True, exist_ok=True)
-        _download(source.url, part)
-        _check(part, source.sha256, f"it came from {source.url}; try again, {by_hand}")
-        part.replace(file)
-    except (OSError, http.client.HTTPException) as error:
+        print(source.url, flush=True)
+        torch.hub.download_url_to_file(source.url, str(file), hash_prefix=source.sha256, progress=sys.stderr.isatty())
+    except (OSError, RuntimeError, http.client.HTTPException) as error:
         reason = str(error) or type(error).__name__
         raise BeelineError(f"{source.url} could not be downloaded ({reason}); try again, {by_hand}") from None
     finally:
-        part.unlink(missing_ok=True)
+        socket.setdefaulttimeout(before)
     return file
-
-
-def _download(url: str, part: Path) -> None:
-    request = urllib.request.Request(url, headers={"User-Agent": "beeline"})  # some servers refuse urllib's own name
-    with urllib.request.urlopen(request, timeout=60) as response, open(part, "wb") as stream:
-        size = int(response.headers.get("Content-Length", 0))
-        print(f"{url}: {size / 1e6:,.1f} MB" if size else url, flush=True)
-        reported = 0
-        while block := response.read(1 << 20):
-            stream.write(block)
-            if stream.tell() - reported >= 64e6:
-                reported = stream.tell()
-                print(f"  {reported / 1e6:,.0f} MB", flush=True)
-        if size and stream.tell() != size:
-            raise OSError(f"the connection was lost after {stream.tell():,} of {size:,} bytes")
 
 
 def _check(file: Path, expected: str, fix: str) -> None:
