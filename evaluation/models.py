@@ -1,4 +1,4 @@
-"""What a workspace has measured: its models, what each of them is, and the metric by which they are compared."""
+"""The measured models of a workspace: their figures, their training, and the metric that compares them."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Figure:
 
 @dataclasses.dataclass(frozen=True)
 class Ingredients:
-    """What a student of lines was trained with in its last phase, from the settings in its config.json."""
+    """Settings of the last phase of a lines-matching student, from its config.json."""
 
     distance: str
     adversarial: bool
@@ -67,14 +67,14 @@ class Ingredients:
 
     @property
     def rank(self) -> tuple[bool, bool, bool]:
-        """Each ingredient comes after those without it."""
+        """Sort key: models with an ingredient come after those without it."""
         return self.distance not in ("l2", "huber"), self.adversarial, self.steps is not None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Model:
-    """A measured model. `training` is what a student's config.json says of its training, {} where it says nothing;
-    `iterations` include those of the student it started from."""
+    """A measured model. `training` is the record of its training in a student's config.json, {} if there is none. `iterations`
+    include those of the student it started from."""
 
     name: str
     figures: tuple[Figure, ...]
@@ -87,18 +87,18 @@ class Model:
 
     @property
     def title(self) -> str:
-        """As tables name it: "lmm · reconstruction"."""
+        """Name in tables: "lmm · reconstruction"."""
         return self.name.removeprefix(f"{STUDENTS}/").replace("/", " · ")
 
     @property
     def is_average(self) -> bool:
-        """Whether it is another average of a student, or the best of its validations."""
+        """Whether it is another average of a student, or its best validated weights."""
         part = self.name.split("/")[2] if self.name.count("/") == 2 else ""
         return part == BEST or half_life_of(part) is not None
 
     @property
     def ingredients(self) -> Ingredients | None:
-        """None for a teacher, for other objectives than lines, and for students that say nothing about themselves."""
+        """None for a teacher, for other objectives than lines matching, and for students without a record."""
         objective = phases_of(self.training).get(self.training.get("phase", ""), {}).get("objective", {})
         if objective.get("method") != LINES:
             return None
@@ -110,7 +110,7 @@ class Model:
 
     @property
     def about(self) -> str:
-        """What it is, in words; "" where nothing is known."""
+        """The method in words; "" if it is not known."""
         part = self.name.rpartition("/")[2]
         if self.is_average:
             half_life = half_life_of(part)
@@ -118,11 +118,11 @@ class Model:
         return str(self.training.get("method", ""))
 
     def figure(self, label: str, metric: str) -> Figure | None:
-        """The figure of one sampling in one metric."""
+        """The figure of one sampling in one metric; None if there is none."""
         return next((found for found in self.figures if (found.sampler, found.metric) == (label, metric)), None)
 
     def of(self, metric: str) -> list[Figure]:
-        """The figures in one metric, by evaluations."""
+        """The figures in one metric, sorted by NFE."""
         return sorted((found for found in self.figures if found.metric == metric), key=lambda found: found.nfe)
 
 
@@ -179,7 +179,7 @@ def _figure(row: Mapping[str, Any]) -> Figure:
 
 
 def _training(place: Folder, name: str) -> Mapping[str, Any]:
-    """What the config.json of a student says of its training, as trainers/training.py writes it; {} for a teacher."""
+    """The record of training in a student's config.json, as trainers/training.py writes it; {} for a teacher."""
     config = None if name == TEACHER else (place / name).read_json(CONFIG)
     if config is None:
         return {}
@@ -194,7 +194,7 @@ def phases_of(training: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _iterations(place: Folder, name: str, training: Mapping[str, Any], seen: tuple[str, ...] = ()) -> tuple[int, ...]:
-    """Of each phase, from the teacher's weights on."""
+    """Iterations of each phase since the teacher's weights."""
     phases, last = phases_of(training), training.get("phase", "")
     if last not in phases:
         return ()
@@ -206,8 +206,11 @@ def _iterations(place: Folder, name: str, training: Mapping[str, Any], seen: tup
 
 
 def main_metric(models: Sequence[Model]) -> str:
-    """The metric that overview and curves show: one that teacher and students share if there is one, FID before a Fréchet
-    distance in DINOv2's features before one in a probe's, that of most models, of most samples."""
+    """The metric of overview and curves.
+
+    In this order: one that teacher and students share; FID before Fréchet distances in DINOv2 and in a probe; the metric of
+    most models; that of most samples.
+    """
     owners: dict[str, list[str]] = {}
     counts = {row.metric: row.n for model in models for row in model.figures}
     for model in models:
@@ -225,28 +228,23 @@ def main_metric(models: Sequence[Model]) -> str:
 
 
 def all_metrics(models: Sequence[Model]) -> list[str]:
-    """Every metric, in the order in which they are met."""
+    """All metrics, in order of their first use."""
     return list(dict.fromkeys(row.metric for model in models for row in model.figures))
 
 
-def family(metric: str) -> str:
-    """The metric's name without its number of samples: fd_probe, recall_probe."""
-    return metric.rpartition("_")[0]
-
-
 def disagreements(models: Sequence[Model]) -> list[str]:
-    """What models were not measured alike in, so that their figures do not compare: "students/x: reference_sha256"."""
-    alike = ("count", "images", "reference_sha256", "networks_sha256", "noise_seeds", "resize", "quantised")
+    """Differences in how models were measured, which make their figures incomparable: "students/x: reference_sha256"."""
+    same = ("count", "images", "reference_sha256", "networks_sha256", "noise_seeds", "resize", "quantised")
     first = models[0].provenance
     return [
         f"{model.name}: {', '.join(differing)}"
         for model in models[1:]
-        if (differing := [key for key in alike if model.provenance.get(key) != first.get(key)])
+        if (differing := [key for key in same if model.provenance.get(key) != first.get(key)])
     ]
 
 
 def number(value: float, like: float | None = None) -> str:
-    """A figure with three decimals, or three digits where it is small; as many decimals as `like` has."""
+    """A figure with three decimals, or three digits if it is small; with as many decimals as `like`."""
     size = abs(value if like is None else like)
     if not math.isfinite(value):
         return "not finite"

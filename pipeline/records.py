@@ -41,7 +41,7 @@ def plan_in(folder: Folder, layout: Any) -> dict[str, Any] | None:
 
 
 def success_in(folder: Folder, layout: Any = None) -> dict[str, Any] | None:
-    """What _SUCCESS says of a finished stage, None where there is none. Raises BeelineError for another layout."""
+    """The content of a finished stage's _SUCCESS; None if it is missing. Raises BeelineError for another layout."""
     try:
         data = folder.read(SUCCESS)
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""What the U-Nets of EDM share: encoder and decoder, built block by block in the order of EDM's own networks."""
+"""Encoder and decoder of EDM's U-Nets, built block by block in the order of EDM's own networks."""
 
 from __future__ import annotations
 

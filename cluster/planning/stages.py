@@ -1,4 +1,4 @@
-"""What each stage of a recipe takes, before anything is said of machines: operations, processes, bytes.
+"""The cost of each stage of a recipe, independent of machines: operations, processes, bytes.
 
 The stages say what they do: plans, rows and work items, published models. Here that is multiplied with the FLOPs and bytes of
 the recipe's networks.

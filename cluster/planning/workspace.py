@@ -58,7 +58,7 @@ class Workspace:
 
     @functools.cache  # noqa: B019  (a workspace lives as long as the command)
     def complete(self, folder: str) -> dict[str, Any]:
-        """What a finished stage says of itself; {} of others."""
+        """The content of a finished stage's _SUCCESS; {} for other stages."""
         return success_in(self.place / folder) or {}
 
     @functools.cached_property

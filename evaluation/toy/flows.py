@@ -180,7 +180,7 @@ def regression(name: str, velocity: Velocity, x0: torch.Tensor, x1: torch.Tensor
 
 
 def coupling(name: str, trained: Mapping[str, Field], config: ToyConfig, generator: torch.Generator) -> Draw:
-    """What draws a batch of (x0, x1), (K, B, 2) each, as the method pairs them; `trained` holds its teacher if it has one."""
+    """The function that draws a batch of (x0, x1), (K, B, 2) each, in the method's pairing. `trained` holds its teacher."""
     if name in ("EDM", "CFM", "1-RF"):
         sigma_min = CFM_SIGMA_MIN if name == "CFM" else 0.0
 
@@ -228,7 +228,7 @@ def train_all(config: ToyConfig, seed: int) -> Iterator[tuple[str, Field]]:
 
 @torch.inference_mode()
 def taught(field: Field, x0: torch.Tensor) -> torch.Tensor:
-    """Where an EDM field takes the noise `x0` (K, B, 2) by EDM's own Heun, on its own noise levels from 80 to 0."""
+    """Images of the noise `x0` (K, B, 2) under an EDM field, by EDM's Heun solver on its noise levels from 80 to 0."""
     return EDM_UNIT * solve(Teacher(field), x0, None, solver="heun", num_steps=HEUN_STEPS)
 
 

@@ -41,7 +41,7 @@ MAX_OT_BATCH = 16_384  # the pairing's time grows with its cube
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OtConfig(Settings):
-    """Which slopes are measured: all of `dims` by `batches`, each from `points` pairs at least and 4 batches at least."""
+    """Slopes to measure: all of `dims` by `batches`, each from at least `points` pairs and at least 4 batches."""
 
     dims: Some[Channels] = (1, 2, 4, 8, 16, 32, 64)
     batches: Some[Annotated[int, Range(2, MAX_OT_BATCH)]] = (4, 8, 16, 32, 64, 128, 256, 512, 1024)

@@ -213,7 +213,7 @@ def test_models_that_were_measured_otherwise_are_named(tmp_path: Path) -> None:
     measure(place, "students/lmm", [ONE], reference_sha256="cd" * 32)
     report(str(tmp_path), "digits")
     page = " ".join(Parsed((tmp_path / "report.html").read_text()).text.split())
-    assert "Not all models were measured alike" in page
+    assert "Not all models were measured in the same way" in page
     assert "students/lmm: reference_sha256" in page
 
 
