@@ -1,12 +1,12 @@
-"""What a recipe will cost: GPU-hours, wall time, storage and money of each stage; with --check, whether all is ready.
+"""Estimate the cost of a recipe: GPU-hours, wall time, storage and money of each stage. --check checks that all is ready.
 
     python cluster/estimate.py cifar10 --gpus 8 --gpu h200 --price 4.20
     python cluster/estimate.py cifar10 --gpus 8 --gpu h200 --pairs.count 200000 --teacher import
     python cluster/estimate.py cifar10 --workspace s3://bucket/cifar10 --check
 
-Operations are counted by running the recipe's own code on tensors without data (planning/counting.py). Speeds are measured,
-in the workspace or by a benchmark, or else assumed (planning/speeds.py); each says which. Finished work in the workspace is
-not counted again. Nothing is started, and nothing is written but a probe of --check.
+Operations are counted by running the recipe's own code on tensors without data (planning/counting.py). Speeds are measured in
+the workspace or by a benchmark, or else assumed (planning/speeds.py); each names its source. Finished work in the workspace is
+not counted again. Nothing is started. Only --check writes: a small file, which it removes.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from pipeline.progress import duration
 from pipeline.storage import Folder
 from trainers.student import check_phases
 
-CORES_PER_GPU = 8  # assumed of machines elsewhere
+CORES_PER_GPU = 8  # assumed for other machines
 Gpus = Annotated[int, Range(-1, MAX_PROCESSES)]
 Cores = Annotated[int, Range(0, MAX_PROCESSES * MAX_THREADS)]
 Utilisation = Annotated[float, Range(0, 1, without="low")]
@@ -52,7 +52,7 @@ Utilisation = Annotated[float, Range(0, 1, without="low")]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Machines:
-    """What there is to compute with: `gpus` of kind `gpu` ("cpu" for none), and CPU cores."""
+    """The available devices: `gpus` GPUs of kind `gpu` ("cpu" for none), and CPU cores."""
 
     gpu: str
     gpus: int
@@ -63,7 +63,7 @@ class Machines:
         return job.need.gpus > 0 and self.gpus > 0 and not job.on_core
 
     def units(self, job: Job) -> float:
-        """GPUs, or cores, that work on a job."""
+        """Number of GPUs, or of cores, that work on a job."""
         need = job.need
         processes = min(need.most, job.parts or need.most)
         if self.on_gpu(job):
@@ -75,8 +75,8 @@ class Machines:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-    """A stage on machines. Hours are of devices that are taken, also while they wait for a CPU of the same process. `sources`
-    has the speed of each kind of work, and its source."""
+    """The cost of a stage on machines. Hours count reserved devices, even while a GPU waits for a CPU of the same process.
+    `sources` maps each kind of work to its speed and its source."""
 
     stage: str
     work: str
@@ -93,7 +93,7 @@ class Row:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """All rows, their wall time together, and notes. `held_money` pays for the GPUs from start to end."""
+    """All rows, the total wall time, and notes. `held_money` is the price of all GPUs from start to end."""
 
     rows: list[Row]
     wall_hours: float
@@ -109,7 +109,7 @@ def plan(
     left: Sequence[Stage], machines: Machines, *, measured: list[Measured], price: float = 0.0,
     utilisation: float = speeds.UTILISATION,
 ) -> Plan:  # fmt: skip
-    """The stages one after another on these machines; those that run side by side share them."""
+    """Plan the stages one after another on these machines. Stages that run side by side share them."""
     start, source = speeds.starting()
     speed_of = functools.partial(speeds.speed, measured=measured, utilisation=utilisation)
     rows, hours, notes = [], 0.0, [f"{start:.0f} s for each stage to start, {source}"]
@@ -127,7 +127,7 @@ def plan(
 
 
 def _row(stage: Stage, machines: Machines, start: float, price: float, speed_of: Callable[..., Speed]) -> tuple[Row, float]:
-    """The row of a stage whose start takes `start` seconds, and the share of the machines that it can use."""
+    """The row of a stage that takes `start` seconds to start, and the share of the machines that it can use."""
     gpu_seconds = core_seconds = flops = 0.0
     wall, share, sources, running = start * stage.starts, 1.0, {}, []
     for job in stage.jobs:
@@ -164,8 +164,8 @@ def _notes(stage: Stage, machines: Machines) -> list[str]:
     """The stage's own note, and one for processes that could never start."""
     asked = {job.need.least * job.need.gpus: job.need.option for job in stage.jobs if machines.on_gpu(job)}
     return [f"{stage.name}: {stage.note}"] * bool(stage.note) + [
-        f"{stage.name} asks for {gpus:g} GPUs at once, of {machines.gpus}: it would wait forever. The estimate gives it "
-        f"{machines.gpus}; ask for less ({option})"
+        f"{stage.name} requests {gpus:g} GPUs at once, of {machines.gpus}: it would wait forever. The estimate assumes "
+        f"{machines.gpus}; request less ({option})"
         for gpus, option in asked.items()
         if gpus > machines.gpus
     ]
@@ -187,14 +187,14 @@ def estimate(
 
     Args:
         workspace: Local folder or s3://bucket/prefix. Finished work there is not counted, and its measured speeds are used.
-        gpu: Kind of GPU, or cpu; left out, the kind in this machine.
-        gpus: Number of GPUs; left out, 1.
-        cores: CPU cores of all machines together; 0 for those of this machine, or 8 with each GPU of others.
-        price: Price of a GPU-hour, in any currency; 0 leaves money out. Beeline has no list of prices.
-        utilisation: Assumed share of a data sheet's peak, where there is no measurement.
-        teacher_from: Whether the teacher is imported or trained; "auto" trains it unless an imported one is there.
+        gpu: Kind of GPU, or cpu. The default is the kind in this machine.
+        gpus: Number of GPUs; -1 means 1.
+        cores: CPU cores of all machines together. 0 means the cores of this machine, or 8 per GPU if --gpu is another kind.
+        price: Price of a GPU-hour, in any currency; 0 leaves money out. Beeline has no price list.
+        utilisation: Assumed share of a data sheet's peak, used without a measurement.
+        teacher_from: Whether the teacher is imported or trained; "auto" trains it unless the workspace has an imported one.
         as_json: Print JSON instead of a table.
-        check: Check instead that workspace, weights, disk and cluster are ready; exit status 0 only if they are.
+        check: Check that workspace, weights, disk and cluster are ready, without an estimate. Exit status 0 only if all are.
     """
     for student in recipe.students.values():
         check_phases(student)
@@ -221,7 +221,7 @@ def estimate(
 
 
 def as_dict(made: Plan, recipe: Recipe, machines: Machines) -> dict[str, Any]:
-    """The plan, JSON-ready."""
+    """Convert the plan to JSON types."""
     total: dict[str, Any] = {name: made.total(name) for name in ("flops", "gpu_hours", "core_hours", "stored_bytes")}
     total |= {"wall_hours": made.wall_hours, "passing_bytes": max(row.passing_bytes for row in made.rows)}
     if made.held_money is not None:
@@ -232,7 +232,7 @@ def as_dict(made: Plan, recipe: Recipe, machines: Machines) -> dict[str, Any]:
 
 
 def as_text(made: Plan, recipe: Recipe, machines: Machines, there: Workspace) -> str:
-    """The plan as a table, then the sources of its speeds, then notes."""
+    """Format the plan: a table, the sources of its speeds, and notes."""
     priced = made.held_money is not None
     numbers = ("PFLOP", "GPU-hours", "core-hours", "wall", "stored", *(["money"] if priced else []))
     columns = [Column(name, justify="right") for name in numbers]
@@ -257,18 +257,20 @@ def as_text(made: Plan, recipe: Recipe, machines: Machines, there: Workspace) ->
     lines += ["", "Speeds:", *(f"  {', '.join(names)}: {source}" for source, names in sources.items()), "", "Notes:"]
     notes, fullest = [*made.notes], max(made.rows, key=lambda row: row.passing_bytes)
     if fullest.passing_bytes:
-        notes.append(f"while {fullest.stage} runs, the workspace holds {_bytes(fullest.passing_bytes)} more than is stored")
+        notes.append(
+            f"while {fullest.stage} runs, the workspace needs {_bytes(fullest.passing_bytes)} in addition to the stored bytes"
+        )
     notes.append("not counted: communication between machines, compiling, restarts, waiting for machines")
     if priced:
         held = _number(made.held_money or 0.0)
-        notes.append(f"money counts GPUs while a stage takes them; held from start to end they cost {held}")
+        notes.append(f"money counts GPUs only while a stage uses them; all GPUs from start to end cost {held}")
     if there.trouble:
         notes.append(f"the workspace could not be read; the estimate assumes that it is empty: {there.trouble}")
     return "\n".join([*lines, *(f"  {note}" for note in notes)])
 
 
 def _lines(table: Table) -> list[str]:
-    """The table as plain text, as wide as it needs to be: a log must not wrap its rows."""
+    """Format the table as plain text, as wide as needed: a log must not wrap its rows."""
     console = Console(file=io.StringIO(), width=1000, color_system=None)
     with console.capture() as captured:
         console.print(table)

@@ -75,7 +75,7 @@ def rehearse(
         raise BeelineError(there.trouble)
     here = there.place / REHEARSAL
     again = clear(here)
-    print(f"rehearsal: {recipe.name} in {here}{', which is emptied first' if again else ''}", flush=True)
+    print(f"rehearsal: {recipe.name} in {here}{', emptied first' if again else ''}", flush=True)
     if cpu:
         print(
             f"rehearsal: on CPUs: gloo, fp32, no compilation, {CPU_BATCH} images per batch and rank; no GPU speeds", flush=True

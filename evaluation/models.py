@@ -19,8 +19,8 @@ from evaluation.results import METRICS, again, metrics_in
 from pipeline.records import success_in
 from pipeline.storage import Folder
 
-STUDENT = rf"{STUDENTS}/[\w-][\w.-]*(/[\w-][\w.-]*)?"  # a model's folder in the workspace, and nothing outside of it
-# What models are compared by, where there is a choice.
+STUDENT = rf"{STUDENTS}/[\w-][\w.-]*(/[\w-][\w.-]*)?"  # matches a model's folder in the workspace, nothing outside it
+# Prefixes of the metrics that models are compared by, most preferred first.
 PREFERRED = (f"{FID}_", f"{FRECHET}_dinov2", f"{FRECHET}_probe", f"{FRECHET}_")
 LINES = f"{LinesMatchingConfig.__module__}:{LinesMatchingConfig.__qualname__}"
 
@@ -42,12 +42,12 @@ class Figure:
 
     @property
     def spread(self) -> str:
-        """The standard deviation over the draws; a dash for a single one, which has none."""
+        """The standard deviation over the draws, or a dash for a single draw."""
         return number(self.std, like=self._size) if len(self.draws) > 1 else "—"
 
     @property
     def text(self) -> str:
-        """As "0.315 ± 0.051"."""
+        """Mean and spread, such as "0.315 ± 0.051"."""
         mean = number(self.mean, like=self._size)
         return f"{mean} ± {self.spread}" if len(self.draws) > 1 else mean
 
@@ -73,7 +73,7 @@ class Ingredients:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Model:
-    """A measured model. `training` is the record of its training in a student's config.json, {} if there is none. `iterations`
+    """A measured model. `training` is the record of its training in a student's config.json, or {} without one. `iterations`
     include those of the student it started from."""
 
     name: str
@@ -92,13 +92,13 @@ class Model:
 
     @property
     def is_average(self) -> bool:
-        """Whether it is another average of a student, or its best validated weights."""
+        """Whether it is another average of a student, or the student's best validated weights."""
         part = self.name.split("/")[2] if self.name.count("/") == 2 else ""
         return part == BEST or half_life_of(part) is not None
 
     @property
     def ingredients(self) -> Ingredients | None:
-        """None for a teacher, for other objectives than lines matching, and for students without a record."""
+        """Settings of a lines-matching student; None for a teacher, for other objectives, and for students without a record."""
         objective = phases_of(self.training).get(self.training.get("phase", ""), {}).get("objective", {})
         if objective.get("method") != LINES:
             return None
@@ -114,11 +114,11 @@ class Model:
         part = self.name.rpartition("/")[2]
         if self.is_average:
             half_life = half_life_of(part)
-            return f"average of the weights, half-life {half_life} iterations" if half_life else "the best of its validations"
+            return f"average of the weights, half-life {half_life} iterations" if half_life else "best validated weights"
         return str(self.training.get("method", ""))
 
     def figure(self, label: str, metric: str) -> Figure | None:
-        """The figure of one sampling in one metric; None if there is none."""
+        """The figure of one sampling in one metric, or None."""
         return next((found for found in self.figures if (found.sampler, found.metric) == (label, metric)), None)
 
     def of(self, metric: str) -> list[Figure]:
@@ -127,7 +127,8 @@ class Model:
 
 
 def measured_models(place: Folder) -> list[Model]:
-    """The teacher, then the students, each ingredient after those without it. Raises BeelineError for damaged metrics."""
+    """List the teacher, then the students, those with an ingredient after those without. Raises BeelineError for damaged
+    metrics."""
     measured = place / EVALUATION
     names = [student_folder(name) for name in (measured / STUDENTS).folders()]
     names += [f"{name}/{part}" for name in names for part in (measured / name).folders()]
@@ -163,7 +164,7 @@ def _model(place: Folder, name: str) -> Model:
             name=name, figures=figures, samplings=samplings, straightness=straightness, provenance=found["provenance"],
             training=training, iterations=_iterations(place, name, training),
         )  # fmt: skip
-        _ = _order(model), model.about  # what the report asks of it
+        _ = _order(model), model.about  # the report uses both; damaged settings fail here
     return model
 
 
@@ -206,10 +207,10 @@ def _iterations(place: Folder, name: str, training: Mapping[str, Any], seen: tup
 
 
 def main_metric(models: Sequence[Model]) -> str:
-    """The metric of overview and curves.
+    """The metric of the overview and the curves.
 
-    In this order: one that teacher and students share; FID before Fréchet distances in DINOv2 and in a probe; the metric of
-    most models; that of most samples.
+    Criteria in this order: FID or a Fréchet distance; shared by teacher and students; FID before Fréchet distances in DINOv2, a
+    probe and others; most models; most samples.
     """
     owners: dict[str, list[str]] = {}
     counts = {row.metric: row.n for model in models for row in model.figures}
@@ -228,12 +229,12 @@ def main_metric(models: Sequence[Model]) -> str:
 
 
 def all_metrics(models: Sequence[Model]) -> list[str]:
-    """All metrics, in order of their first use."""
+    """All metrics, in the order of their first use."""
     return list(dict.fromkeys(row.metric for model in models for row in model.figures))
 
 
 def disagreements(models: Sequence[Model]) -> list[str]:
-    """Differences in how models were measured, which make their figures incomparable: "students/x: reference_sha256"."""
+    """Differences in how models were measured, such as "students/x: reference_sha256". They make figures incomparable."""
     same = ("count", "images", "reference_sha256", "networks_sha256", "noise_seeds", "resize", "quantised")
     first = models[0].provenance
     return [
@@ -244,7 +245,7 @@ def disagreements(models: Sequence[Model]) -> list[str]:
 
 
 def number(value: float, like: float | None = None) -> str:
-    """A figure with three decimals, or three digits if it is small; with as many decimals as `like`."""
+    """Format a figure with three decimals, or with more if it is small; `like` is the value that sets the decimals."""
     size = abs(value if like is None else like)
     if not math.isfinite(value):
         return "not finite"

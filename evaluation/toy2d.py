@@ -1,9 +1,9 @@
-"""Table 1 of the LMM paper on a laptop: how straight the flows of six methods are in 2-D, and appendix A.2.
+"""Table 1 and appendix A.2 of the LMM paper on a laptop: the straightness of the flows of six methods in 2-D.
 
 python evaluation/toy2d.py
 
-Minutes on one core, no Ray. Writes <out>/flows.png, ot_batch.png and toy2d.json, and prints the table. What the figures mean
-is said in evaluation/toy/flows.py and evaluation/toy/transport.py.
+Takes minutes on one core, without Ray. Writes <out>/flows.png, ot_batch.png and toy2d.json, and prints the table.
+evaluation/toy/flows.py and evaluation/toy/transport.py define the measures.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from evaluation.toy import transport
 from evaluation.toy.flows import Field, ToyConfig, integrate, measure, sliced_w2, train_all
 from evaluation.toy.transport import OtConfig
 
-COLUMNS = {"late": "of it at t > 0.9", "known": "known at t = 0", "w2": "W2", "w2_one_step": "W2, one step"}
+COLUMNS = {"late": "share at t > 0.9", "known": "known at t = 0", "w2": "W2", "w2_one_step": "W2, one step"}
 REFERENCE = "CFM"
 SLOPES = (0.3, 0.5, 0.7, 0.9)
 TIMES = (0.0, 0.5, 0.9)
@@ -59,10 +59,10 @@ def toy2d(
 
     Args:
         out: Folder for the figures and the numbers.
-        seed: Of everything that is random.
+        seed: Seed of all random numbers.
         threads: CPU threads of PyTorch.
-        toy: The flows.
-        ot: The pairings of appendix A.2.
+        toy: Settings of the flows.
+        ot: Settings of the pairings of appendix A.2.
     """
     check("--seed", seed, Seed)
     check("--threads", threads, Threads)
@@ -70,7 +70,7 @@ def toy2d(
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise BeelineError(f"{out} cannot be made ({error}); choose another --out") from None
+        raise BeelineError(f"{out} cannot be created ({error}); choose another --out") from None
     start = time.process_time()
     generator = torch.Generator().manual_seed(stream_seed(seed, "toy", "held out"))
     x0, real, other = (draw(toy.points, generator) for draw in (toy.noise, toy.data, toy.data))
@@ -99,7 +99,7 @@ def toy2d(
 
 
 def summary(values: torch.Tensor, toy: ToyConfig) -> dict[str, dict[str, float | None]]:
-    """Mean and standard deviation over repeats of `values` (K,): of each distribution, and of the mean over them ("all")."""
+    """Mean and standard deviation of `values` (K,) over repeats, for each distribution and for their mean ("all")."""
     each = values.reshape(len(toy.distributions), toy.repeats)
     rows = dict(zip(toy.distributions, each, strict=True)) | {"all": each.mean(dim=0)}
     return {
@@ -108,7 +108,7 @@ def summary(values: torch.Tensor, toy: ToyConfig) -> dict[str, dict[str, float |
 
 
 def table(results: Mapping[str, Any], toy: ToyConfig) -> list[str]:
-    """The lines of Table 1: straightness by distribution, then the other measures, means over all distributions."""
+    """Lines of Table 1: straightness by distribution, then the other measures, averaged over all distributions."""
     places = (*toy.distributions, "all")
     flows = {name: found for name, found in results.items() if name != "data"}
     reference = flows[REFERENCE]["straightness"]["all"]["mean"]
@@ -133,7 +133,7 @@ def figure(found: Mapping[str, float | None]) -> str:
 
 
 def needed_batches(rows: list[dict[str, float]], ot: OtConfig) -> list[dict[str, Any]]:
-    """The batch that each slope takes in each dimension, measured (None where `ot.batches` do not reach it) and predicted."""
+    """Batch sizes that reach each slope in each dimension: measured (None if no size in `ot.batches` does) and predicted."""
     found = []
     for slope in SLOPES:
         for dim in ot.dims:
@@ -145,7 +145,7 @@ def needed_batches(rows: list[dict[str, float]], ot: OtConfig) -> list[dict[str,
 
 
 def needed_table(needed: list[dict[str, Any]]) -> list[str]:
-    """The lines of appendix A.2: the batch for each slope and dimension."""
+    """Lines of the table for appendix A.2: the batch size for each slope and dimension."""
     lines = [row("batch for", [f"d = {entry['dim']}" for entry in needed if entry["slope"] == SLOPES[0]])]
     for slope in SLOPES:
         cells = []
@@ -153,20 +153,20 @@ def needed_table(needed: list[dict[str, Any]]) -> list[str]:
             measured = "-" if entry["measured"] is None else f"{entry['measured']:.3g}"
             cells.append(measured + ("" if entry["predicted"] is None else f" ({entry['predicted']:.2g})"))
         lines.append(row(f"slope {slope}", cells))
-    return [*lines, "measured, in parentheses predicted; -: not within the batches that were tried"]
+    return [*lines, "measured (predicted); -: outside the batch sizes tried"]
 
 
 def save(figure: Figure, file: Path, colours: int) -> None:
-    """As a PNG with a palette, a third of the bytes."""
+    """Save a figure as a PNG with a palette of `colours`, which takes a third of the bytes."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=95)
     Image.open(buffer).convert("RGB").quantize(colours).save(file, optimize=True)
 
 
 def draw_flows(fields: Mapping[str, Field], x0: torch.Tensor, real: torch.Tensor, toy: ToyConfig) -> Figure:
-    """Velocities at three times and trajectories of each method, on the first distribution and repeat.
+    """Draw velocities at three times and trajectories of each method, for the first distribution and repeat.
 
-    The last column is one coordinate over time: most of what is not straight is not the way but the speed along it.
+    The last column shows one coordinate over time. Flows deviate from straight ones more in speed than in path.
     """
     figure = Figure(figsize=(10.2, 2.02 * len(fields) + 0.4), layout="constrained")
     axes = figure.subplots(len(fields), len(TIMES) + 2, squeeze=False)
@@ -179,7 +179,7 @@ def draw_flows(fields: Mapping[str, Field], x0: torch.Tensor, real: torch.Tensor
                 velocity = field(places.expand(toy.members, -1, 2), torch.tensor(t).reshape(1, 1, 1))[0]
             now = path[round(t * toy.steps)]
             ax.scatter(*now[:700].T, s=1.5, color=ORANGE, linewidths=0)
-            near = torch.cdist(places.double(), now).min(dim=1).values < 0.35  # elsewhere no point comes by to be moved
+            near = torch.cdist(places.double(), now).min(dim=1).values < 0.35  # no trajectory passes elsewhere
             ax.quiver(*places[near].T, *velocity[near].T, color=BLUE, angles="xy", scale=28, width=0.006)
         row[-2].scatter(*real[0, :700].T, s=1.5, color="#cfcfcf", linewidths=0)
         lines = {"colors": BLUE, "linewidths": 0.7, "alpha": 0.8}
@@ -199,7 +199,7 @@ def draw_flows(fields: Mapping[str, Field], x0: torch.Tensor, real: torch.Tensor
 
 
 def draw_ot(rows: list[dict[str, float]], needed: list[dict[str, Any]], ot: OtConfig) -> Figure:
-    """Appendix A.2: the velocity at the source by batch size, measured against predicted, and the batch that a slope takes."""
+    """Draw appendix A.2: velocity at the source by batch size, measured against predicted, and the batch size for a slope."""
     figure = Figure(figsize=(13, 4.2), layout="constrained")
     by_batch, against, by_dim = figure.subplots(1, 3)
     shades = dict(zip(ot.dims, matplotlib.colormaps["viridis"](np.linspace(0, 0.92, len(ot.dims))), strict=True))
@@ -232,7 +232,7 @@ def draw_ot(rows: list[dict[str, float]], needed: list[dict[str, Any]], ot: OtCo
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     with naming_options(sys.argv[1:]):
         tyro.cli(toy2d)
 

@@ -1,4 +1,4 @@
-"""What is left of a measurement, from its own rows and work items: planning multiplies it with costs."""
+"""Counts of the work left in a measurement, from its own rows and work items. Planning multiplies them by costs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pipeline.stage import Stage
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Workload:
-    """Counts of what is left; all 0 where nothing is."""
+    """Counts of the work left; all 0 if nothing is left."""
 
     models: int
     rows: int
@@ -27,16 +27,16 @@ class Workload:
     draws: int
     """Draws of all rows; metrics are computed for each."""
     samples: int
-    """Samples of all draws. Every measuring network sees them."""
+    """Samples of all draws. Every measuring network processes them."""
     evaluations: int
     """Network evaluations of samples, sheets, comparisons and held-out pairs."""
     networks: tuple[str, ...]
-    """Measuring networks that have not seen the real images yet."""
+    """Measuring networks that have not processed the real images yet."""
 
 
 def workload(setup: Setup, models: Mapping[str, tuple[FewStep | None, Sequence[str]]], *, levels: int | None) -> Workload:
-    """The measurement of models by folder, each with its few-step sampling (None for a teacher) and step schedules. `levels` of
-    the teacher's calibrated solver. Raises BeelineError like `samplings_of`."""
+    """Count the work left to measure `models`. It maps folders to few-step sampling (None for a teacher) and step schedules.
+    `levels` is the number of levels of the teacher's calibrated solver. Raises BeelineError like `samplings_of`."""
     config, left = setup.config, []
     for name, (few_step, schedules) in models.items():
         samplings = samplings_of(few_step, replace(config, steps=tuple(schedules)), levels=levels)

@@ -1,7 +1,7 @@
-"""Floating-point operations and bytes of a recipe's networks, counted by running the code itself on tensors without data.
+"""Floating-point operations and bytes of a recipe's networks, counted by running its code on tensors without data.
 
 A multiply-add counts as two operations. Convolutions, matrix products and attention count; norms and activations do not.
-Networks are built on the meta device: the largest takes a second and no memory. FLOPs are per image.
+Networks are built on the meta device. The largest takes a second and no memory. FLOPs are per image.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from beeline.objectives.edm import EDMConfig
 from beeline.objectives.learner import Learner
 from trainers.sizes import learner_bytes, state_bytes
 
-BATCH = 2  # images that are counted at once: batch norms need two
-CYCLE = 60  # steps over which the turns of student and critic are averaged
-STUDENT = ""  # among the modules of a phase, which have names
-ANY_CLASSES = 10  # of a probe: its last layer hardly counts
+BATCH = 2  # images per counted call: batch norms need two
+CYCLE = 60  # steps to average over, because student and critic take turns
+STUDENT = ""  # key of the student among a phase's modules; the others have names
+ANY_CLASSES = 10  # classes of a probe: its last layer adds few FLOPs
 
 
 class _Bare(Learner):
-    """A learner without preconditioning, which reads noise levels: they have no values here."""
+    """A learner without preconditioning. Preconditioning reads noise levels, which have no values here."""
 
     def __call__(self, *inputs: Any) -> Any:
         x, sigma, *labels = inputs
@@ -45,7 +45,7 @@ class _Bare(Learner):
 
 
 def denoiser(network: NetworkConfig) -> Denoiser:
-    """The network on the meta device: shapes without data."""
+    """Build the network on the meta device: shapes without data."""
     return _on_meta(lambda: build(network))
 
 
@@ -59,18 +59,18 @@ def evaluation(network: NetworkConfig) -> float:
 
 
 def phase_flops(network: NetworkConfig, probe: ProbeNetworkConfig, objective: ObjectiveConfig) -> float:
-    """FLOPs of a training step of `objective`, its own code: the network that learns, losses, critic and frozen networks; the
-    mean over the turns of student and critic. `probe`: the losses' probe. Takes seconds."""
+    """FLOPs of a training step of `objective`, counted by running it: student, losses, critic and frozen networks, averaged
+    over the turns of student and critic. `probe` is the losses' probe. Takes seconds."""
     return _phase_flops(replace(network, dropout=0.0), probe, objective.representative())
 
 
 def phase_bytes(network: NetworkConfig, probe: ProbeNetworkConfig, objective: ObjectiveConfig) -> tuple[int, int]:
-    """Bytes in a checkpoint of the critic, and of the objective's own state."""
+    """Bytes of the critic, and of the objective's own state, in a checkpoint."""
     return _phase_bytes(replace(network, dropout=0.0), probe, objective.representative())
 
 
 def kind_of_phase(network: NetworkConfig, probe: ProbeNetworkConfig, objective: ObjectiveConfig) -> str:
-    """The kind of work that a phase is (speeds.py): "teacher", "adversarial" if it trains a critic, else "reconstruction"."""
+    """The kind of work of a phase (speeds.py): "teacher", "adversarial" if it trains a critic, else "reconstruction"."""
     if isinstance(objective, EDMConfig):
         return "teacher"
     return "adversarial" if phase_bytes(network, probe, objective)[0] else "reconstruction"
@@ -86,7 +86,7 @@ def _phase_bytes(network: NetworkConfig, probe: ProbeNetworkConfig, config: Obje
 
 @functools.cache
 def _phase_flops(network: NetworkConfig, probe: ProbeNetworkConfig, config: ObjectiveConfig) -> float:
-    modules = _on_meta(lambda: _modules(network, probe, config))  # not in the other mode: building reads values
+    modules = _on_meta(lambda: _modules(network, probe, config))  # outside `_without_data`, because building reads values
     with _without_data():
         modules = {name: _empty(module) for name, module in modules.items()}
         objective = _objective(modules, config)
@@ -106,7 +106,7 @@ def _phase_flops(network: NetworkConfig, probe: ProbeNetworkConfig, config: Obje
 
 
 def _batch(network: NetworkConfig, config: ObjectiveConfig, step: int) -> Batch:
-    """What the objective asks for, without data."""
+    """A batch with the inputs that the objective needs, without data."""
     needs, (x, labels) = config.needs(), _inputs(network)
     rows: dict[str, Any] = {}
     if needs.pairs or needs.noise:
@@ -117,7 +117,7 @@ def _batch(network: NetworkConfig, config: ObjectiveConfig, step: int) -> Batch:
 
 
 def _modules(network: NetworkConfig, probe: ProbeNetworkConfig, config: ObjectiveConfig) -> dict[str, Any]:
-    """The student, and the feature networks of the phase, by name."""
+    """The student and the feature networks of the phase, by name."""
     names = config.needs().features
     features = {name: _probe(probe, network.img_channels) if name == "probe" else build_backbone(name) for name in names}
     return {STUDENT: build(replace(network, second_level=config.needs().second_level))} | features
@@ -139,7 +139,7 @@ def _objective(modules: dict[str, Any], config: ObjectiveConfig) -> Objective:
 
 @functools.cache
 def measuring(name: str, probe: ProbeConfig, images: ImagesConfig) -> tuple[float, int, int]:
-    """FLOPs of measuring network `name`, its features, and its logits (0 for none)."""
+    """FLOPs of the measuring network `name`, and its numbers of features and logits (0 without logits)."""
     config = getattr(probe, PROBES.get(name, "measure"))
     bare = _on_meta(lambda: MeasuringProbe(_probe(config, images.channels)) if name in PROBES else build_measuring(name))
     with _without_data(), torch.inference_mode():
@@ -161,7 +161,7 @@ def probe_flops(probe: ProbeNetworkConfig, images: ImagesConfig) -> float:
 
 @functools.cache
 def network_bytes(name: str | NetworkConfig | ProbeNetworkConfig, channels: int = 3) -> int:
-    """Bytes of the weights of a pretrained network (by name), a denoiser (float32) or a probe of images with `channels`."""
+    """Bytes of the weights of a pretrained network (by name), a denoiser (float32) or a probe for images with `channels`."""
 
     def make() -> torch.nn.Module:
         if isinstance(name, NetworkConfig):
@@ -183,7 +183,7 @@ def _on_meta(make: Callable[[], Any]) -> Any:
 
 
 def _empty(module: Any) -> Any:
-    """A module of the meta device as one of the CPU; within `_without_data` its tensors have no data."""
+    """Move a module from the meta device to the CPU. Within `_without_data` its tensors have no data."""
     return module.to_empty(device="cpu")
 
 

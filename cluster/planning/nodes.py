@@ -1,6 +1,6 @@
-"""Processes that stages ask for, and the nodes of a running Ray cluster: as its head tells, without joining it.
+"""Processes that stages request, and the nodes of a running Ray cluster, read from its head without joining it.
 
-Ray's State API (ray.util.state) needs the dashboard and does not know what an autoscaler may add. The head's own tables do.
+Ray's State API (ray.util.state) needs the dashboard and does not know which nodes an autoscaler may add. The head's tables do.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from pipeline.runtime import find_head
 
 TIMEOUT = 5  # seconds
 _raylet: Any = ray._raylet
-UNBOUNDED = 1_000_000  # nodes, where an autoscaler knows no limit
+UNBOUNDED = 1_000_000  # nodes, if an autoscaler has no limit
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Need:
     """Processes of a stage: `least` must run at once, `most` may. Each has `gpus`, Ray `cpus` and CPU `threads`. `option` is
-    the setting that asks for less."""
+    the setting that lowers the request."""
 
     stage: str
     option: str
@@ -40,14 +40,14 @@ class Need:
     threads: int = 1
 
     def fitting(self, node: Node) -> int:
-        """Processes that have room on an empty node."""
+        """Number of processes that fit on an empty node."""
         rooms = [have / want for have, want in ((node.gpus, self.gpus), (node.cpus, self.cpus)) if want]
         return math.floor(min(rooms, default=self.least) + 1e-9)
 
 
 @dataclasses.dataclass(frozen=True)
 class Node:
-    """CPUs and GPUs of a node; `count` of them."""
+    """CPUs and GPUs of a kind of node, and the number of such nodes."""
 
     cpus: float
     gpus: float
@@ -56,26 +56,26 @@ class Node:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Surroundings:
-    """Nodes that run, and nodes that an autoscaler may bring, those that run already among them."""
+    """Running nodes, and the nodes that an autoscaler may run, which include those running now."""
 
     nodes: list[Node]
     promised: list[Node] = dataclasses.field(default_factory=list)
     versions: str = ""
     mismatch: str = ""
-    """The fix where the driver's versions are not the cluster's; "" where they are."""
+    """The fix if the driver's versions differ from the cluster's, else ""."""
 
     def __str__(self) -> str:
         text = f"{len(self.nodes)} node{'s' * (len(self.nodes) != 1)} with {sum(node.cpus for node in self.nodes):g} CPUs"
         text += f" and {sum(node.gpus for node in self.nodes):g} GPUs"
         more = [
-            f"{'any number' if node.count == UNBOUNDED else node.count} of {node.gpus:g} GPUs, {node.cpus:g} CPUs"
+            f"{'any number of' if node.count == UNBOUNDED else node.count} nodes with {node.gpus:g} GPUs, {node.cpus:g} CPUs"
             for node in self.promised
         ]
-        return f"{text}; its autoscaler may make it {', '.join(more)}" if more else text
+        return f"{text}; its autoscaler may scale it to {', '.join(more)}" if more else text
 
 
 def look_at_cluster(address: str) -> Surroundings:
-    """The nodes of the cluster at `address`, as RAY_ADDRESS gives it. Raises BeelineError where it does not answer within
+    """Find the nodes of the cluster at `address`, in the form of RAY_ADDRESS. Raises BeelineError if it does not answer within
     seconds."""
     place = find_head(address)
     try:
@@ -90,10 +90,10 @@ def look_at_cluster(address: str) -> Surroundings:
     except (OSError, ValueError, RuntimeError, RayError) as error:
         raise BeelineError(f"the Ray cluster at {address} does not answer ({plain(error)})") from error
     if not alive:
-        raise BeelineError(f"the head at {address} answers, but it has no node: it has just started, or is about to end")
+        raise BeelineError(f"the head at {address} answers, but it has no node: it has just started, or is about to stop")
     theirs = f"Ray {about['ray_version']}, Python {about['python_version']}"
     ours = f"Ray {ray.__version__}, Python {platform.python_version()}"
-    fix = "" if theirs == ours else f"The cluster has {theirs}: install the same on both sides, or submit the command as a job"
+    fix = "" if theirs == ours else f"The cluster has {theirs}: install these here, or submit the command as a job"
     return Surroundings(
         nodes=[_node(info.resources_total) for info in alive.values()],
         promised=promised(ClusterConfig.FromString(config)) if config else [],
@@ -103,7 +103,7 @@ def look_at_cluster(address: str) -> Surroundings:
 
 
 def promised(config: Any) -> list[Node]:
-    """The largest number of each kind of node in an autoscaler's ClusterConfig; a negative one is no limit."""
+    """The largest number of each kind of node in an autoscaler's ClusterConfig. A negative number means no limit."""
     groups = [(group.resources, group.max_count) for group in config.node_group_configs if group.max_count]
     return [_node(resources, count if count > 0 else UNBOUNDED) for resources, count in groups]
 

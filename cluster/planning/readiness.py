@@ -1,7 +1,7 @@
-"""Whether a recipe can start: workspace, credentials, settings, weights, images, disk, machines. Nothing expensive is run.
+"""Check that a recipe can start: workspace, credentials, settings, weights, images, disk, machines. Nothing expensive runs.
 
-Each check is a line, "ok", or "FAILED" with a fix. With RAY_ADDRESS the cluster is checked, without it this machine. No Ray is
-started.
+Each check prints a line: "ok", or "FAILED" with a fix. With RAY_ADDRESS set, the cluster is checked, else this machine. The
+checks do not start Ray.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ SHARED = "every machine of the cluster must see it under this path"
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """A check, what it found, and the fix: "" where all is well."""
+    """A check, its result, and the fix ("" if the check passed)."""
 
     what: str
     found: str
@@ -57,7 +57,7 @@ def report(lines: Sequence[Line]) -> None:
 
 
 def check_all(recipe: Recipe, there: Workspace, teacher: str) -> list[Line]:
-    """Every check. `there.trouble` is the result of `access`; `teacher` is "train" or "import". Raises BeelineError for
+    """Run every check. `there.trouble` is the result of `access`; `teacher` is "train" or "import". Raises BeelineError for
     settings that a stage refuses."""
     place, left = there.uri, stages(recipe, there, teacher)
     if there.trouble:
@@ -77,7 +77,7 @@ def check_all(recipe: Recipe, there: Workspace, teacher: str) -> list[Line]:
 
 
 def access(place: Folder) -> str:
-    """Write, list, read and remove a small file. Returns what went wrong, or "". Removes the folders that it made."""
+    """Write, list, read and remove a small file. Returns the error, or "". Removes the folders that it created."""
     path = Path(place.uri)
     made = [folder for folder in (path, *path.parents) if not folder.exists()] if place.is_local else []  # the deepest first
     trouble: list[str] = []
@@ -88,12 +88,12 @@ def access(place: Folder) -> str:
             place.write(name, data)
             try:
                 if name not in place.sizes():
-                    trouble.append("a file that was written is not listed")
+                    trouble.append("a written file is not listed")
                 elif place.read(name) != data:
-                    trouble.append("a file that was written comes back with other bytes")
+                    trouble.append("a written file is read back with other bytes")
             finally:
                 place.remove(name)
-        except Exception as error:  # clients of object storage raise many kinds
+        except Exception as error:  # clients of object storage raise many types
             trouble.append(" ".join(_root(error).split()).rstrip("."))
 
     thread = threading.Thread(target=attempt, daemon=True)
@@ -102,13 +102,13 @@ def access(place: Folder) -> str:
     if thread.is_alive():
         return f"no answer within {PATIENCE:.0f} s"
     for folder in made:
-        with contextlib.suppress(OSError):  # another process uses it by now
+        with contextlib.suppress(OSError):  # another process may use it by now
             folder.rmdir()
     return "; ".join(trouble)
 
 
 def _root(error: BaseException) -> str:
-    """The first cause of an error, with its kind."""
+    """The root cause of an error, with its type."""
     root = error
     while root.__cause__ is not None:
         root = root.__cause__
@@ -118,27 +118,27 @@ def _root(error: BaseException) -> str:
 def _cure(trouble: str, place: Folder) -> str:
     """The fix for a workspace that cannot be used."""
     if place.is_local:
-        return "Give --workspace a folder that may be written, with space left"
+        return "Set --workspace to a writable folder with free space"
     return next((cure for words, cure in CURES if any(word in trouble.lower() for word in words)), UNKNOWN).format(
         keys="AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or a role of the machine",
         endpoint=os.environ.get("AWS_ENDPOINT_URL", "not set"),
     )
 
 
-CURES = (  # words in the message of a client of object storage, and the fix
-    (("nocredentials", "locate credentials"), "There are no credentials: set {keys}"),
+CURES = (  # words in the error of an object storage client, and the fix
+    (("nocredentials", "locate credentials"), "No credentials were found: set {keys}"),
     (
         ("invalidaccesskey", "access key id", "signature", "expired", "token"),
         "The credentials are wrong or have expired: set {keys} again",
     ),
-    (("nosuchbucket", "bucket does not exist", "filenotfound"), "There is no such bucket: create it, or correct the name"),
+    (("nosuchbucket", "bucket does not exist", "filenotfound"), "The bucket does not exist: create it, or correct the name"),
     (
         ("denied", "forbidden", "403", "permission"),
         "Access is denied: the credentials need permission to list, get, put and delete objects of this bucket",
     ),
     (
         ("endpoint", "connect", "no answer", "timed out", "timeout"),
-        "Nobody answers: check AWS_ENDPOINT_URL ({endpoint}), region, network and proxy",
+        "The endpoint does not answer: check AWS_ENDPOINT_URL ({endpoint}), region, network and proxy",
     ),
 )
 UNKNOWN = "Check the URI, AWS_ENDPOINT_URL, AWS_DEFAULT_REGION and the credentials"
@@ -147,11 +147,11 @@ UNKNOWN = "Check the URI, AWS_ENDPOINT_URL, AWS_DEFAULT_REGION and the credentia
 def _progress(recipe: Recipe, there: Workspace) -> Line:
     names = ["images", "probe", "teacher", "pairs", *(f"students/{lmm.name}" for lmm in recipe.students.values())]
     done = [name for name in [*names, f"sweeps/{recipe.sweep.name}"] if there.complete(name)]
-    return Line("progress", f"finished already: {', '.join(done)}" if done else "nothing is finished yet")
+    return Line("progress", f"already finished: {', '.join(done)}" if done else "nothing is finished yet")
 
 
 def _settings(recipe: Recipe, there: Workspace) -> Line:
-    """Existing plans must have these settings, or their stages would refuse to continue."""
+    """Check that existing plans have these settings; their stages refuse to continue with others."""
     wanted: dict[str, tuple[str, Any]] = {
         "images": ("images", recipe.images),
         "probe": ("probe", recipe.probe),
@@ -169,8 +169,10 @@ def _settings(recipe: Recipe, there: Workspace) -> Line:
             made = {key: plan[section].get(key) for key in settings}
             found += differences(made, settings, f"{folder}: {section}")
     if found:
-        return Line("settings", f"the workspace has others: {'; '.join(found)}", "Use those settings, or another --workspace")
-    return Line("settings", "agree with those in the workspace")
+        return Line(
+            "settings", f"the workspace has other settings: {'; '.join(found)}", "Use those settings, or another --workspace"
+        )
+    return Line("settings", "match those in the workspace")
 
 
 def _weights(recipe: Recipe, there: Workspace) -> Line:
@@ -182,7 +184,7 @@ def _weights(recipe: Recipe, there: Workspace) -> Line:
     if not missing:
         return Line("weights", f"{', '.join(names)} are in {place}")
     where = str(place) if place.is_local else f"FOLDER, and copy FOLDER to {place}"
-    fix = f"Fetch them, where there is internet, with: python -m beeline.weights fetch {' '.join(missing)} --out {where}"
+    fix = f"Fetch them on a machine with internet access: python -m beeline.weights fetch {' '.join(missing)} --out {where}"
     return Line("weights", f"{', '.join(missing)} are not in {place}", fix)
 
 
@@ -193,7 +195,7 @@ def _teacher(recipe: Recipe, there: Workspace, how: str) -> Line:
     if not there.teacher:
         if how == "import":
             return Line("teacher", f"none in {place}", f"Import one with: {by_hand}")
-        return Line("teacher", f"will be trained; a released one may be imported instead: {by_hand}")
+        return Line("teacher", f"will be trained; to import a released one instead: {by_hand}")
     with reading(f"{place}/{CONFIG} does not describe a network", "make or copy the model again"):
         config = place.read_json(CONFIG)
         check_layout(config, {"network": {}})
@@ -201,7 +203,7 @@ def _teacher(recipe: Recipe, there: Workspace, how: str) -> Line:
     other = differences({name: config["network"].get(name) for name in asked}, asked)
     if other:
         fix = "Import or train one that fits, or change teacher.network"
-        return Line("teacher", f"the one in {place} does not fit: {'; '.join(other)}", fix)
+        return Line("teacher", f"the one in {place} does not fit the recipe: {'; '.join(other)}", fix)
     if recipe.pairs.solver == "calibrated" and not there.levels:
         return Line("teacher", f"{place}/{SOLVER} is missing", f"Make it with: python -m beeline.calibrate {place}")
     return Line("teacher", f"imported from {there.imported}" if there.imported else f"in {place}")
@@ -210,12 +212,14 @@ def _teacher(recipe: Recipe, there: Workspace, how: str) -> Line:
 def _images(recipe: Recipe, there: Workspace) -> Line:
     source = recipe.images.source
     if there.complete("images"):
-        return Line("images", f"{there.images[0]:,} are there")
+        return Line("images", f"{there.images[0]:,} are in the workspace")
     if source == "digits":
         return Line("images", "scikit-learn's digits, built in")
     if os.path.exists(source) and os.access(source, os.R_OK):
-        return Line("images", f"{source} is there{f'; {SHARED}' if os.environ.get('RAY_ADDRESS') else ''}")
-    return Line("images", f"{source} is not there, or may not be read", "Give --images.source a path (docs/your-own-data.md)")
+        return Line("images", f"{source} is readable{f'; {SHARED}' if os.environ.get('RAY_ADDRESS') else ''}")
+    return Line(
+        "images", f"{source} does not exist, or cannot be read", "Set --images.source to a path (docs/your-own-data.md)"
+    )
 
 
 def _disk(place: Folder, left: Sequence[Stage]) -> Line:
@@ -226,11 +230,11 @@ def _disk(place: Folder, left: Sequence[Stage]) -> Line:
     needed -= sum(file.stat().st_size for file in Path(place.uri, "pairs").glob("part-*"))
     free = shutil.disk_usage(folder).free
     text = f"{free / 1e9:,.1f} GB are free in {folder}, the remaining stages need {max(needed, 0.0) / 1e9:,.1f} GB"
-    return Line("disk", text, "" if free > needed else "Free some, or give --workspace a larger place")
+    return Line("disk", text, "" if free > needed else "Free some space, or set --workspace to a larger disk")
 
 
 def needs(left: Sequence[Stage]) -> list[Need]:
-    """The processes that stages ask for."""
+    """The processes that stages request."""
     return list(dict.fromkeys(job.need for stage in left for job in stage.jobs))
 
 
@@ -249,23 +253,23 @@ def _machines(asked: Sequence[Need]) -> list[Line]:
     same: dict[tuple[float, ...], list[Need]] = {}
     for need in asked:
         same.setdefault((need.least, need.gpus, need.cpus), []).append(need)
-    for group in same.values():  # stages that ask for the same are one line
+    for group in same.values():  # stages with the same request share a line
         stage, option = (separator.join(dict.fromkeys(getattr(n, name) for n in group))
                          for name, separator in (("stage", ", "), ("option", " ")))  # fmt: skip
         lines += [line for line in [room(dataclasses.replace(group[0], stage=stage, option=option), around)] if line.fix]
     if asked and all(not line.fix for line in lines):
         most = max(asked, key=lambda need: need.gpus * need.most)
-        wish = f"; {most.stage} could use up to {most.gpus * most.most:g} GPUs" if most.gpus else "; no stage asks for GPUs"
-        lines.append(Line("room", f"for every stage{wish}"))
+        wish = f"; {most.stage} could use up to {most.gpus * most.most:g} GPUs" if most.gpus else "; no stage requests GPUs"
+        lines.append(Line("room", f"enough for every stage{wish}"))
     return lines
 
 
 def room(need: Need, around: Surroundings) -> Line:
-    """Whether the processes that must run at once fit on the nodes, or on those that an autoscaler may bring."""
+    """Check that the processes that must run at once fit on the nodes, or on those that an autoscaler may run."""
     now = sum(need.fitting(node) for node in around.nodes)
-    later = sum(need.fitting(node) * node.count for node in around.promised)  # nodes that run already are among them
+    later = sum(need.fitting(node) * node.count for node in around.promised)  # includes the running nodes
     each = f"{need.gpus:g} GPU and {need.cpus:g} CPU" if need.gpus else f"{need.cpus:g} CPU"
     if max(now, later) >= need.least:
         return Line(need.stage, f"{need.least} x {each} have room")
-    found = f"{need.least} x {each} are asked for at once; {around} has room for {max(now, later)}"
-    return Line(need.stage, found, f"It would wait forever: add machines, or ask for less ({need.option})")
+    found = f"{need.least} x {each} are requested at once; {around} has room for {max(now, later)}"
+    return Line(need.stage, found, f"It would wait forever: add machines, or request less ({need.option})")

@@ -1,7 +1,7 @@
-"""How fast machines compute: measured in this workspace, by a benchmark, or a share of a data sheet's peak.
+"""Speeds of machines: measured in this workspace, measured by a benchmark, or assumed as a share of a data sheet's peak.
 
-Measurements in the workspace, or its rehearsal, come first. Then come benchmarks/results of the same kind of device, for the
-network nearest in size. Only where there is neither is a speed assumed. Each speed says its source.
+Measurements in the workspace, or in its rehearsal, come first. Then come benchmarks/results of the same kind of device, for the
+network nearest in size. Without either, the speed is assumed. Each speed names its source.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Gpu(NamedTuple):
     fp32: float
 
 
-GPUS = {  # by the word in torch's name of the device
+GPUS = {  # keys are words in torch's name of the device
     "h200": Gpu("NVIDIA H200 SXM", 989, 67),
     "h100": Gpu("NVIDIA H100 SXM", 989, 67),
     "a100": Gpu("NVIDIA A100", 312, 19.5),
@@ -50,7 +50,7 @@ GPUS = {  # by the word in torch's name of the device
 
 
 class Speed(NamedTuple):
-    """Operations per second of one GPU, or of one core of a CPU, and a sentence about their source."""
+    """Operations per second of one GPU or one CPU core, and a description of the source."""
 
     rate: float
     source: str
@@ -58,12 +58,12 @@ class Speed(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Task:
-    """A kind of work. Operations are FLOPs, but for "images" they are images."""
+    """A kind of work. Its operations are FLOPs, except for "images", where they are images."""
 
     kind: str
     """"sampling", "teacher", "reconstruction", "adversarial", "looking" (through measuring networks), "figures" or "images"."""
     size: float
-    """FLOPs per evaluation of the denoiser: speeds of networks of like size are compared."""
+    """FLOPs per evaluation of the denoiser. Speeds are taken from networks of similar size."""
     precision: str
     compiled: bool = False
 
@@ -80,26 +80,26 @@ class Measured:
     """Operations per second and GPU or core. May take seconds: it counts FLOPs."""
     source: str
     device: str
-    """CPU, a name in GPUS, or ANY_GPU where the kind is not on record."""
+    """CPU, a name in GPUS, or ANY_GPU if the record does not name the kind."""
     ours: bool = True
-    """In the user's workspace, not by a benchmark."""
+    """Whether it was measured in the user's workspace, not by a benchmark."""
 
     @property
     def on_gpu(self) -> bool:
-        """Whether a GPU had this speed."""
+        """Whether the speed was measured on a GPU."""
         return self.device != CPU
 
 
 def known(gpu: str) -> str:
-    """The name of a kind of device. Raises BeelineError, with the known ones, for any other."""
+    """The name of a kind of device, in lower case. Raises BeelineError, with the known names, for any other."""
     name = gpu.lower()
     if name not in (*GPUS, CPU):
-        raise BeelineError(f"--gpu is {gpu!r}, of which no speed is known; expected one of: {', '.join((*GPUS, CPU))}")
+        raise BeelineError(f"--gpu is {gpu!r}, which has no known speed; expected one of: {', '.join((*GPUS, CPU))}")
     return name
 
 
 def here() -> str:
-    """The kind of device of this machine: "cpu" where it has no GPU. Raises BeelineError for a GPU that is not known."""
+    """The kind of device of this machine, "cpu" without a GPU. Raises BeelineError for an unknown GPU."""
     if not torch.cuda.is_available():
         return CPU
     name = torch.cuda.get_device_name()
@@ -107,23 +107,23 @@ def here() -> str:
 
 
 def speed(task: Task, device: str, *, measured: list[Measured], utilisation: float = UTILISATION) -> Speed:
-    """The speed of `task` on one `device`, from the nearest measurement, or assumed. Raises BeelineError for a precision that
-    no CPU was measured in."""
+    """The speed of `task` on one `device`, from the nearest measurement, or assumed. Raises BeelineError for a CPU without
+    a measurement in the precision."""
     if task.kind == "figures":
         return _figures()
     devices = (device,) if device == CPU else (device, ANY_GPU)
     same = [m for m in [*measured, *benchmarks(device)] if m.device in devices and m.task.precision == task.precision]
-    # Images per second are no FLOPs. On a GPU, speeds of measuring networks and of denoisers say nothing about each other.
+    # Images per second are not FLOPs. On a GPU, speeds of measuring networks and of denoisers say nothing about each other.
     borrows = task.kind not in (("images",) if device == CPU else ("images", "looking"))
     candidates = [m for m in same if m.task.kind == task.kind or (borrows and m.task.kind not in ("images", "looking"))]
     if candidates:
         best = min(candidates, key=lambda m: _distance(m, task))
-        note = "" if best.task.kind == task.kind else f"; of {best.task.kind}, used for this too"
+        note = "" if best.task.kind == task.kind else f"; measured for {best.task.kind}, also used here"
         return Speed(best.rate(), f"measured: {best.source}{note}")
     if task.kind == "images":
         return Speed(IMAGES_PER_CORE, "assumed")
     if device == CPU:
-        raise BeelineError(f"no speed of a CPU in {task.precision} is in {RESULTS}; measure: python -m benchmarks.sampling")
+        raise BeelineError(f"no CPU speed in {task.precision} is in {RESULTS}; measure one: python -m benchmarks.sampling")
     gpu = GPUS[device]
     peak = gpu.half if task.precision in ("bf16", "fp16") else gpu.fp32
     source = f"assumed, not measured: {100 * utilisation:g} % of the data sheet's {peak:g} TFLOP/s dense {task.precision}"
@@ -131,14 +131,14 @@ def speed(task: Task, device: str, *, measured: list[Measured], utilisation: flo
 
 
 def _distance(found: Measured, task: Task) -> tuple[Any, ...]:
-    """How far a measurement is from a task: the workspace's own first, then size of network, kind, compilation."""
+    """Distance of a measurement from a task: the workspace's own first, then network size, kind and compilation."""
     orders = round(abs(math.log10(found.task.size / task.size)), 1)
     kinds = 0 if found.task.kind == task.kind else 1 if (found.task.kind in TRAINING) == (task.kind in TRAINING) else 2
     return not found.ours, orders, kinds, found.task.compiled != task.compiled
 
 
 def benchmarks(device: str) -> list[Measured]:
-    """The speeds in benchmarks/results of a kind of device."""
+    """Speeds of a kind of device in benchmarks/results."""
     found = []
     for path in sorted(RESULTS.glob("*.json")):
         result = _result(path)
@@ -162,13 +162,13 @@ def _rate(kind: str, row: Mapping[str, float], network: NetworkConfig, units: in
     """FLOP/s of a row of a benchmark, per GPU or thread."""
     if kind == "sampling":
         return row["evaluations_per_s"] * counting.evaluation(network) / units
-    recipe = RECIPES["cifar10"](0)  # whose losses the benchmark trains with
+    recipe = RECIPES["cifar10"](0)  # the benchmark trains with this recipe's losses
     objective = recipe.main.phases[kind].objective
     return row["images_per_s"] * counting.phase_flops(network, recipe.probe.losses, objective) / units
 
 
 def _result(path: Path) -> dict[str, Any]:
-    """The JSON of a benchmark; {} where it is damaged."""
+    """The JSON of a benchmark; {} if it is damaged."""
     try:
         return json.loads(path.read_text())
     except ValueError:
@@ -176,7 +176,7 @@ def _result(path: Path) -> dict[str, Any]:
 
 
 def kind_of(machine: Mapping[str, Any]) -> str | None:
-    """The kind of device in a machine's description (beeline/machine.py); None for a GPU of which no speed is known."""
+    """The kind of device in a machine's description (beeline/machine.py); None for a GPU without a known speed."""
     name = machine.get("gpu")
     if not name:
         return CPU
@@ -194,7 +194,7 @@ def where(machine: Mapping[str, Any]) -> str:
 
 @functools.cache
 def _cpu() -> str:
-    """The names of this machine's CPUs, where the system tells them."""
+    """The names of this machine's CPUs, if the system reports them."""
     file = Path("/proc/cpuinfo")
     return file.read_text() if file.exists() else platform.processor()
 
@@ -204,7 +204,7 @@ def _named(path: Path) -> str:
 
 
 def starting() -> tuple[float, str]:
-    """Seconds from the start of a stage's command to its first result beyond the work itself, and their source."""
+    """Seconds from the start of a stage's command to its first result, without the work itself, and their source."""
     path = RESULTS / "pairs-startup.json"
     if not path.exists():
         return 15.0, "assumed"
@@ -213,7 +213,7 @@ def starting() -> tuple[float, str]:
 
 
 def _figures() -> Speed:
-    """Speed of distances and neighbourhoods: float64 products on one core, whatever the GPU."""
+    """Speed of distances and neighbourhoods: float64 products on one core, with any GPU."""
     found = [(path, _result(path)) for path in sorted(RESULTS.glob("sampling-cpu-*.json"))]
     rates = {_named(path): result["ceilings_tflops"]["fp32"] * 1e12 / result["machine"]["threads"] for path, result in found}
     best = max(rates, key=lambda name: rates[name])
@@ -221,5 +221,5 @@ def _figures() -> Speed:
 
 
 def cores() -> int:
-    """Cores of this machine that this process may use."""
+    """Number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,7 +1,7 @@
 """The cost of each stage of a recipe, independent of machines: operations, processes, bytes.
 
-The stages say what they do: plans, rows and work items, published models. Here that is multiplied with the FLOPs and bytes of
-the recipe's networks.
+The stages' own code lists their work: plans, rows, work items and published models. This module multiplies it by the FLOPs and
+bytes of the recipe's networks.
 """
 
 from __future__ import annotations
@@ -32,26 +32,26 @@ from trainers.train_probe import MOST_IMAGES, PROBES
 from trainers.trials import folder_name, rung_of, trials_of
 from trainers.validation import sampling_of
 
-TEXT, ROW, REPORT = 50_000, 200_000, 5_000_000  # bytes of a model's records, of a row with its sheets, of the page
-CALIBRATED = 12  # evaluations that are assumed of a solver that is not calibrated yet
+TEXT, ROW, REPORT = 50_000, 200_000, 5_000_000  # bytes of a model's records, a row with its sheets, and the page
+CALIBRATED = 12  # evaluations assumed for a solver that is not calibrated yet
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Job:
-    """Work of one kind in a stage. `count` gives its operations; it may take seconds."""
+    """Work of one kind in a stage. `count` returns its operations; it may take seconds."""
 
     task: Task
     need: Need
     count: Callable[[], float]
     parts: int = 0
-    """Equal parts that processes do one after another; 0 for any."""
+    """Number of equal parts, which processes do one after another; 0 if the work divides freely."""
     on_core: bool = False
-    """Done by a core of each process. Its GPU is taken meanwhile, and idle."""
+    """Whether a core of each process does the work. The process's GPU is reserved meanwhile, but idle."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stage:
-    """What is left of a stage. `stored` bytes stay. `passing` bytes are there only while it runs, or `passing_each` for each
+    """The work left in a stage. `stored` bytes stay. `passing` bytes exist only while it runs, or `passing_each` for each
     process of its first job, whichever is more."""
 
     name: str
@@ -62,18 +62,18 @@ class Stage:
     passing: float = 0.0
     passing_each: float = 0.0
     side_by_side: bool = False
-    """It runs at the same time as its neighbours that say so, as far as the machines have room."""
+    """Whether it runs at the same time as neighbouring stages with this flag, if the machines have room."""
     starts: int = 1
-    """Processes that start one after another, each in the time in which a stage starts."""
+    """Number of processes that start one after another. Each takes the start time of a stage."""
     note: str = ""
 
     def peak(self, processes: int) -> float:
-        """Bytes that are there only while it runs, with so many processes."""
+        """Bytes that exist only while it runs with this number of processes."""
         return max(self.passing, self.passing_each * processes)
 
 
 def stages(recipe: Recipe, there: Workspace, teacher: str) -> list[Stage]:
-    """What is left of the steps of run_pipeline.py, in their order, after the weights to fetch. `teacher` is "train" or
+    """The work left in the steps of run_pipeline.py, in their order, after the weights to fetch. `teacher` is "train" or
     "import". Raises BeelineError for settings that a stage refuses."""
     left, found = _Left(recipe, there), []
     if weights := [name for name in needed_weights(recipe) if not there.weights(name)]:
@@ -97,7 +97,7 @@ def _complete(name: str) -> Stage:
 
 
 class _Left:
-    """The stages of a recipe, less what is in the workspace: a method for each."""
+    """The stages of a recipe, without the work already in the workspace. Each stage has a method."""
 
     def __init__(self, recipe: Recipe, there: Workspace) -> None:
         self.recipe, self.there, self.network = recipe, there, recipe.teacher.network
@@ -111,7 +111,7 @@ class _Left:
             name="images", work=f"{self.real:,} images{self.origin}", amount=self.real,
             jobs=(Job(task=IMAGES, need=_pool("images", "images", config), count=lambda: self.real, parts=shards),),
             stored=store_bytes("image", shape, "uint8", self.real, config.shard_size, {"images": {}}),
-            note="" if self.real else f"the number of images in {config.source} is not known: what depends on it is left out",
+            note="" if self.real else f"the number of images in {config.source} is unknown: costs that need it are left out",
         )  # fmt: skip
 
     def probe(self) -> Stage:
@@ -138,8 +138,8 @@ class _Left:
         return self.training("teacher", self.recipe.teacher, models=1)
 
     def training(self, folder: str, config: TeacherConfig | StudentConfig, *, models: int) -> Stage:
-        """A training that publishes `models`. A checkpoint holds the weights, Adam's two moments, the averages, and the
-        state of critic and objective. A new one is whole before the oldest is removed."""
+        """A training that publishes `models` models. A checkpoint holds the weights, Adam's two moments, the averages, and the
+        state of critic and objective. The oldest is removed only after a new one is complete."""
         done, jobs, kept = self.there.step(folder), [], 0
         iterations = sum(phase.iterations for phase in config.running.values())
         work = f"{iterations - done:,} iterations of {config.batch_size:,}"
@@ -162,7 +162,7 @@ class _Left:
     ) -> Job:
         arguments = self.network, self.recipe.probe.losses, phase.objective
         validated = 0.0
-        if isinstance(config, StudentConfig) and config.validate_every:  # rank 0 samples, the others wait
+        if isinstance(config, StudentConfig) and config.validate_every:  # rank 0 samples while the others wait
             samples = min(config.validate_count, self.real or config.validate_count)
             flops = samples * sampling_of(phase.objective.sampling()).nfe * self.size
             validated = ranks * iterations / config.validate_every * flops
@@ -172,7 +172,7 @@ class _Left:
 
     @functools.cached_property
     def _plan(self) -> dict[str, Any]:
-        """The plan that gen_pairs.py will write, with a stand-in for the teacher's digest."""
+        """The plan that gen_pairs.py will write, with a placeholder for the teacher's digest."""
         levels = [0.0] * (self.there.levels or CALIBRATED) if self.recipe.pairs.solver == "calibrated" else None
         return plan_of(self.recipe.pairs, counting.denoiser(self.network), "0" * 64, levels)
 
@@ -204,7 +204,7 @@ class _Left:
         )
         phases = [phase for trial in left.values() for phase in trial.running.values()]
         jobs = [self._phase(trial, next(iter(trial.running.values())), sweep.iterations, need) for trial in left.values()]
-        # One job for all trials: with a discriminator, if any of them has one.
+        # One job for all trials; it has a discriminator if any trial has one.
         merged = [replace(job, parts=len(left), count=lambda: sum(job.count() for job in jobs))
                   for job in sorted(jobs, key=lambda job: job.task.kind)[:1]]  # fmt: skip
         critics = [counting.phase_bytes(self.network, self.recipe.probe.losses, phase.objective)[0] for phase in phases]
@@ -215,7 +215,7 @@ class _Left:
             few_step = next(iter(trial.running.values())).objective.sampling()
             found[f"{name}/{folder_name(k)}"] = few_step, (sampling_of(few_step).label,)
         measured = self._measuring(name, judging(sweep, self.recipe.evaluate), found)
-        # A trial's checkpoints go when it ends, and samples are drawn after all have ended.
+        # A trial's checkpoints are removed when it ends. Samples are drawn after all trials have ended.
         checkpoints = checkpoints_kept(sweep.iterations, rung_of(sweep), Cadence.keep) * checkpoint
         return replace(
             measured, work=f"at most {len(left)} x {sweep.iterations:,} iterations of {self.recipe.main.batch_size:,}",
@@ -231,7 +231,7 @@ class _Left:
         return self._measuring("evaluation", self.recipe.evaluate, found)
 
     def _measuring(self, name: str, config: EvaluateConfig, found: Mapping[str, tuple[FewStep | None, Sequence[str]]]) -> Stage:
-        """The measurement of models by folder, each with its few-step sampling (None for a teacher) and its schedules."""
+        """The measurement of models. `found` maps folders to few-step sampling (None for a teacher) and schedules."""
         count, task = config.count or self.real, self._task("sampling", config.precision, config.compiled)
         setup = Setup(
             workspace=self.there.place, recipe=self.recipe.name, config=config, images={}, pairs=self._plan, count=count

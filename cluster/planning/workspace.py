@@ -1,4 +1,4 @@
-"""What is in a workspace: finished stages, parts of others, and how fast they were made."""
+"""The content of a workspace: finished stages, parts of unfinished ones, and their speeds."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ from trainers.train_teacher import imported_from
 PUBLISHED = {"cifar10": 50_000, "cifar10_uncond": 50_000, "cifar10_small": 50_000, "afhqv2": 15_803, "imagenet64": 1_281_167}
 REHEARSAL, RECORD = "rehearsal", "rehearsal.json"
 SPEED = {"kind": str, "size": float, "precision": str, "compiled": bool, "flops_per_s": float, "on_gpu": bool}
-LAYOUT = {  # of a rehearsal's record (beeline/files/layout.py), as far as estimates use it
+LAYOUT = {  # the part of a rehearsal's record that estimates use (beeline/files/layout.py)
     "machine": {"cpu": str, "threads": 1, "gpu?": str},
     "stages": [{"stage": str, "ok": bool, "seconds_per_unit?": float, "speeds": [SPEED]}],
 }
-NOWHERE = "/dev/null/workspace"  # a folder that cannot be
+NOWHERE = "/dev/null/workspace"  # a folder that cannot exist
 
 
 class Workspace:
-    """A workspace, which is read and never written. One that does not exist, or cannot be read, is empty.
+    """A workspace, opened for reading only. One that does not exist, or cannot be read, counts as empty.
 
-    `uri` is its place; `place` is the folder that is read. `trouble` says why `uri` cannot be read, "" where it can.
+    `uri` is its location; `place` is the folder that is read. `trouble` says why `uri` cannot be read, or is "".
     """
 
     def __init__(self, uri: str, recipe: Recipe, trouble: str = "") -> None:
@@ -63,11 +63,11 @@ class Workspace:
 
     @functools.cached_property
     def teacher(self) -> bool:
-        """Whether there is a teacher, trained or imported."""
+        """Whether the workspace has a teacher, trained or imported."""
         return self._model("teacher")
 
     def weights(self, name: str) -> bool:
-        """Whether a pretrained network is there."""
+        """Whether the workspace has a pretrained network."""
         return self._model(f"weights/{name}")
 
     def _model(self, folder: str) -> bool:
@@ -75,12 +75,12 @@ class Workspace:
 
     @functools.cached_property
     def imported(self) -> str | None:
-        """The file that the teacher was imported from."""
+        """The file that the teacher was imported from, or None."""
         return imported_from(self.place / "teacher") if self.teacher else None
 
     @functools.cached_property
     def images(self) -> tuple[int, str]:
-        """The number of real images, in images/ or in the source, and a note on its origin. 0 where neither says."""
+        """The number of real images, from images/ or the source (0 if unknown), and a note on its origin."""
         plan, config = self.plan("images"), self.recipe.images
         if plan:
             return int(plan["images"]["count"]), ""
@@ -95,20 +95,20 @@ class Workspace:
 
     @functools.cached_property
     def levels(self) -> int:
-        """Levels of the teacher's calibrated solver, one evaluation each; 0 where there is none."""
+        """Levels of the teacher's calibrated solver, one evaluation each; 0 without one."""
         folder = self.place / "teacher"
         with reading(f"{folder}/{SOLVER} is damaged", f"make it again: python -m beeline.calibrate {folder}"):
             solver = folder.read_json(SOLVER)
             return 0 if solver is None else len(solver["levels"])
 
     def pairs(self, config: PairsConfig) -> int:
-        """Pairs in shards that are there."""
+        """Number of pairs in the existing shards."""
         names = (self.place / "pairs").sizes().keys()
         shards = range(shard_count(config.count, config.shard_size))
         return sum(len(shard_rows(k, config.shard_size, config.count)) for k in shards if shard_name(k) in names)
 
     def step(self, folder: str) -> int:
-        """The step of a training's newest checkpoint."""
+        """The step of a training's newest checkpoint, or 0."""
         return max(checkpoints.steps(self.place / folder), default=0)
 
     def trials(self, folder: str) -> set[int]:
@@ -117,7 +117,7 @@ class Workspace:
         return {int(match[1]) for match in found if match}
 
     def measured(self) -> list[Measured]:
-        """Speeds in the records of its stages, with the recipe's settings, then those of its rehearsal."""
+        """Speeds in the records of its stages, with the recipe's settings, then speeds in its rehearsal."""
         names = ["pairs", "teacher", *(f"students/{student.name}" for student in self.recipe.students.values())]
         names += [f"evaluation/{name}" for name in models(self.recipe)]
         return [speed for name in names for speed in self.speeds(name)] + list(self._of_rehearsal())
@@ -132,7 +132,7 @@ class Workspace:
     def _of_rehearsal(self) -> Iterator[Measured]:
         """Speeds that a rehearsal measured (cluster/rehearse.py), on the kind of device that it ran on."""
         folder = self.place / REHEARSAL
-        with reading(f"{folder}/{RECORD} is not as a rehearsal writes it", "rehearse again, or remove it"):
+        with reading(f"{folder}/{RECORD} is not a record of a rehearsal", "rehearse again, or remove it"):
             record: dict[str, Any] = folder.read_json(RECORD) or {"stages": []}
             check_layout(record, LAYOUT if record["stages"] else {})
         for row in record["stages"]:
@@ -149,7 +149,7 @@ class Workspace:
                 yield Measured(task=task, rate=functools.partial(float, speed["flops_per_s"]), source=source, device=device)
 
     def _of_evaluation(self, name: str) -> Iterator[Measured]:
-        """Speeds of sampling a model, and of looking at its samples."""
+        """Speeds of sampling a model, and of extracting features from its samples."""
         config, done = self.recipe.evaluate, self.complete(f"evaluation/{name}")
         source = f"{self.place}/evaluation/{name}/{SUCCESS}, {_each(config)} for each actor"
         if done.get(PER_EVALUATION):
@@ -189,7 +189,7 @@ class Workspace:
         self, kind: str, processes: PairsConfig | EvaluateConfig | WorkersConfig, flops: Callable[[], float], source: str,
         **task: Any,
     ) -> Measured:  # fmt: skip
-        """The speed of processes that each do `flops` per second. Records do not say which kind of GPU they had."""
+        """The speed of processes that each do `flops` per second. Records do not name the kind of GPU."""
         units = processes.gpus or processes.threads
         if not isinstance(processes, WorkersConfig):
             task = {"precision": processes.precision, "compiled": processes.compiled} | task
@@ -209,4 +209,4 @@ def _product(count: Callable[[], float], factor: float) -> float:
 
 def _each(processes: PoolConfig | WorkersConfig) -> str:
     gpus, threads = processes.gpus, processes.threads
-    return f"{gpus:g} GPU of the kind asked for" if gpus else f"{threads} thread{'s' * (threads != 1)}"
+    return f"{gpus:g} GPU of the requested kind" if gpus else f"{threads} thread{'s' * (threads != 1)}"

@@ -1,24 +1,24 @@
-"""Flows between 2-D distributions: the methods of the LMM paper's Table 1 on one footing, and how straight each comes out.
+"""Flows between 2-D distributions: the methods of the LMM paper's Table 1 in common coordinates, and their straightness.
 
-Everything lives on lines between noise x0 ~ N(0, I) and data x1 of unit variance, the form `lerp` of beeline.objectives.lines:
+All methods use lines between noise x0 ~ N(0, I) and data x1 of unit variance, the form `lerp` of beeline.objectives.lines:
 
     z_t = (1 - t) x0 + t x1,   t from 0 (noise) to 1 (data),   sigma = (1 - t) / t
 
-EDM's x1 + sigma x0 is z_t / t: the same line, scaled. In these coordinates a denoiser D and a velocity v are one thing,
-D = z + (1 - t) v, and on a line D - x1 = (1 - t) (v - (x1 - x0)). So each method is the regression of v(z_t, t) on x1 - x0,
-with a coupling of x0 to x1, a law of t and a weight of its own:
+EDM's x1 + sigma x0 is z_t / t: the same line, scaled. In these coordinates a denoiser D and a velocity v are
+equivalent: D = z + (1 - t) v, and on a line D - x1 = (1 - t) (v - (x1 - x0)). So each method regresses v(z_t, t) on x1 - x0.
+The methods differ in the coupling of x0 to x1, the law of t and the weight:
 
     method     coupling                             law of t             weight
     EDM        independent                          ln sigma normal      (1 - t)^2 + t^2   (Karras et al. 2022, table 1)
     CFM        independent, to x1 + sigma_min x0    uniform              1                 (Lipman et al. 2023, eq. 23)
     BOT-CFM    optimal within batches               uniform              1                 (Pooladian, Tong et al. 2023)
     1-RF       independent                          uniform              1                 (Liu et al. 2022)
-    2-RF       x0 to where 1-RF takes it            uniform              1                 (Liu et al. 2022, reflow)
-    LMM        x0 to where EDM's ODE takes it       uniform, eq. 4       (1 - t)^2         (eq. 3 with d = L2: |D - x1|^2)
+    2-RF       x0 with its image under 1-RF         uniform              1                 (Liu et al. 2022, reflow)
+    LMM        x0 with its image under EDM's ODE    uniform, eq. 4       (1 - t)^2         (eq. 3 with d = L2: |D - x1|^2)
 
-CFM and 1-RF are one method, but for sigma_min, and an exact EDM has their field, too. LMM in L2 is reflow of an EDM with less
-weight near the data. Straightness is that of Liu et al. 2022, sec. 3: the integral over t of E|(Z_1 - Z_0) - dZ_t/dt|^2, 0 for
-a flow that goes straight at constant speed. It depends on what t and z are; here they are those above for every method.
+CFM and 1-RF differ only in sigma_min, and an exact EDM has the same field. LMM in L2 is reflow of an EDM with less weight near
+the data. Straightness follows Liu et al. 2022, sec. 3: the integral over t of E|(Z_1 - Z_0) - dZ_t/dt|^2. It is 0 for a flow
+that moves straight at constant speed. It depends on the choice of t and z; every method uses those above.
 """
 
 from __future__ import annotations
@@ -38,34 +38,34 @@ from beeline.sampling.solvers import solve
 from beeline.settings import Channels, Count, Positive, Range, Settings, Size, Some, Steps
 from evaluation.toy.transport import MAX_OT_BATCH, ot_pairing
 
-EDM_UNIT = 2.0  # EDM's constants are for data of standard deviation 0.5; here it is 1, so all noise levels are doubled
+EDM_UNIT = 2.0  # EDM's constants assume data of standard deviation 0.5; here it is 1, so all noise levels double
 P_MEAN, P_STD = -1.2 + math.log(EDM_UNIT), 1.2
 CFM_SIGMA_MIN = 0.002
-HEUN_STEPS = 40  # of EDM's own solver: 79 evaluations
+HEUN_STEPS = 40  # steps of EDM's Heun solver: 79 evaluations
 TEACHERS = {"2-RF": "1-RF", "LMM": "EDM"}
 Draw = Callable[[], tuple[torch.Tensor, torch.Tensor]]
 Velocity = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def eight_gaussians(count: int, generator: torch.Generator) -> torch.Tensor:
-    """(count, 2): a ring of eight Gaussians of standard deviation 0.1."""
+    """Draw points (count, 2) from a ring of eight Gaussians of standard deviation 0.1."""
     angle = torch.randint(8, (count,), generator=generator) * (math.pi / 4)
     ring = torch.stack([angle.cos(), angle.sin()], dim=1) * math.sqrt(2 * (1 - 0.1**2))
     return ring + 0.1 * torch.randn(count, 2, generator=generator)
 
 
 def two_moons(count: int, generator: torch.Generator) -> torch.Tensor:
-    """(count, 2): two half circles that reach into one another, with noise of 0.07 of their radius."""
+    """Draw points (count, 2) from two interleaved half circles, with noise of 0.07 of their radius."""
     angle = torch.rand(count, generator=generator) * math.pi
     lower = torch.rand(count, generator=generator) < 0.5
     x = torch.where(lower, 1 - angle.cos(), angle.cos()) - 0.5
     y = torch.where(lower, 0.5 - angle.sin(), angle.sin()) - 0.25
     noisy = torch.stack([x, y], dim=1) + 0.07 * torch.randn(count, 2, generator=generator)
-    return noisy / math.sqrt((0.75 + 0.5625 - 1 / math.pi) / 2 + 0.07**2)  # by the mean variance of x and y
+    return noisy / math.sqrt((0.75 + 0.5625 - 1 / math.pi) / 2 + 0.07**2)  # the mean variance of x and y becomes 1
 
 
 def checkerboard(count: int, generator: torch.Generator) -> torch.Tensor:
-    """(count, 2): uniform on the dark squares of a board of 4x4."""
+    """Draw points (count, 2) uniformly on the dark squares of a 4x4 board."""
     column = torch.randint(4, (count,), generator=generator)
     row = 2 * torch.randint(2, (count,), generator=generator) + column % 2
     corner = torch.stack([column, row], dim=1)
@@ -77,11 +77,12 @@ DISTRIBUTIONS = {"eight_gaussians": eight_gaussians, "two_moons": two_moons, "ch
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ToyConfig(Settings):
-    """What is trained, and on what it is judged.
+    """Settings of training and measurement.
 
-    `distributions` and `repeats`: every repeat of every distribution is a network of its own, K = len(distributions) * repeats
-    for each method. `ot_batches`: BOT-CFM is trained once for each. It, 2-RF and LMM learn from `pairs` pairs, the others from
-    new data in every iteration. `steps`: of Heun, where a flow is solved in t. `points`: held-out noises of each network.
+    Every repeat of every distribution has its own network: each method has K = len(distributions) * repeats networks. BOT-CFM
+    is trained once for each batch size in `ot_batches`. BOT-CFM, 2-RF and LMM learn from `pairs` pairs; the others draw new
+    data in every iteration. `steps` is the number of Heun steps to solve a flow in t. `points` is the number of held-out noises
+    per network.
     """
 
     distributions: Some[Literal["eight_gaussians", "two_moons", "checkerboard"]] = (
@@ -106,15 +107,15 @@ class ToyConfig(Settings):
 
     @property
     def members(self) -> int:
-        """K, the networks of each method."""
+        """K, the number of networks of each method."""
         return len(self.distributions) * self.repeats
 
     def noise(self, count: int, generator: torch.Generator) -> torch.Tensor:
-        """`count` source points for each member, (K, count, 2)."""
+        """Draw `count` source points for each network, (K, count, 2)."""
         return torch.randn(self.members, count, 2, generator=generator)
 
     def data(self, count: int, generator: torch.Generator) -> torch.Tensor:
-        """`count` data points for each member, (K, count, 2)."""
+        """Draw `count` data points for each network, (K, count, 2)."""
         drawn = [DISTRIBUTIONS[name](self.repeats * count, generator) for name in self.distributions]
         return torch.cat(drawn).reshape(self.members, count, 2)
 
@@ -122,9 +123,9 @@ class ToyConfig(Settings):
 class Field(nn.Module):
     """K networks at once: velocities (K, B, 2) of points z (K, B, 2) at times t in [0, 1] that broadcast to (K, B, 1).
 
-    EDM's preconditioning in the coordinates z, where it is regular at both ends: with s^2 = (1 - t)^2 + t^2 the denoiser
-    D = (t / s^2) z + ((1 - t) / s) F(z / s; t) has the velocity ((2t - 1) / s^2) z + F / s. Time enters as an angle, since
-    ln sigma is infinite at both ends.
+    Uses EDM's preconditioning in the coordinates z, where it is regular at both ends. With s^2 = (1 - t)^2 + t^2 the denoiser
+    D = (t / s^2) z + ((1 - t) / s) F(z / s; t) has the velocity ((2t - 1) / s^2) z + F / s. The network gets time as an angle,
+    because ln sigma is infinite at both ends.
     """
 
     def __init__(self, members: int, width: int, generator: torch.Generator) -> None:
@@ -145,12 +146,12 @@ class Field(nn.Module):
         return (2 * t - 1) / s**2 * z + h / s
 
     def denoised(self, z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """D (K, B, 2): the data that the points `z` of lines are seen to come from."""
+        """Predict the data D (K, B, 2) from points `z` (K, B, 2) on lines at times `t`."""
         return z + (1 - t) * self(z, t)
 
 
 class Teacher(nn.Module):
-    """An EDM field as the denoiser that `samplers.solve` takes: x (K, B, 2) in EDM's scale, sigma (K,)."""
+    """An EDM field as a denoiser for `solve`: x (K, B, 2) in EDM's scale, sigma (K,)."""
 
     def __init__(self, field: Field) -> None:
         super().__init__()
@@ -162,25 +163,25 @@ class Teacher(nn.Module):
 
 
 def times(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-    """Times in [0, 1] by the method's law."""
+    """Draw times in [0, 1] from the method's law."""
     if name == "EDM":
         return 1 / (1 + (P_MEAN + P_STD * torch.randn(shape, generator=generator)).exp())
     return torch.rand(shape, generator=generator)
 
 
 def weight(name: str, t: torch.Tensor) -> torch.Tensor:
-    """The method's weight at times `t`, of the same shape."""
+    """Weights of the method's loss at times `t`, in the same shape."""
     return {"EDM": (1 - t) ** 2 + t**2, "LMM": (1 - t) ** 2}.get(name, torch.ones_like(t))
 
 
 def regression(name: str, velocity: Velocity, x0: torch.Tensor, x1: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    """(K,): the method's loss, weight |v(z_t, t) - (x1 - x0)|^2, at points of lines (K, B, 2) and times (K, B, 1)."""
+    """Loss of the method (K,), weight |v(z_t, t) - (x1 - x0)|^2, for x0 and x1 (K, B, 2) and times (K, B, 1)."""
     off = velocity((1 - t) * x0 + t * x1, t) - (x1 - x0)
     return (weight(name, t) * off.square()).sum(dim=-1).mean(dim=-1)
 
 
 def coupling(name: str, trained: Mapping[str, Field], config: ToyConfig, generator: torch.Generator) -> Draw:
-    """The function that draws a batch of (x0, x1), (K, B, 2) each, in the method's pairing. `trained` holds its teacher."""
+    """Return the function that draws a batch of (x0, x1), (K, B, 2) each, in the method's pairing. `trained` holds teachers."""
     if name in ("EDM", "CFM", "1-RF"):
         sigma_min = CFM_SIGMA_MIN if name == "CFM" else 0.0
 
@@ -207,7 +208,7 @@ def coupling(name: str, trained: Mapping[str, Field], config: ToyConfig, generat
 
 
 def train_all(config: ToyConfig, seed: int) -> Iterator[tuple[str, Field]]:
-    """Each method's name and its trained networks; a student (2-RF, LMM) starts from its teacher's weights."""
+    """Train each method; yield its name and networks. A student (2-RF, LMM) starts from its teacher's weights."""
     trained: dict[str, Field] = {}
     for name in ("EDM", "CFM", *(f"BOT-CFM {batch}" for batch in config.ot_batches), "1-RF", "2-RF", "LMM"):
         generator = torch.Generator().manual_seed(stream_seed(seed, "toy", name))
@@ -228,15 +229,15 @@ def train_all(config: ToyConfig, seed: int) -> Iterator[tuple[str, Field]]:
 
 @torch.inference_mode()
 def taught(field: Field, x0: torch.Tensor) -> torch.Tensor:
-    """Images of the noise `x0` (K, B, 2) under an EDM field, by EDM's Heun solver on its noise levels from 80 to 0."""
+    """Map the noise `x0` (K, B, 2) through an EDM field, with EDM's Heun solver on its noise levels from 80 to 0."""
     return EDM_UNIT * solve(Teacher(field), x0, None, solver="heun", num_steps=HEUN_STEPS)
 
 
 @torch.inference_mode()
 def integrate(velocity: Velocity, x0: torch.Tensor, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Z_t and dZ_t/dt of the flow from `x0` (K, N, 2) at `steps` + 1 equal times, float64 (steps + 1, K, N, 2) each.
+    """Solve the flow from `x0` (K, N, 2) with Heun. Returns Z_t and dZ_t/dt, float64 (steps + 1, K, N, 2) each.
 
-    By Heun, the state in float64 and the network in float32, as in EDM.
+    The `steps` + 1 times are equally spaced. The state is float64 and the network runs in float32, as in EDM.
     """
     at = torch.linspace(0, 1, steps + 1)
 
@@ -253,13 +254,13 @@ def integrate(velocity: Velocity, x0: torch.Tensor, steps: int) -> tuple[torch.T
 
 
 def straightness(path: torch.Tensor, slopes: torch.Tensor, since: float = 0.0) -> torch.Tensor:
-    """(K,): the integral over t in [since, 1] of E|(Z_1 - Z_0) - dZ_t/dt|^2, of what `integrate` returned."""
+    """Integral (K,) over t in [since, 1] of E|(Z_1 - Z_0) - dZ_t/dt|^2, from the results of `integrate`."""
     off = (path[-1] - path[0] - slopes).square().sum(dim=-1).mean(dim=-1)
     return torch.trapezoid(off[round(since * (len(path) - 1)) :], dx=1 / (len(path) - 1), dim=0)
 
 
 def sliced_w2(a: torch.Tensor, b: torch.Tensor, directions: int = 64) -> torch.Tensor:
-    """(K,): sliced Wasserstein-2 distance between two sets of as many points (K, N, 2), over equally spaced directions."""
+    """Sliced Wasserstein-2 distance (K,) between two sets of equally many points (K, N, 2), over equally spaced directions."""
     angle = torch.arange(directions, dtype=torch.float64) * (math.pi / directions)
     onto = torch.stack([angle.cos(), angle.sin()])
     off = (a.to(torch.float64) @ onto).sort(dim=1).values - (b.to(torch.float64) @ onto).sort(dim=1).values
@@ -268,11 +269,11 @@ def sliced_w2(a: torch.Tensor, b: torch.Tensor, directions: int = 64) -> torch.T
 
 @torch.inference_mode()
 def measure(field: Field, x0: torch.Tensor, real: torch.Tensor, steps: int) -> dict[str, torch.Tensor]:
-    """Figures of a flow for noise `x0` and data `real` that training has not seen, (K, N, 2) each; every figure is (K,).
+    """Measure a flow on held-out noise `x0` and data `real`, (K, N, 2) each. Every value is (K,).
 
-    `straightness`, and the share `late` of it that arises in the last tenth of the time; `w2` and `w2_one_step`, the sliced
-    distance to the data of its ends and of those of a single step; `known`, the share of the ends' variance that the
-    velocity at the source has: 0 where all noise sets out for one point, about 1 where each has its own.
+    `late` is the share of `straightness` that arises in the last tenth of the time. `w2` and `w2_one_step` are sliced distances
+    to the data: of the flow's end points, and of the end points of a single step. `known` is the share of the end points'
+    variance that the velocity at the source has. It is 0 if all noise moves to one point, and about 1 if each has its own.
     """
     path, slopes = integrate(field, x0, steps)
     one = path[0] + slopes[0]

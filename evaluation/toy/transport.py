@@ -1,22 +1,22 @@
-"""Minibatch optimal-transport pairing, and why it ends where dimensions begin (appendix A.2 of the LMM paper).
+"""Minibatch optimal-transport pairing, and why it fails in many dimensions (appendix A.2 of the LMM paper).
 
-Between two standard normals in d dimensions the optimal transport is the identity: a flow that learned it would stand still,
-v = 0. Pairing noise and data at random makes v(x0) = E[x1] - x0 = -x0 at the source. What a network learns from the optimal
-pairing of batches of n lies in between. Derivations:
+Between two standard normals in d dimensions the optimal transport is the identity: a flow that learned it would not move,
+v = 0. Random pairing of noise and data gives the velocity v(x0) = E[x1] - x0 = -x0 at the source. Optimal pairing within
+batches of n lies in between. Derivations:
 
 - *Slope and cost.* The pairing does not change under rotations, so the linear regression of x1 on x0 is s x0 with one slope
-  s = E<x0, x1> / d, and the velocity at the source is (s - 1) x0. As E|x0|^2 = E|x1|^2 = d, the cost E|x1 - x0|^2 is
-  2 d (1 - s): one number says both, 0 for pairing at random and 1 for the optimal transport.
-- *A bound.* No pairing does better than each x0 with its best of n: <x0, x1> is then |x0| times the largest of n standard
-  normals, sqrt(2 ln n) at most in expectation. So s <= sqrt(2 ln n / d): **a slope s takes n >= exp(d s^2 / 2)**.
+  s = E<x0, x1> / d. The velocity at the source is (s - 1) x0. Because E|x0|^2 = E|x1|^2 = d, the cost E|x1 - x0|^2 is
+  2 d (1 - s). So s determines both. It is 0 for random pairing and 1 for the optimal transport.
+- *A bound.* No pairing is better than pairing each x0 with its best x1 of n. Then <x0, x1> is |x0| times the largest of n
+  standard normals, at most sqrt(2 ln n) in expectation. So s <= sqrt(2 ln n / d): **a slope s needs n >= exp(d s^2 / 2)**.
 - *A prediction* (`predicted_slope`). In many dimensions all lengths are about sqrt(d), and only angles matter. A random
-  direction has a cosine of s or more with a given one with the probability P_d(s) of a spherical cap,
-  I_{1-s^2}((d-1)/2, 1/2) / 2. Where n P_d(s) is far below 1, few x0 have an x1 as near as that; where it is far above, each has
-  many, and nearly all can be served at once. So n P_d(s) = 1. Up to powers of d that is ln n = -(d/2) ln(1 - s^2),
-  exponential in d for every s; and 1 - s ~ n^(-2/d) / 2 for large n, the rate at which empirical measures converge in W2^2.
-  The step from "each has one" to "all can be served" is an argument, not a proof. With few dimensions it is too optimistic:
-  lengths differ, and points compete. In one dimension pairing is sorting, and s is exactly the mean square of the expected
-  order statistics, which are taken by Blom's formula.
+  direction has a cosine of at least s with a given one with probability P_d(s), the size of a spherical cap,
+  I_{1-s^2}((d-1)/2, 1/2) / 2. If n P_d(s) is far below 1, few x0 have an x1 that near. If it is far above 1, each x0 has many,
+  and nearly all x0 can get one at once. So the prediction is n P_d(s) = 1. Up to powers of d this means
+  ln n = -(d/2) ln(1 - s^2), exponential in d for every s. For large n, 1 - s ~ n^(-2/d) / 2, the rate at which empirical
+  measures converge in W2^2. The step from "each has one" to "all can get one" is an argument, not a proof. In few dimensions
+  the prediction is too optimistic: lengths differ, and points compete. In one dimension pairing is sorting, and s is exactly
+  the mean square of the expected order statistics, computed by Blom's formula.
 
 Nothing in the prediction is fitted.
 """
@@ -36,12 +36,12 @@ from scipy.special import betainc, betaincinv, ndtri
 from beeline.noise import stream
 from beeline.settings import Channels, Range, Settings, Size, Some
 
-MAX_OT_BATCH = 16_384  # the pairing's time grows with its cube
+MAX_OT_BATCH = 16_384  # the time of a pairing grows with the cube of the batch size
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OtConfig(Settings):
-    """Slopes to measure: all of `dims` by `batches`, each from at least `points` pairs and at least 4 batches."""
+    """Slopes to measure: each of `dims` with each of `batches`, from at least `points` pairs and at least 4 batches."""
 
     dims: Some[Channels] = (1, 2, 4, 8, 16, 32, 64)
     batches: Some[Annotated[int, Range(2, MAX_OT_BATCH)]] = (4, 8, 16, 32, 64, 128, 256, 512, 1024)
@@ -54,14 +54,14 @@ class OtConfig(Settings):
 
 
 def ot_pairing(x0: np.ndarray, x1: np.ndarray) -> np.ndarray:
-    """The permutation p of range(n) for which the sum of |x0_i - x1_p(i)|^2 is least; x0 and x1 are (n, d)."""
+    """Permutation p of range(n) that minimises the sum of |x0_i - x1_p(i)|^2; x0 and x1 are (n, d)."""
     return linear_sum_assignment(-(x0 @ x1.T))[1]  # the squared lengths are the same for all permutations
 
 
 def measured_slope(dim: int, batch: int, count: int, rng: np.random.Generator) -> tuple[float, float]:
     """Slope of x1 on x0 over `count` optimally paired batches of two standard normals, and its standard error.
 
-    Lengths are pooled over x0 and x1, of one distribution both: s = 2 <x0, x1> / (|x0|^2 + |x1|^2), which is 1 at most.
+    Lengths are pooled over x0 and x1, because both have the same distribution: s = 2 <x0, x1> / (|x0|^2 + |x1|^2), at most 1.
     """
     sums = np.empty((count, 2))
     for row in sums:
@@ -72,7 +72,7 @@ def measured_slope(dim: int, batch: int, count: int, rng: np.random.Generator) -
 
 
 def predicted_slope(dim: int, batch: float) -> float:
-    """The slope s for which `batch` P_d(s) = 1, or in one dimension the mean square of expected order statistics."""
+    """Slope s for which `batch` P_d(s) = 1; in one dimension, the mean square of the expected order statistics."""
     if dim == 1:
         ranks = np.arange(1, round(batch) + 1)
         return float((ndtri((ranks - 0.375) / (len(ranks) + 0.25)) ** 2).mean())
@@ -80,12 +80,12 @@ def predicted_slope(dim: int, batch: float) -> float:
 
 
 def predicted_batch(dim: int, slope: float) -> float:
-    """The batch that a slope in (0, 1) takes, 1 / P_d(slope), in two dimensions or more."""
+    """Batch size needed for a slope in (0, 1), 1 / P_d(slope), in two dimensions or more."""
     return float(2 / betainc((dim - 1) / 2, 0.5, 1 - slope**2))
 
 
 def batch_for(slope: float, batches: Sequence[int], slopes: Sequence[float]) -> float | None:
-    """The batch at which measured `slopes` pass `slope`, linear between log batches; None where they do not reach it."""
+    """Batch size at which measured `slopes` pass `slope`, interpolated over log batch sizes; None if they do not reach it."""
     for low, high, below, above in zip(batches, batches[1:], slopes, slopes[1:], strict=False):
         if below <= slope <= above:
             return low * (high / low) ** ((slope - below) / (above - below))
@@ -93,7 +93,7 @@ def batch_for(slope: float, batches: Sequence[int], slopes: Sequence[float]) -> 
 
 
 def measure_ot(config: OtConfig, seed: int) -> list[dict[str, float]]:
-    """One row for each dimension and batch: the measured slope with its standard error, and the predicted one."""
+    """Measure one row for each dimension and batch size: the slope, its standard error, and the predicted slope."""
     rows = []
     for dim in config.dims:
         for batch in config.batches:

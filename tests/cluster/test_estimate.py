@@ -206,7 +206,7 @@ def test_gpus_share_the_pairs_and_students_wait_for_theirs(on_gpus: Recipe, tmp_
     walls = [row(made, "pairs").wall_hours - start for made in (one, eight)]
     assert walls[0] / walls[1] == pytest.approx(100 / 13, rel=1e-6)  # 100 shards are 13 rounds of 8
     assert row(one, "pairs").gpu_hours == row(eight, "pairs").gpu_hours
-    assert any("teacher asks for 8 GPUs at once, of 1" in note for note in one.notes)
+    assert any("teacher requests 8 GPUs at once, of 1" in note for note in one.notes)
     assert not any("at once" in note for note in eight.notes)
 
 
@@ -337,7 +337,7 @@ def test_the_table_has_every_stage_and_its_sources(tmp_path: Path, capsys: pytes
 
 
 def test_an_unknown_gpu_lists_the_known_ones(tmp_path: Path) -> None:
-    with pytest.raises(BeelineError, match="'h2000', of which no speed is known; expected one of: h200, h100, a100, l40s"):
+    with pytest.raises(BeelineError, match="'h2000', which has no known speed; expected one of: h200, h100, a100, l40s"):
         estimate(str(tmp_path), digits(), gpu="h2000")
     with pytest.raises(BeelineError, match="for machines without GPUs give --gpu cpu"):
         estimate(str(tmp_path), digits(), gpu="h200", gpus=0)
@@ -381,9 +381,9 @@ def test_what_is_missing_is_named_with_its_fix(tmp_path: Path, monkeypatch: pyte
     found = checked(recipe, str(tmp_path), "import")
     assert found["weights"].fix.endswith(f"python -m beeline.weights fetch dinov2_vits14 --out {tmp_path}/weights")
     assert "python -m beeline.edm_import FILE.pkl" in found["teacher"].fix
-    assert "photos.zip is not there" in found["images"].found
+    assert "photos.zip does not exist" in found["images"].found
     assert found["disk"].fix
-    assert "3 x 2 GPU and 0.5 CPU are asked for at once" in found["pairs"].found
+    assert "3 x 2 GPU and 0.5 CPU are requested at once" in found["pairs"].found
     assert "has room for 2" in found["pairs"].found
     with pytest.raises(BeelineError, match="checks failed: weights, teacher, images, disk, pairs"):
         readiness.report(list(found.values()))
@@ -410,7 +410,7 @@ def test_other_settings_and_another_teacher_are_found_before_they_are_refused(tm
 def test_a_workspace_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     found = checked(digits(), str(tmp_path / "file/ws"))
-    assert "Give --workspace a folder that may be written" in found["workspace"].fix
+    assert "Set --workspace to a writable folder" in found["workspace"].fix
     assert "weights" not in found  # what cannot be read is not judged
 
 
@@ -422,7 +422,7 @@ def test_buckets_and_credentials(bucket: Folder, monkeypatch: pytest.MonkeyPatch
     assert not [line for line in found.values() if line.fix]
     assert bucket.sizes() == {}
 
-    assert "There is no such bucket" in checked(recipe, "s3://no-such-bucket/x")["workspace"].fix
+    assert "The bucket does not exist" in checked(recipe, "s3://no-such-bucket/x")["workspace"].fix
     with monkeypatch.context() as changed:
         changed.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
         forget()
@@ -432,13 +432,13 @@ def test_buckets_and_credentials(bucket: Folder, monkeypatch: pytest.MonkeyPatch
         changed.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
         changed.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
         forget()
-        assert "There are no credentials: set AWS_ACCESS_KEY_ID" in checked(recipe, str(bucket))["workspace"].fix
+        assert "No credentials were found: set AWS_ACCESS_KEY_ID" in checked(recipe, str(bucket))["workspace"].fix
     with monkeypatch.context() as changed:
         changed.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
         changed.setattr(readiness, "PATIENCE", 3.0)
         forget()
         line = checked(recipe, str(bucket))["workspace"]
-        assert "Nobody answers: check AWS_ENDPOINT_URL" in line.fix
+        assert "The endpoint does not answer: check AWS_ENDPOINT_URL" in line.fix
 
 
 def test_a_running_cluster_is_asked(head: Head, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -452,7 +452,7 @@ def test_a_running_cluster_is_asked(head: Head, tmp_path: Path, monkeypatch: pyt
     many = replace(recipe.teacher, workers=replace(recipe.teacher.workers, count=5))
     found = checked(replace(recipe, pairs=replace(recipe.pairs, gpus=0.5), teacher=many), str(tmp_path))
     assert "2 x 0.5 GPU" in found["pairs"].found
-    assert "5 x 1 CPU are asked for at once; 1 node with 4 CPUs and 0 GPUs has room for 4" in found["teacher"].found
+    assert "5 x 1 CPU are requested at once; 1 node with 4 CPUs and 0 GPUs has room for 4" in found["teacher"].found
     assert "--teacher.workers.count" in found["teacher"].fix
     assert "room" not in found
 
@@ -477,7 +477,7 @@ def test_what_an_autoscaler_may_bring_counts() -> None:
         group = config.node_group_configs.add(name=name, max_count=most)
         group.resources.update(resources)
     around = Surroundings(nodes=[Node(2, 0)], promised=nodes.promised(config))
-    assert "may make it 3 of 1 GPUs, 8 CPUs, any number of 0 GPUs, 4 CPUs" in str(around)
+    assert "may scale it to 3 nodes with 1 GPUs, 8 CPUs, any number of nodes with 0 GPUs, 4 CPUs" in str(around)
     need = nodes.Need(stage="teacher", option="", least=3, most=3, gpus=1, cpus=1)
     assert not readiness.room(need, around).fix
     assert readiness.room(replace(need, least=4), around).fix
