@@ -36,8 +36,8 @@ from beeline.settings import MAX_PROCESSES, MAX_THREADS, Amount, Range
 from beeline.settings import check as check_value
 from cluster.planning import speeds
 from cluster.planning.readiness import access, check_all, report
-from cluster.planning.speeds import CPU, IMAGES, Measured, Speed, Task
-from cluster.planning.stages import Job, Stage, stages
+from cluster.planning.speeds import CPU, IMAGES, Measured, Speed, Work
+from cluster.planning.stages import Job, StageCost, stages
 from cluster.planning.workspace import Workspace
 from pipeline.command import run_command
 from pipeline.progress import duration
@@ -106,7 +106,7 @@ class Plan:
 
 
 def plan(
-    left: Sequence[Stage], machines: Machines, *, measured: list[Measured], price: float = 0.0,
+    left: Sequence[StageCost], machines: Machines, *, measured: list[Measured], price: float = 0.0,
     utilisation: float = speeds.UTILISATION,
 ) -> Plan:  # fmt: skip
     """Plan the stages one after another on these machines. Stages that run side by side share them."""
@@ -126,7 +126,7 @@ def plan(
     return Plan(rows=rows, wall_hours=hours, held_money=held, notes=list(dict.fromkeys(notes)))
 
 
-def _row(stage: Stage, machines: Machines, start: float, price: float, speed_of: Callable[..., Speed]) -> tuple[Row, float]:
+def _row(stage: StageCost, machines: Machines, start: float, price: float, speed_of: Callable[..., Speed]) -> tuple[Row, float]:
     """The row of a stage that takes `start` seconds to start, and the share of the machines that it can use."""
     gpu_seconds = core_seconds = flops = 0.0
     wall, share, sources, running = start * stage.starts, 1.0, {}, []
@@ -153,14 +153,14 @@ def _row(stage: Stage, machines: Machines, start: float, price: float, speed_of:
     return row, share
 
 
-def _rate(rate: float, unit: str, task: Task) -> str:
+def _rate(rate: float, unit: str, task: Work) -> str:
     if task == IMAGES:
         return f"{rate:,.0f} images/s per {unit}"
     figure = f"{rate / 1e12:,.0f} TFLOP/s" if rate >= 1e13 else f"{rate / 1e9:,.0f} GFLOP/s"
     return f"{figure} per {unit} in {task.precision}"
 
 
-def _notes(stage: Stage, machines: Machines) -> list[str]:
+def _notes(stage: StageCost, machines: Machines) -> list[str]:
     """The stage's own note, and one for processes that could never start."""
     asked = {job.need.least * job.need.gpus: job.need.option for job in stage.jobs if machines.on_gpu(job)}
     return [f"{stage.name}: {stage.note}"] * bool(stage.note) + [

@@ -110,9 +110,10 @@ def sweep_lmm(
 def check_sweep(sweep: SweepConfig, student: StudentConfig) -> None:
     """Raise BeelineError for settings that contradict each other. Does not read the workspace."""
     lines = list(student.phases.values())[-1].objective
-    for text in sweep.schedules if isinstance(lines, LinesMatchingConfig) else ():
-        last = parse_steps(text)[-1]
-        sweep.require(last < lines.num_steps, "schedules", f"indices below the objective's num_steps, {lines.num_steps}")
+    if isinstance(lines, LinesMatchingConfig):
+        allowed = f"indices below the objective's num_steps, {lines.num_steps}"
+        for text in sweep.schedules:
+            sweep.require(parse_steps(text)[-1] < lines.num_steps, "schedules", allowed)
     config_of(settings(0, sweep, student.seed), sweep, student)
     check_batch(student.batch_size, WorkersConfig(), student.accumulate)
     nfes = {len(parse_steps(text)) for text in sweep.schedules}

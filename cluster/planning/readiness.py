@@ -23,7 +23,7 @@ from beeline.config import Recipe, to_dict
 from beeline.errors import BeelineError, reading
 from beeline.files.layout import check_layout
 from cluster.planning.nodes import Need, Node, Surroundings, look_at_cluster
-from cluster.planning.stages import Stage, stages
+from cluster.planning.stages import StageCost, stages
 from cluster.planning.workspace import Workspace
 from cluster.steps import needed_weights
 from pipeline.runtime import logical_cpus
@@ -222,7 +222,7 @@ def _images(recipe: Recipe, there: Workspace) -> Line:
     )
 
 
-def _disk(place: Folder, left: Sequence[Stage]) -> Line:
+def _disk(place: Folder, left: Sequence[StageCost]) -> Line:
     folder = next(path for path in (Path(place.uri), *Path(place.uri).parents) if path.exists())
     needed = sum(stage.stored for stage in left) + max(
         stage.peak(stage.jobs[0].need.most if stage.jobs else 0) for stage in left
@@ -233,7 +233,7 @@ def _disk(place: Folder, left: Sequence[Stage]) -> Line:
     return Line("disk", text, "" if free > needed else "Free some space, or set --workspace to a larger disk")
 
 
-def needs(left: Sequence[Stage]) -> list[Need]:
+def needs(left: Sequence[StageCost]) -> list[Need]:
     """The processes that stages request."""
     return list(dict.fromkeys(job.need for stage in left for job in stage.jobs))
 

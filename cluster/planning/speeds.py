@@ -57,7 +57,7 @@ class Speed(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Task:
+class Work:
     """A kind of work. Its operations are FLOPs, except for "images", where they are images."""
 
     kind: str
@@ -68,14 +68,14 @@ class Task:
     compiled: bool = False
 
 
-IMAGES = Task(kind="images", size=1.0, precision="uint8")
+IMAGES = Work(kind="images", size=1.0, precision="uint8")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Measured:
     """A measured speed."""
 
-    task: Task
+    task: Work
     rate: Callable[[], float]
     """Operations per second and GPU or core. May take seconds: it counts FLOPs."""
     source: str
@@ -106,7 +106,7 @@ def here() -> str:
     return kind_of({"gpu": name}) or known(name)
 
 
-def speed(task: Task, device: str, *, measured: list[Measured], utilisation: float = UTILISATION) -> Speed:
+def speed(task: Work, device: str, *, measured: list[Measured], utilisation: float = UTILISATION) -> Speed:
     """The speed of `task` on one `device`, from the nearest measurement, or assumed. Raises BeelineError for a CPU without
     a measurement in the precision."""
     if task.kind == "figures":
@@ -130,7 +130,7 @@ def speed(task: Task, device: str, *, measured: list[Measured], utilisation: flo
     return Speed(utilisation * peak * 1e12, f"{source} ({gpu.sheet})")
 
 
-def _distance(found: Measured, task: Task) -> tuple[Any, ...]:
+def _distance(found: Measured, task: Work) -> tuple[Any, ...]:
     """Distance of a measurement from a task: the workspace's own first, then network size, kind and compilation."""
     orders = round(abs(math.log10(found.task.size / task.size)), 1)
     kinds = 0 if found.task.kind == task.kind else 1 if (found.task.kind in TRAINING) == (task.kind in TRAINING) else 2
@@ -152,7 +152,7 @@ def benchmarks(device: str) -> list[Measured]:
             for policy, row in policies.items():
                 if policy == "plain":
                     continue
-                task = Task(kind=kind, size=size, precision=policy.split()[0], compiled="compiled" in policy)
+                task = Work(kind=kind, size=size, precision=policy.split()[0], compiled="compiled" in policy)
                 rate = functools.partial(_rate, kind, row, network, units)
                 found.append(Measured(task=task, rate=rate, source=source, device=device, ours=False))
     return found

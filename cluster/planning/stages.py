@@ -17,7 +17,7 @@ from beeline.metrics.measures import measures_flops
 from beeline.sampling.few_step import FewStep
 from cluster.planning import counting
 from cluster.planning.nodes import Need
-from cluster.planning.speeds import IMAGES, Task
+from cluster.planning.speeds import IMAGES, Work
 from cluster.planning.workspace import Workspace
 from cluster.steps import models, needed_weights, steps
 from evaluation.bench import Setup
@@ -40,7 +40,7 @@ CALIBRATED = 12  # evaluations assumed for a solver that is not calibrated yet
 class Job:
     """Work of one kind in a stage. `count` returns its operations; it may take seconds."""
 
-    task: Task
+    task: Work
     need: Need
     count: Callable[[], float]
     parts: int = 0
@@ -50,7 +50,7 @@ class Job:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Stage:
+class StageCost:
     """The work left in a stage. `stored` bytes stay. `passing` bytes exist only while it runs, or `passing_each` for each
     process of its first job, whichever is more."""
 
@@ -72,13 +72,13 @@ class Stage:
         return max(self.passing, self.passing_each * processes)
 
 
-def stages(recipe: Recipe, there: Workspace, teacher: str) -> list[Stage]:
+def stages(recipe: Recipe, there: Workspace, teacher: str) -> list[StageCost]:
     """The work left in the steps of run_pipeline.py, in their order, after the weights to fetch. `teacher` is "train" or
     "import". Raises BeelineError for settings that a stage refuses."""
     left, found = _Left(recipe, there), []
     if weights := [name for name in needed_weights(recipe) if not there.weights(name)]:
         stored, work = sum(map(counting.network_bytes, weights)), f"{len(weights)} pretrained networks, fetched once"
-        found.append(Stage(name="weights", work=work, amount=len(weights), stored=stored, starts=0))
+        found.append(StageCost(name="weights", work=work, amount=len(weights), stored=stored, starts=0))
     for step in steps(str(there.place), recipe):
         kind, _, name = step.name.partition("/")
         if there.complete(step.name) and not (kind == "sweeps" and left.trials):
@@ -92,8 +92,8 @@ def stages(recipe: Recipe, there: Workspace, teacher: str) -> list[Stage]:
     return found
 
 
-def _complete(name: str) -> Stage:
-    return Stage(name=name, work="complete", starts=0)
+def _complete(name: str) -> StageCost:
+    return StageCost(name=name, work="complete", starts=0)
 
 
 class _Left:
@@ -104,17 +104,17 @@ class _Left:
         self.real, self.origin = there.images
         self.size, self.weights = counting.evaluation(self.network), counting.network_bytes(self.network)
 
-    def images(self) -> Stage:
+    def images(self) -> StageCost:
         config, shards = self.recipe.images, shard_count(self.real, self.recipe.images.shard_size)
         shape = (config.channels, config.resolution, config.resolution)
-        return Stage(
+        return StageCost(
             name="images", work=f"{self.real:,} images{self.origin}", amount=self.real,
             jobs=(Job(task=IMAGES, need=_pool("images", "images", config), count=lambda: self.real, parts=shards),),
             stored=store_bytes("image", shape, "uint8", self.real, config.shard_size, {"images": {}}),
             note="" if self.real else f"the number of images in {config.source} is unknown: costs that need it are left out",
         )  # fmt: skip
 
-    def probe(self) -> Stage:
+    def probe(self) -> StageCost:
         config, images = self.recipe.probe, self.recipe.images
         networks = [getattr(config, which) for which in PROBES]
         need = Need(stage="probe", option="--probe.gpus", least=1, most=len(PROBES), gpus=config.gpus, cpus=1)
@@ -124,20 +124,20 @@ class _Left:
             return seen * sum(counting.probe_flops(network, images) for network in networks)
 
         of = f"{min(self.real or MOST_IMAGES, MOST_IMAGES):,} images"
-        return Stage(
+        return StageCost(
             name="probe", work=f"{len(PROBES)} x {config.iterations:,} iterations of {config.batch_size} of {of}",
             amount=len(PROBES) * config.iterations,
             jobs=(Job(task=self._task("reconstruction", "fp32"), need=need, count=count, parts=len(PROBES)),),
             stored=sum(counting.network_bytes(network, images.channels) + TEXT for network in networks),
         )  # fmt: skip
 
-    def imported(self) -> Stage:
-        return Stage(name="teacher", work="imported", stored=0 if self.there.teacher else self.weights, starts=0)
+    def imported(self) -> StageCost:
+        return StageCost(name="teacher", work="imported", stored=0 if self.there.teacher else self.weights, starts=0)
 
-    def teacher(self) -> Stage:
+    def teacher(self) -> StageCost:
         return self.training("teacher", self.recipe.teacher, models=1)
 
-    def training(self, folder: str, config: TeacherConfig | StudentConfig, *, models: int) -> Stage:
+    def training(self, folder: str, config: TeacherConfig | StudentConfig, *, models: int) -> StageCost:
         """A training that publishes `models` models. A checkpoint holds the weights, Adam's two moments, the averages, and the
         state of critic and objective. The oldest is removed only after a new one is complete."""
         done, jobs, kept = self.there.step(folder), [], 0
@@ -152,7 +152,7 @@ class _Left:
                 kept = max(kept, sum(counting.phase_bytes(self.network, self.recipe.probe.losses, phase.objective)))
         checkpoint = (3 + len(config.half_lives)) * self.weights + kept
         stay, most = (checkpoints_kept(iterations, config.checkpoint_every, config.keep + k) for k in (0, 1))
-        return Stage(
+        return StageCost(
             name=folder, work=work, amount=left, jobs=tuple(jobs),
             stored=models * self.weights + stay * checkpoint + TEXT, passing=(most - stay) * checkpoint,
         )  # fmt: skip
@@ -176,7 +176,7 @@ class _Left:
         levels = [0.0] * (self.there.levels or CALIBRATED) if self.recipe.pairs.solver == "calibrated" else None
         return plan_of(self.recipe.pairs, counting.denoiser(self.network), "0" * 64, levels)
 
-    def pairs(self) -> Stage:
+    def pairs(self) -> StageCost:
         config, plan, each = self.recipe.pairs, self._plan, self._plan["evaluations"]
         left = config.count - self.there.pairs(config)
         job = Job(
@@ -184,7 +184,7 @@ class _Left:
             count=lambda: left * each * self.size, parts=shard_count(left, config.shard_size),
         )  # fmt: skip
         assumed = config.solver == "calibrated" and not self.there.levels
-        return Stage(
+        return StageCost(
             name="pairs", work=f"{left:,} pairs of {each} evaluations", amount=left, jobs=(job,),
             stored=store_bytes("x1", plan["shape"], config.dtype, config.count, config.shard_size, plan),
             note=f"{each} evaluations are assumed: the solver is not calibrated yet" if assumed else "",
@@ -196,7 +196,7 @@ class _Left:
         ended = self.there.trials(f"sweeps/{self.recipe.sweep.name}")
         return {k: trial for k, trial in trials_of(self.recipe.sweep, self.recipe.main).items() if k not in ended}
 
-    def sweeps(self) -> Stage:
+    def sweeps(self) -> StageCost:
         sweep, name, left = self.recipe.sweep, f"sweeps/{self.recipe.sweep.name}", self.trials
         side = min(sweep.max_concurrent or len(left), len(left))
         need = Need(
@@ -224,13 +224,15 @@ class _Left:
             starts=1 + -(-len(left) // max(1, side)), note="ASHA stops trials early; that saving is not counted",
         )  # fmt: skip
 
-    def evaluation(self) -> Stage:
+    def evaluation(self) -> StageCost:
         phases = {folder: phase for each in self.recipe.students.values() for folder, phase in each.models().items()}
         samplings = {folder: phase.objective.sampling() for folder, phase in phases.items()}
         found = {name: (samplings.get(name), schedules) for name, schedules in models(self.recipe).items()}
         return self._measuring("evaluation", self.recipe.evaluate, found)
 
-    def _measuring(self, name: str, config: EvaluateConfig, found: Mapping[str, tuple[FewStep | None, Sequence[str]]]) -> Stage:
+    def _measuring(
+        self, name: str, config: EvaluateConfig, found: Mapping[str, tuple[FewStep | None, Sequence[str]]]
+    ) -> StageCost:
         """The measurement of models. `found` maps folders to few-step sampling (None for a teacher) and schedules."""
         count, task = config.count or self.real, self._task("sampling", config.precision, config.compiled)
         setup = Setup(
@@ -251,18 +253,18 @@ class _Left:
             passing += left.samples * FLOAT * (dimensions + logits)
             kept = min(KEPT, self.real)
             figures += left.draws * measures_flops(count, kept, dimensions, network, neighbours=config.neighbours)
-        on_core = Task(kind="figures", size=1.0, precision="fp64")
+        on_core = Work(kind="figures", size=1.0, precision="fp64")
         jobs.append(Job(task=on_core, need=need, count=lambda: figures, parts=left.draws, on_core=True))
-        return Stage(
+        return StageCost(
             name=name, work=f"{left.rows} rows of {config.draws} x {count:,} samples, {left.evaluations:,} evaluations",
             amount=left.samples, jobs=tuple(jobs), stored=stored, passing=passing,
         )  # fmt: skip
 
-    def report(self) -> Stage:
-        return Stage(name="report", work="one page", amount=1, stored=REPORT)
+    def report(self) -> StageCost:
+        return StageCost(name="report", work="one page", amount=1, stored=REPORT)
 
-    def _task(self, kind: str, precision: str, compiled: bool = False) -> Task:
-        return Task(kind=kind, size=self.size, precision=precision, compiled=compiled)
+    def _task(self, kind: str, precision: str, compiled: bool = False) -> Work:
+        return Work(kind=kind, size=self.size, precision=precision, compiled=compiled)
 
 
 def _pool(stage: str, section: str, config: PoolConfig) -> Need:

@@ -16,7 +16,7 @@ from beeline.files.layout import check_layout
 from beeline.files.names import LOG
 from beeline.recipes import RECIPES
 from cluster.planning import counting
-from cluster.planning.speeds import ANY_GPU, CPU, IMAGES, Measured, Task, kind_of, where
+from cluster.planning.speeds import ANY_GPU, CPU, IMAGES, Measured, Work, kind_of, where
 from cluster.steps import models
 from evaluation.evaluate import PER_EVALUATION, PER_LOOK
 from pipeline.manifest import read_manifest, seconds_per_pair
@@ -144,7 +144,7 @@ class Workspace:
                     task=IMAGES, rate=functools.partial(float, 1 / row["seconds_per_unit"]), source=source, device=CPU
                 )
             for speed in row["speeds"]:
-                task = Task(**{field.name: speed[field.name] for field in dataclasses.fields(Task)})
+                task = Work(**{field.name: speed[field.name] for field in dataclasses.fields(Work)})
                 device = (kind_of(record["machine"]) or "unknown") if speed["on_gpu"] else CPU
                 yield Measured(task=task, rate=functools.partial(float, speed["flops_per_s"]), source=source, device=device)
 
@@ -195,7 +195,7 @@ class Workspace:
             task = {"precision": processes.precision, "compiled": processes.compiled} | task
         device = ANY_GPU if processes.gpus else CPU
         return Measured(
-            task=Task(kind=kind, size=self._size, **task), rate=lambda: flops() / units, source=source, device=device
+            task=Work(kind=kind, size=self._size, **task), rate=lambda: flops() / units, source=source, device=device
         )
 
     @property

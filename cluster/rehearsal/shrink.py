@@ -127,7 +127,7 @@ def _training(config: C, scale: Scale, cpu: bool, ranks: int, **counts: Any) -> 
     if cpu:
         workers = replace(workers, gpus=0, threads=1)
         counts |= {"precision": "fp32", "batch_size": CPU_BATCH * workers.count * settings.accumulate}
-        counts |= {"compiled": False} if isinstance(settings, StudentConfig) else {}
+        counts |= {"compiled": False} if isinstance(config, StudentConfig) else {}
     return replace(settings, workers=workers, log_every=scale.log_every, **counts)
 
 

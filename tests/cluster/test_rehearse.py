@@ -19,7 +19,7 @@ from beeline.checkpoint import build, dump
 from beeline.config import Recipe, WorkersConfig
 from beeline.errors import BeelineError
 from beeline.recipes import RECIPES, cifar10
-from cluster.planning.speeds import IMAGES, Task, speed
+from cluster.planning.speeds import IMAGES, Work, speed
 from cluster.planning.workspace import RECORD, REHEARSAL, Workspace
 from cluster.rehearsal import substitutes
 from cluster.rehearsal.outcome import LONGEST, Outcome, reason, text
@@ -105,7 +105,7 @@ def test_estimates_use_the_speeds_of_the_same_kind_of_device(rehearsed: tuple[Pa
     }
     size = next(m.task.size for m in found if m.task.kind == "teacher")
     for kind in ("teacher", "sampling", "looking"):
-        task = Task(kind=kind, size=size, precision="fp32")
+        task = Work(kind=kind, size=size, precision="fp32")
         assert f"{workspace}/{REHEARSAL}/{RECORD}" in speed(task, "cpu", measured=found).source
         assert RECORD not in speed(task, "h200", measured=found).source
     assert f"{workspace}/{REHEARSAL}/{RECORD}" in speed(IMAGES, "cpu", measured=found).source
