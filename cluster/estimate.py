@@ -4,7 +4,7 @@
     python cluster/estimate.py cifar10 --gpus 8 --gpu h200 --pairs.count 200000 --teacher import
     python cluster/estimate.py cifar10 --workspace s3://bucket/cifar10 --check
 
-Operations are counted by running the recipe's own code on tensors without data (planning/counting.py). Speeds are measured in
+Operations are counted by running the recipe's own code on tensors without data (beeline/counting.py). Speeds are measured in
 the workspace or by a benchmark, or else assumed (planning/speeds.py); each names its source. Finished work in the workspace is
 not counted again. Nothing is started. Only --check writes: a small file, which it removes.
 """

@@ -1,25 +1,8 @@
-"""Bytes of what a training writes: models that it publishes, and checkpoints."""
+"""The number of models that a training publishes, and of checkpoints that it keeps."""
 
 from __future__ import annotations
 
-from torch import nn
-
 from beeline.config import StudentConfig
-
-FLOAT = 4  # bytes
-
-
-def state_bytes(module: nn.Module) -> int:
-    """Bytes of a module's state: parameters and buffers."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
-
-
-def learner_bytes(module: nn.Module | None) -> int:
-    """Bytes in a checkpoint of a network that learns: its state, and Adam's two moments of each trained parameter. 0 for
-    None."""
-    if module is None:
-        return 0
-    return state_bytes(module) + 2 * FLOAT * sum(part.numel() for part in module.parameters() if part.requires_grad)
 
 
 def published(student: StudentConfig) -> int:

@@ -19,10 +19,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from beeline.config import NetworkConfig, from_dict
+from beeline import counting
+from beeline.config import NetworkConfig, ProbeNetworkConfig, from_dict
 from beeline.errors import BeelineError
+from beeline.objectives import ObjectiveConfig
+from beeline.objectives.edm import EDMConfig
 from beeline.recipes import RECIPES
-from cluster.planning import counting
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 UTILISATION = 0.3
@@ -104,6 +106,13 @@ def here() -> str:
         return CPU
     name = torch.cuda.get_device_name()
     return kind_of({"gpu": name}) or known(name)
+
+
+def kind_of_phase(network: NetworkConfig, probe: ProbeNetworkConfig, objective: ObjectiveConfig) -> str:
+    """The kind of work of a phase (speeds.py): "teacher", "adversarial" if it trains a critic, else "reconstruction"."""
+    if isinstance(objective, EDMConfig):
+        return "teacher"
+    return "adversarial" if counting.phase_bytes(network, probe, objective)[0] else "reconstruction"
 
 
 def speed(task: Work, device: str, *, measured: list[Measured], utilisation: float = UTILISATION) -> Speed:

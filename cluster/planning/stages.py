@@ -12,12 +12,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from beeline import counting
 from beeline.config import EvaluateConfig, PhaseConfig, PoolConfig, Recipe, StudentConfig, TeacherConfig, WorkersConfig
 from beeline.metrics.measures import measures_flops
 from beeline.sampling.few_step import FewStep
-from cluster.planning import counting
 from cluster.planning.nodes import Need
-from cluster.planning.speeds import IMAGES, Work
+from cluster.planning.speeds import IMAGES, Work, kind_of_phase
 from cluster.planning.workspace import Workspace
 from cluster.steps import models, needed_weights, steps
 from evaluation.bench import Setup
@@ -26,7 +26,7 @@ from evaluation.workload import workload
 from pipeline.gen_pairs import plan_of
 from pipeline.shards import shard_count, store_bytes
 from trainers.loop import Cadence
-from trainers.sizes import FLOAT, checkpoints_kept, published
+from trainers.sizes import checkpoints_kept, published
 from trainers.sweep_lmm import judging
 from trainers.train_probe import MOST_IMAGES, PROBES
 from trainers.trials import folder_name, rung_of, trials_of
@@ -166,7 +166,7 @@ class _Left:
             samples = min(config.validate_count, self.real or config.validate_count)
             flops = samples * sampling_of(phase.objective.sampling()).nfe * self.size
             validated = ranks * iterations / config.validate_every * flops
-        task = self._task(counting.kind_of_phase(*arguments), config.precision, config.compiled)
+        task = self._task(kind_of_phase(*arguments), config.precision, config.compiled)
         images = config.batch_size * iterations
         return Job(task=task, need=need, count=lambda: counting.phase_flops(*arguments) * images + validated)
 
@@ -250,7 +250,7 @@ class _Left:
             looking = functools.partial(float, (left.samples + new * self.real) * flops)
             jobs.append(Job(task=self._task("looking", "fp32"), need=need, count=looking))
             stored += new * reference_bytes(self.real, dimensions)
-            passing += left.samples * FLOAT * (dimensions + logits)
+            passing += left.samples * counting.FLOAT * (dimensions + logits)
             kept = min(KEPT, self.real)
             figures += left.draws * measures_flops(count, kept, dimensions, network, neighbours=config.neighbours)
         on_core = Work(kind="figures", size=1.0, precision="fp64")

@@ -9,14 +9,14 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from beeline import counting
 from beeline.checkpoint import CONFIG, SOLVER, WEIGHTS
 from beeline.config import EvaluateConfig, PairsConfig, PoolConfig, Recipe, WorkersConfig
 from beeline.errors import BeelineError, reading
 from beeline.files.layout import check_layout
 from beeline.files.names import LOG
 from beeline.recipes import RECIPES
-from cluster.planning import counting
-from cluster.planning.speeds import ANY_GPU, CPU, IMAGES, Measured, Work, kind_of, where
+from cluster.planning.speeds import ANY_GPU, CPU, IMAGES, Measured, Work, kind_of, kind_of_phase, where
 from cluster.steps import models
 from evaluation.evaluate import PER_EVALUATION, PER_LOOK
 from pipeline.manifest import read_manifest, seconds_per_pair
@@ -178,7 +178,7 @@ class Workspace:
             if not 0 <= number < len(phases):
                 continue
             arguments = recipe.teacher.network, recipe.probe.losses, phases[number].objective
-            kind, count = counting.kind_of_phase(*arguments), functools.partial(counting.phase_flops, *arguments)
+            kind, count = kind_of_phase(*arguments), functools.partial(counting.phase_flops, *arguments)
             ranks = config.workers.count
             source = f"{self.place}/{folder}/{LOG}, {images:,.1f} images/s, assuming {ranks} workers of {_each(config.workers)}"
             flops = functools.partial(_product, count, images / ranks)

@@ -25,6 +25,7 @@ from ray.core.generated.autoscaler_pb2 import ClusterConfig  # pyright: ignore[r
 from s3 import forget
 from torch.utils.flop_counter import FlopCounterMode
 
+from beeline import counting
 from beeline.checkpoint import build, dump
 from beeline.config import PairsConfig, Recipe
 from beeline.errors import BeelineError
@@ -33,7 +34,7 @@ from beeline.objectives.learner import Learner
 from beeline.objectives.lmm import LinesMatchingConfig
 from beeline.recipes import cifar10, digits
 from cluster.estimate import Machines, Plan, estimate, plan
-from cluster.planning import counting, nodes, readiness, speeds
+from cluster.planning import nodes, readiness, speeds
 from cluster.planning.nodes import Node, Surroundings
 from cluster.planning.readiness import Line, access, check_all
 from cluster.planning.stages import stages

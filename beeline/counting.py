@@ -16,6 +16,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -26,13 +27,12 @@ from beeline.features.backbones import build_backbone
 from beeline.features.measuring import MEASURING, PROBES, MeasuringProbe, build_measuring
 from beeline.features.probe import Probe
 from beeline.objectives import Batch, Context, Objective, ObjectiveConfig
-from beeline.objectives.edm import EDMConfig
 from beeline.objectives.learner import Learner
-from trainers.sizes import learner_bytes, state_bytes
 
 BATCH = 2  # images per counted call: batch norms need two
 CYCLE = 60  # steps to average over, because student and critic take turns
 STUDENT = ""  # key of the student among a phase's modules; the others have names
+FLOAT = 4  # bytes
 ANY_CLASSES = 10  # classes of a probe: its last layer adds few FLOPs
 
 
@@ -67,13 +67,6 @@ def phase_flops(network: NetworkConfig, probe: ProbeNetworkConfig, objective: Ob
 def phase_bytes(network: NetworkConfig, probe: ProbeNetworkConfig, objective: ObjectiveConfig) -> tuple[int, int]:
     """Bytes of the critic, and of the objective's own state, in a checkpoint."""
     return _phase_bytes(replace(network, dropout=0.0), probe, objective.representative())
-
-
-def kind_of_phase(network: NetworkConfig, probe: ProbeNetworkConfig, objective: ObjectiveConfig) -> str:
-    """The kind of work of a phase (speeds.py): "teacher", "adversarial" if it trains a critic, else "reconstruction"."""
-    if isinstance(objective, EDMConfig):
-        return "teacher"
-    return "adversarial" if phase_bytes(network, probe, objective)[0] else "reconstruction"
 
 
 @functools.cache
@@ -163,7 +156,7 @@ def probe_flops(probe: ProbeNetworkConfig, images: ImagesConfig) -> float:
 def network_bytes(name: str | NetworkConfig | ProbeNetworkConfig, channels: int = 3) -> int:
     """Bytes of the weights of a pretrained network (by name), a denoiser (float32) or a probe for images with `channels`."""
 
-    def make() -> torch.nn.Module:
+    def make() -> nn.Module:
         if isinstance(name, NetworkConfig):
             return build(name)
         if isinstance(name, ProbeNetworkConfig):
@@ -205,3 +198,16 @@ def _counted(call: Callable[[], Any]) -> float:
     with FlopCounterMode(display=False) as counter:
         call()
     return counter.get_total_flops() / BATCH
+
+
+def state_bytes(module: nn.Module) -> int:
+    """Bytes of a module's state: parameters and buffers."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
+
+
+def learner_bytes(module: nn.Module | None) -> int:
+    """Bytes in a checkpoint of a network that learns: its state, and Adam's two moments of each trained parameter. 0 for
+    None."""
+    if module is None:
+        return 0
+    return state_bytes(module) + 2 * FLOAT * sum(part.numel() for part in module.parameters() if part.requires_grad)
