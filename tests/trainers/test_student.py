@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from methods import Consistency, ConsistencyConfig, JumpConfig, Matching, MatchingConfig
 
 import beeline
+from beeline import counting
 from beeline.checkpoint import build, dump
 from beeline.config import StudentConfig, to_dict
 from beeline.errors import BeelineError
@@ -96,7 +97,9 @@ def test_a_checkpoint_holds_all_that_steps_change(make: Make) -> None:
         assert task.critic is not None
         for learner, name in ((task.student, "student"), (task.critic, "critic")):
             written = (session.folder / f"checkpoints/step-{6:08d}").sizes()[f"{name}.pt"]
-            assert sizes.learner_bytes(learner.model) == pytest.approx(written, rel=0.2)  # a small network's file is half names
+            assert counting.learner_bytes(learner.model) == pytest.approx(
+                written, rel=0.2
+            )  # a small network's file is half names
         for name, tensor in task.critic.model.state_dict().items():
             assert torch.equal(again.critic.model.state_dict()[name], tensor), name
         figures = [[row["lines"] for row in read_log(place.folder)] for place in (other, session)]
