@@ -13,7 +13,7 @@ import argparse
 import copy
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from beeline.sampling.solvers import solve
 from beeline.schedule import edm_sigmas
 from benchmarks.machine import ceilings, describe, describe_model, timed, write
 
+Policy = Callable[[], Denoiser]
 CIFAR10 = NetworkConfig(
     kind="ddpmpp", img_resolution=32, img_channels=3, label_dim=10, model_channels=128, channel_mult=(2, 2, 2), num_blocks=4,
     attn_resolutions=(16,),
@@ -96,7 +97,8 @@ def errors(images: torch.Tensor, reference: torch.Tensor) -> dict[str, float]:
     }
 
 
-def main() -> None:
+def parsed() -> argparse.Namespace:
+    """The command line's options."""
     parser = argparse.ArgumentParser(
         description="Sampling speed by policy.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
@@ -106,39 +108,50 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--out", type=Path, help="JSON file; default: in benchmarks/results")
-    arguments = parser.parse_args()
+    return parser.parse_args()
+
+
+def load(folder: Path | None, device: torch.device) -> Denoiser:
+    """The teacher in `folder`, or EDM's CIFAR-10 network with random weights."""
+    if folder:
+        return beeline.load(folder).to(device)
+    model = build(CIFAR10).eval().requires_grad_(False)
+    for parameter in model.parameters():  # the zero initialisation of the output layers would hide errors
+        if parameter.ndim > 1:
+            parameter.normal_(0, parameter[0].numel() ** -0.5)
+    return model.to(device)
+
+
+def policies_of(model: Denoiser, precisions: Sequence[str], batch_size: int, *, compiling: bool) -> dict[str, Policy]:
+    """The ways to run `model`, by name."""
+    policies: dict[str, Policy] = {"plain": lambda: plain(model)}
+    for precision, compiled in itertools.product(precisions, (False, True) if compiling else (False,)):
+        name = f"{precision}{' compiled' if compiled else ''}"
+        policies[name] = lambda p=precision, c=compiled: prepare(model, precision=p, compiled=c, batch_size=batch_size)  # pyright: ignore[reportArgumentType]
+    return policies
+
+
+def main() -> None:
+    """Measure every policy and write the JSON file."""
+    arguments = parsed()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     gpu = device.type == "cuda"
     batch_size, count = arguments.batch_size or (256 if gpu else 8), arguments.images or (64 if gpu else 4)
     torch.manual_seed(0)
-    if arguments.model:
-        model = beeline.load(arguments.model).to(device)
-    else:
-        model = build(CIFAR10).eval().requires_grad_(False)
-        for parameter in model.parameters():  # the zero initialisation of the output layers would hide errors
-            if parameter.ndim > 1:
-                parameter.normal_(0, parameter[0].numel() ** -0.5)
-        model = model.to(device)
-
+    model = load(arguments.model, device)
     precisions = ["fp32", "bf16", *(["fp16"] if gpu else [])]
-    policies: dict[str, Callable[[], Denoiser]] = {"plain": lambda: plain(model)}
-    for precision, compiled in itertools.product(precisions, (False, True)):
-        if not (compiled and arguments.no_compile):
-            name = f"{precision}{' compiled' if compiled else ''}"
-            policies[name] = lambda p=precision, c=compiled: prepare(model, precision=p, compiled=c, batch_size=batch_size)  # pyright: ignore[reportArgumentType]
+    policies = policies_of(model, precisions, batch_size, compiling=not arguments.no_compile)
 
-    x = torch.randn(batch_size, *model.image_shape, device=device)
-    sigma = torch.full((batch_size,), 1.0, device=device)
-    labels = torch.arange(batch_size, device=device) % model.label_dim if model.label_dim else None
-    noise, few = torch.randn(count, *model.image_shape, device=device), None if labels is None else labels[:count]
-    if few is not None and len(few) < count:
-        few = torch.arange(count, device=device) % model.label_dim
+    def classes(number: int) -> torch.Tensor | None:
+        return torch.arange(number, device=device) % model.label_dim if model.label_dim else None
+
+    x, noise = (torch.randn(number, *model.image_shape, device=device) for number in (batch_size, count))
+    sigma, labels, few = torch.full((batch_size,), 1.0, device=device), classes(batch_size), classes(count)
     rows: dict[str, dict[str, Any]] = {}
     calls: dict[str, Callable[[], Any]] = {}
     with torch.inference_mode():
-        counter = FlopCounterMode(display=False)
-        with counter:
-            model(x[:1], sigma[:1], None if labels is None else labels[:1])
+        with FlopCounterMode(display=False) as counter:
+            model(x[:1], sigma[:1], classes(1))
         flops = counter.get_total_flops()
         ceiling = ceilings(device, {name: DTYPES[name] for name in precisions})
         shown = ", ".join(f"{key} {value / 1e12:.2f}" for key, value in ceiling.items())
@@ -159,27 +172,17 @@ def main() -> None:
         seconds = timed(calls, device, arguments.rounds)
     for name, row in rows.items():
         rate = batch_size / seconds[name]
-        precision = "fp32" if name == "plain" else name.split()[0]
-        row |= {
-            "evaluations_per_s": rate,
-            "images_per_s_heun18": rate / 35,
-            "against_plain": seconds["plain"] / seconds[name],
-            "share_of_ceiling": rate * flops / ceiling[precision],
-        }
-        print(f"{name}: {rate:,.1f} evaluations/s, {row['against_plain']:.2f}x plain, {row['share_of_ceiling']:.0%} of ceiling")
-    write(
-        f"sampling-{'gpu' if gpu else 'cpu'}-{arguments.model.parent.name if arguments.model else 'cifar10'}",
-        {
-            "machine": describe(device),
-            "model": describe_model(model, arguments.model),
-            "batch_size": batch_size,
-            "images_for_error": count,
-            "gflop_per_evaluation": flops / 1e9,
-            "ceilings_tflops": {name: value / 1e12 for name, value in ceiling.items()},
-            "policies": rows,
-        },
-        arguments.out,
-    )
+        share = rate * flops / ceiling["fp32" if name == "plain" else name.split()[0]]
+        row |= {"evaluations_per_s": rate, "images_per_s_heun18": rate / 35, "against_plain": seconds["plain"] / seconds[name]}
+        row |= {"share_of_ceiling": share}
+        print(f"{name}: {rate:,.1f} evaluations/s, {row['against_plain']:.2f}x plain, {share:.0%} of ceiling")
+    result = {
+        "machine": describe(device), "model": describe_model(model, arguments.model), "batch_size": batch_size,
+        "images_for_error": count, "gflop_per_evaluation": flops / 1e9,
+        "ceilings_tflops": {name: value / 1e12 for name, value in ceiling.items()}, "policies": rows,
+    }  # fmt: skip
+    kind = arguments.model.parent.name if arguments.model else "cifar10"
+    write(f"sampling-{'gpu' if gpu else 'cpu'}-{kind}", result, arguments.out)
 
 
 if __name__ == "__main__":
