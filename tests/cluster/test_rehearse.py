@@ -32,7 +32,7 @@ pytestmark = pytest.mark.timeout(1800)  # the rehearsal itself, on a slow machin
 FEATURES = ("probe", "inception")  # the large DINOv2 would take minutes
 NARROW = ("--teacher.network.model-channels", "32", "--evaluate.features", *FEATURES)
 BACKBONES = ("vgg16", "tf_efficientnet_lite0", "deit_base_distilled_patch16_224")
-STUDENTS = ("lmm", "sot", "l2", "kd", "rf")
+STUDENTS = ("lmm", "l2", "sot", "kd", "rf")
 
 
 @pytest.fixture(scope="module")
