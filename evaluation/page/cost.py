@@ -1,4 +1,4 @@
-"""What a workspace cost: the seconds of its stages, and after how many images the pairs are paid back.
+"""The cost of a workspace: seconds of its stages, and the number of images after which the pairs are paid back.
 
 The page distinguishes wall-clock seconds, actor-seconds and device-seconds. It states device-seconds only if the record names
 the device.
@@ -50,20 +50,20 @@ def _fact(value: Any) -> str:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PairsCost:
-    """What the pairs took."""
+    """The cost of the pairs, in evaluations of the teacher and in seconds."""
 
     pairs: int
     evaluations: int
     each: int
     """Evaluations of the teacher per pair."""
     seconds: float
-    """0 where they are not known."""
+    """0 if they are not known."""
     kind: str
     """The kind of the seconds: "GPU-seconds", "CPU-seconds" or "actor-seconds"."""
     device: str
     """The GPUs, as " (NVIDIA H200)", or ""."""
     note: str
-    """What is not known."""
+    """A sentence about missing records; "" if nothing is missing."""
 
     def paid_back(self, nfe: int) -> int | None:
         """Images after which a student of `nfe` evaluations has saved as many as the pairs took; None if it saves none."""
@@ -71,7 +71,7 @@ class PairsCost:
         return -(-self.evaluations // saved) if saved > 0 else None
 
     def sentences(self, nfe: int) -> list[str]:
-        """What the pairs took, and what a student of `nfe` evaluations saves."""
+        """Sentences on the cost of the pairs, and on the evaluations that a student of `nfe` evaluations saves."""
         took = f", in {seconds(self.seconds)} {self.kind}{self.device}" if self.seconds else ""
         said = [f"{self.pairs:,} pairs of {self.each} evaluations: {self.evaluations:,} evaluations of the teacher{took}."]
         saved = self.each - nfe
@@ -86,7 +86,7 @@ class PairsCost:
 
 
 def pairs_cost(place: Folder) -> PairsCost | None:
-    """What pairs/ took; None where it is not complete."""
+    """The cost of pairs/; None if it is not complete."""
     done, plan = success_in(place / PAIRS, PAIRS_DONE), plan_in(place / PAIRS, {"evaluations": 1})
     if not done or not plan:
         return None
