@@ -129,17 +129,29 @@ class Matching:
         return self.words
 
 
+STEPS = r"{n}(,{n})*".format(n=r"[0-9]{1,9}(\.[0-9]{1,9})?")
+
+
+@dataclasses.dataclass(frozen=True)
 class Schedule:
-    """Step schedules as texts: increasing indices from 0, the level of pure noise."""
+    """Step schedules as texts: indices or, with `levels`, also noise levels (with a decimal point), in the order of falling
+    noise."""
+
+    levels: bool = True
 
     def allows(self, value: str) -> bool:
-        if not re.fullmatch("[0-9]{1,9}(,[0-9]{1,9})*", value):
+        if not re.fullmatch(STEPS, value):
             return False
-        steps = [int(part) for part in value.split(",")]
-        return steps[0] == 0 and all(a < b < MAX_STEPS for a, b in itertools.pairwise(steps))
+        parts = value.split(",")
+        indices = [int(part) for part in parts if "." not in part]
+        levels = [float(part) for part in parts if "." in part]
+        rising = all(a < b for a, b in itertools.pairwise(indices)) and all(i < MAX_STEPS for i in indices)
+        falling = all(a > b for a, b in itertools.pairwise([*levels, 0.0]))
+        return rising and falling and ("." in parts[0] or indices[0] == 0) and (self.levels or not levels)
 
     def __str__(self) -> str:
-        return "with increasing indices from 0, separated by commas, for example 0 or 0,8"
+        levels = "; a number with a decimal point is a noise level, for example 0,0.821" if self.levels else ""
+        return f"with increasing indices from 0, separated by commas, for example 0 or 0,8{levels}"
 
 
 # A component of a path: nothing that a shell, a URI or a folder listing would treat specially.
@@ -172,6 +184,7 @@ NameOrNone = Annotated[str, Matching(f"({COMPONENT})?", f"{NAMED}, or empty")]
 RecipeName = Annotated[str, Matching(f"{COMPONENT}|{OWN_RECIPE}", f"{NAMED}; or package.module:function")]
 ModelPath = Annotated[str, Matching(f"{COMPONENT}(/{COMPONENT})*", A_FOLDER)]
 StepList = Annotated[str, Schedule()]
+IndexList = Annotated[str, Schedule(levels=False)]
 Text = Annotated[str, NotEmpty()]
 Some = Annotated[tuple[T, ...], NotEmpty()]
 

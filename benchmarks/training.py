@@ -29,7 +29,7 @@ from beeline.labels import as_one_hot
 from beeline.objectives import Batch, Context, adversarial
 from beeline.objectives.ema import ema_update
 from beeline.objectives.learner import Learner, compile_trunk
-from beeline.objectives.lmm import LinesMatching, LinesMatchingConfig, distance
+from beeline.objectives.lmm import LinesMatching, LinesMatchingConfig
 from beeline.recipes import cifar10
 from beeline.sampling.inference import DTYPES
 from benchmarks.machine import describe, describe_model, timed, write
@@ -139,12 +139,13 @@ class Step:
             self.student(x1 + 20 * noise, sigma, labels).square().mean().backward()
 
         def loss() -> None:
-            distance(self.lines, self.context)(x1.clone().requires_grad_(), x1).mean().backward()
+            self.lines.build_distance(self.context)(x1.clone().requires_grad_(), x1).mean().backward()
 
         parts = {"student": student, "distance": loss, "optimisers and averages": self.update}
-        critic, own = self.critic, self.objective.discriminator
-        if critic is None or own is None:
+        critic, adversary = self.critic, self.objective.adversary
+        if critic is None or adversary is None:
             return parts
+        own = adversary.discriminator
 
         def look(images: torch.Tensor) -> list[list[torch.Tensor]]:
             with critic.autocast():

@@ -95,7 +95,7 @@ def check_recipe(recipe: Recipe) -> None:
                 if sampling is not None and name == ("evaluate.steps" if sampling.trained_steps else "few_steps"):
                     below = Annotated[int, Range(0, sampling.num_steps - 1)]
                     for text in schedules:
-                        check(f"the last step in {name}", parse_steps(text)[-1], below)
+                        check(f"the last step in {name}", max(i for i in parse_steps(text) if isinstance(i, int)), below)
 
 
 def models(recipe: Recipe) -> dict[str, tuple[str, ...]]:
@@ -121,7 +121,7 @@ def _inputs(student: StudentConfig) -> tuple[str, ...]:
     """Return the steps whose results the training of a student reads."""
     needs = student.needs()
     read = {IMAGES: needs.images, PROBE: "probe" in needs.features, PAIRS: needs.pairs}
-    return (*(name for name, wanted in read.items() if wanted), *map(made_by, (*needs.models, student.init)))
+    return (*(name for name, wanted in read.items() if wanted), *map(made_by, (*needs.models, student.start)))
 
 
 def made_by(model: str) -> str:

@@ -27,7 +27,7 @@ LIBRARIES = ("torch", "torchvision", "torch-fidelity", "timm", "numpy", "scipy",
 SHOWN_NEAREST = 20
 TEMPORARY = ("part-", "draw-", "pairs-")  # prefixes of the files that rows are made of
 FIGURE = {
-    "model": str, "nfe": 1, "steps?": [0], "sampler": str, "metric": str, "n": 1, "mean": float, "std": float, "min": float,
+    "model": str, "nfe": 1, "steps?": [float], "sampler": str, "metric": str, "n": 1, "mean": float, "std": float, "min": float,
     "draws": [float],
 }  # fmt: skip
 CURVES = {"sigmas": [float], "values": [float], "own": [float], "speed": [float]}

@@ -10,6 +10,7 @@ import torch
 
 from beeline.checkpoint import build
 from beeline.config import StudentConfig
+from beeline.config.student import SCRATCH
 from beeline.denoiser import Denoiser
 from beeline.errors import BeelineError
 from beeline.noise import stream_seed
@@ -34,8 +35,9 @@ def student_training(
 
     def start() -> Denoiser:
         torch.manual_seed(stream_seed(config.seed, "student"))
-        init, _ = require_model(workspace, config.init, recipe)
-        student = start_from(init, second_level=config.needs().second_level)
+        model, _ = require_model(workspace, config.start, recipe)
+        new = config.init == SCRATCH
+        student = start_from(model, second_level=config.needs().second_level, dropout=config.dropout, new=new)
         return student.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
     validation = None
@@ -60,15 +62,18 @@ def check_phases(config: StudentConfig) -> None:
         )
 
 
-def start_from(init: Denoiser, *, second_level: bool = False) -> Denoiser:
-    """A student with the weights of `init`, ready to train, without dropout and without the augmentation input.
+def start_from(init: Denoiser, *, second_level: bool = False, dropout: float = 0.0, new: bool = False) -> Denoiser:
+    """A student with the network and the weights of `init`, or with `new` weights, ready to train, without the augmentation
+    input.
 
     A student never gets augmentation labels: the weights of that input would have no gradient, which DDP refuses.
     `second_level` adds or removes the input for a second noise level. The last layer of a new input is 0, so that the
     student starts as `init`.
     """
     assert init.network_config is not None
-    changes = {"dropout": 0.0, "augment_dim": 0, "second_level": second_level}
+    changes = {"dropout": dropout, "augment_dim": 0, "second_level": second_level}
     student = build(dataclasses.replace(init.network_config, **changes))
+    if new:
+        return student.train()
     student.load_state_dict(student.state_dict() | {k: v for k, v in init.state_dict().items() if k in student.state_dict()})
     return student.train()

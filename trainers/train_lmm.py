@@ -41,11 +41,11 @@ def train_lmm(workspace: str, recipe: tyro.conf.Suppress[str], student: StudentC
     if needs.pairs:
         pairs = require(place, PAIRS, recipe)
         plan["pairs"] = fingerprint(pairs)
-    init, plan["init_sha256"] = require_model(place, student.init, recipe)
+    init, plan["init_sha256"] = require_model(place, student.start, recipe)
     check_resolution(student, init.img_resolution)
     if needs.images or student.validate_every:
         images = require(place, IMAGES, recipe)
-        check_fits(place, images, init.network_config, student.init)
+        check_fits(place, images, init.network_config, student.start)
     if needs.images:
         plan["images"] = fingerprint(images)
     plan["models_sha256"] = {name: require_model(place, name, recipe)[1] for name in needs.models}

@@ -85,7 +85,7 @@ def config_of(trial: Mapping[str, Any], sweep: SweepConfig, student: StudentConf
     critic = lines.discriminator
     objective = replace(
         lines,
-        steps=parse_steps(trial["steps"]),
+        steps=tuple(map(int, trial["steps"].split(","))),
         adversarial_weight=trial["adversarial_weight"],
         discriminator=replace(critic, optimizer=replace(critic.optimizer, lr=trial["critic_lr"])),
     )

@@ -20,7 +20,7 @@ from beeline.metrics.measures import VALIDATION
 from beeline.noise import stream_seed
 from beeline.pixels import quantised
 from beeline.sampling import Sampling
-from beeline.sampling.few_step import FewStep
+from beeline.sampling.few_step import FewStep, Step
 from evaluation.samplings import draw
 from pipeline.model_folders import require_probe
 from pipeline.reader import ShardReader
@@ -55,7 +55,7 @@ class Validation:
         self._eye = Eye(MeasuringProbe(require_probe(workspace, "losses", recipe)[0]), device)
         self._real = self._statistics(torch.from_numpy(rows["image"]))
 
-    def judge(self, model: Denoiser, steps: tuple[int, ...] | None = None) -> tuple[dict[str, float], bytes]:
+    def judge(self, model: Denoiser, steps: tuple[Step, ...] | None = None) -> tuple[dict[str, float], bytes]:
         """The figure `fd_probe_losses` (NaN for samples that are not finite), and a PNG of the first samples.
 
         There are no figures without a probe. `steps` is the schedule to sample at, by default the steps that the student was

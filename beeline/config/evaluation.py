@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from beeline.config.data import PoolConfig, check_shards
 from beeline.config.serialization import resource
+from beeline.sampling.few_step import RuleName
 from beeline.settings import MAX_SHOWN, MAX_STEPS, Count, Range, Seed, Size, Some, StepList, Whole
 
 
@@ -47,9 +48,10 @@ class EvaluateConfig(PoolConfig):
     """Teacher: "auto" is Heun for odd counts from 15 up and Euler below, because few-step Heun diverges. "calibrated" uses the
     levels found by beeline.calibrate and ignores `nfe`."""
     steps: Some[StepList] = resource(("0",))
-    """Students: step schedules, each as "0,8"."""
-    rule: Literal["trained", "same_noise", "line", "fresh_noise"] = resource("trained")
-    """Students: the sampling rule, if it differs from the one they were trained for."""
+    """Students: step schedules, each as "0,8"; a number with a decimal point is a noise level: "0,0.821"."""
+    rule: Literal["trained"] | RuleName = resource("trained")
+    """Students: the sampling rule, if it differs from the one they were trained for: same_noise, line, fresh_noise or, for
+    example, "gamma 0.5"."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

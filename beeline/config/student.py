@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 
 from beeline.config.serialization import resource, to_dict
 from beeline.config.training import PhaseConfig, TrainingConfig
-from beeline.files.names import CHECKPOINTS, CONFIG, LOG, PLAN, STUDENTS, SUCCESS, TENSORBOARD, WEIGHTS
-from beeline.settings import MAX_SIZE, HalfLife, ModelPath, Name, Range, Some, Whole
+from beeline.files.names import CHECKPOINTS, CONFIG, LOG, PLAN, STUDENTS, SUCCESS, TEACHER, TENSORBOARD, WEIGHTS
+from beeline.settings import MAX_SIZE, HalfLife, ModelPath, Name, Range, ShareBelow1, Some, Whole
 
 # Folders in a student's folder: the best of its validations, the validations' samples, and its other averages.
 BEST, SAMPLES, AVERAGE = "best", "samples", "ema-"
@@ -19,6 +19,10 @@ RESERVED = (BEST, CHECKPOINTS, SAMPLES, TENSORBOARD, CONFIG, WEIGHTS, PLAN, LOG,
 def student_folder(name: str, part: str = "") -> str:
     """The workspace folder of student `name`, or of a `part` of it: a phase, BEST or another average."""
     return "/".join([STUDENTS, name, *([part] if part else [])])
+
+
+SCRATCH = "scratch"
+"""`StudentConfig.init` for new weights."""
 
 
 def average_name(half_life: float) -> str:
@@ -37,7 +41,10 @@ class StudentConfig(TrainingConfig):
 
     name: Name
     init: ModelPath = "teacher"
-    """Folder of the model whose weights the student starts from: "teacher" or "students/<name>"."""
+    """Folder of the model whose weights the student starts from: "teacher" or "students/<name>"; "scratch" for new weights of
+    the teacher's network."""
+    dropout: ShareBelow1 = 0.0
+    """Dropout of the network in training."""
     phases: dict[Name, PhaseConfig]
     """Phases by name, in order. After each phase but the last, the student is published as students/<name>/<phase>."""
     ema_half_lives: Some[HalfLife] = (693.0,)
@@ -66,6 +73,11 @@ class StudentConfig(TrainingConfig):
         self.require(
             distinct, "ema_half_lives", "values that differ in their first six digits, since folders are named after them"
         )
+
+    @property
+    def start(self) -> str:
+        """Folder of the model that the student's network comes from, with its weights unless `init` is SCRATCH."""
+        return TEACHER if self.init == SCRATCH else self.init
 
     @property
     def running(self) -> dict[str, PhaseConfig]:

@@ -13,6 +13,7 @@ from beeline.settings import (
     Count,
     Gpus,
     HalfLife,
+    IndexList,
     ModelPath,
     Name,
     NameOrNone,
@@ -21,7 +22,6 @@ from beeline.settings import (
     Restarts,
     Settings,
     Some,
-    StepList,
     Steps,
     Threads,
 )
@@ -38,7 +38,7 @@ class SweepConfig(Settings):
     """Folder of the model that every trial starts from."""
     trials: Annotated[int, Range(1, MAX_TRIALS)] = resource(8)
     """Number of trials. A finished sweep can be extended; its first trials stay unchanged."""
-    schedules: Some[StepList] = ("0", "0,1")
+    schedules: Some[IndexList] = ("0", "0,1")
     """Step schedules, each as "0,8". Trials take them in turn, to train on their steps and to be measured at them."""
     learning_rates: tuple[Positive, Positive] = (1e-4, 1e-3)
     """Bounds of the student's learning rate, which is drawn log-uniformly."""

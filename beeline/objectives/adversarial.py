@@ -1,11 +1,102 @@
-"""Adversarial term: hinge losses, and the adaptive weight that balances it against the line loss."""
+"""Adversarial term: hinge losses, the adaptive weight that balances it against another loss, and a discriminator's step.
+
+    L + weight lambda L_adv
+
+The term is shared by all objectives that compare generated images with real ones.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import torch
+from torch import nn
 from torch.nn import functional as F
+
+from beeline.augmentation import mirrored
+from beeline.denoiser import Denoiser
+from beeline.objectives import Batch, Context
+from beeline.objectives.discriminator import SCRATCH, Discriminator, DiscriminatorConfig
+from beeline.objectives.learner import Learner
+from beeline.objectives.optimizer import OptimizerConfig
+from beeline.settings import Amount, Settings
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdversarialSettings(Settings):
+    """Settings of an adversarial term. Configs of objectives inherit them."""
+
+    adversarial_weight: Amount = 0.0
+    """Weight of the adversarial term, multiplied by its adaptive weight; 0 means no discriminator."""
+    discriminator: DiscriminatorConfig = DiscriminatorConfig(optimizer=OptimizerConfig())
+
+    @property
+    def adversarial_features(self) -> tuple[str, ...]:
+        """Feature networks that the discriminator needs."""
+        return tuple(name for name in self.discriminator.networks if self.adversarial_weight and name != SCRATCH)
+
+    def build_adversary(self, context: Context) -> Adversary | None:
+        """Build the adversarial term, None if its weight is 0."""
+        return Adversary(self, context) if self.adversarial_weight else None
+
+
+class Adversary:
+    """A discriminator, and the step of generator and discriminator on the same generated images."""
+
+    def __init__(self, config: AdversarialSettings, context: Context) -> None:
+        settings = config.discriminator
+        self.weight, self.mirror, self.optimizer = config.adversarial_weight, settings.mirror, settings.optimizer
+        self.discriminator = Discriminator(
+            {name: None if name == SCRATCH else context.features[name] for name in settings.networks},
+            image_shape=context.image_shape,
+            num_classes=context.num_classes,
+            policy=settings.augment,
+            side=settings.resize,
+            width=settings.width,
+        )
+
+    def backward(
+        self,
+        student: Learner,
+        critic: Learner,
+        images: torch.Tensor,
+        labels: torch.Tensor | None,
+        loss: torch.Tensor,
+        batch: Batch,
+        generator: torch.Generator,
+    ) -> dict[str, torch.Tensor]:
+        """Add the gradients of `loss` and of the adversarial term to the student, and those of the discriminator's loss to it.
+
+        `images` (B, C, H, W), of classes `labels`, come from the student, and `loss` is a function of them. `batch` holds
+        real images. Returns figures.
+        """
+        with critic.autocast():
+            fake = self.discriminator.look(images, generator)
+        fooling = hinge_generator(critic.frozen(fake, labels))
+        gradient, balance = balanced_gradient(images, loss, fooling, last_layer(student.model), self.weight)
+        images.backward(batch.weight * gradient)
+
+        assert batch.real is not None
+        real_images = mirrored(batch.real, generator) if self.mirror else batch.real
+        with critic.autocast(), torch.no_grad():
+            real = self.discriminator.look(real_images, generator)
+        fake_logits = critic([[part.detach() for part in look] for look in fake], labels)
+        real_logits = critic(real, batch.real_labels)
+        loss_of_critic = hinge_discriminator(real_logits, fake_logits)
+        (batch.weight * loss_of_critic).backward()
+        figures = {"adversarial": fooling, "lambda": balance, "critic": loss_of_critic}
+        signs = {"real_positive": real_logits, "fake_positive": fake_logits}
+        figures |= {name: torch.stack([(part > 0).float().mean() for part in logits]).mean() for name, logits in signs.items()}
+        return {name: value.detach() for name, value in figures.items()}
+
+
+def last_layer(model: nn.Module) -> nn.Parameter:
+    """Return the weight of the denoiser's output convolution."""
+    assert isinstance(model, Denoiser)
+    weight = model.model.last_layer
+    assert isinstance(weight, nn.Parameter)
+    return weight
 
 
 def hinge_discriminator(real_logits: Sequence[torch.Tensor], fake_logits: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -24,24 +115,24 @@ def hinge_generator(fake_logits: Sequence[torch.Tensor]) -> torch.Tensor:
 
 def balanced_gradient(
     images: torch.Tensor,
-    lines_loss: torch.Tensor,
+    loss: torch.Tensor,
     adversarial_loss: torch.Tensor,
     last_layer: torch.Tensor,
     weight: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute the gradient of L_lines + weight lambda L_adv with respect to the generated `images` (B, C, H, W), and lambda.
+    """Compute the gradient of L + weight lambda L_adv with respect to the generated `images` (B, C, H, W), and lambda.
 
-        lambda = |grad L_lines| / (|grad L_adv| + 1e-4), with respect to the last layer's weight, clamped to [0.01, 10]
+        lambda = |grad L| / (|grad L_adv| + 1e-4), with respect to the last layer's weight, clamped to [0.01, 10]
 
     (Esser et al. 2021, eq. 7; the clamp is CTM's.) Both losses are differentiated once, down to the images; from there the last
     layer is one convolution away. Continue with `images.backward(gradient)`: the graph up to the images is kept. The graphs of
     the losses, which share only the images, are freed.
     """
-    (lines_gradient,) = torch.autograd.grad(lines_loss, images)
+    (loss_gradient,) = torch.autograd.grad(loss, images)
     (adversarial_gradient,) = torch.autograd.grad(adversarial_loss, images)
 
     def norm(gradient: torch.Tensor) -> torch.Tensor:
         return torch.autograd.grad(images, last_layer, gradient, retain_graph=True)[0].norm()
 
-    balance = (norm(lines_gradient) / (norm(adversarial_gradient) + 1e-4)).clamp(0.01, 10.0)
-    return lines_gradient + weight * balance * adversarial_gradient, balance
+    balance = (norm(loss_gradient) / (norm(adversarial_gradient) + 1e-4)).clamp(0.01, 10.0)
+    return loss_gradient + weight * balance * adversarial_gradient, balance

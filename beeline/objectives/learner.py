@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -38,11 +38,25 @@ class Learner:
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = make_optimizer(self.parameters, config)
         self._parallel = parallel(model)
+        self._drops = isinstance(model, Denoiser) and model.network_config is not None and model.network_config.dropout > 0
+        self._dropout: torch.Tensor | None = None  # state of the random generator at the last call
 
     def __call__(self, *inputs: Any) -> Any:
         """The network's output, with gradients for its parameters."""
+        if self._drops:
+            self._dropout = _random_state(self.parameters[0].device)
         with self.autocast():
             return self._parallel(*inputs)
+
+    @torch.no_grad()
+    def target(self, *inputs: Any, model: nn.Module | None = None) -> Any:
+        """The network's output without gradients, under the dropout mask of the last call. `model`: its average, for example.
+
+        Consistency models compare two outputs under one mask (Song et al. 2023, appendix C).
+        """
+        mask = contextlib.nullcontext() if self._dropout is None else _replayed(self._dropout, self.parameters[0].device)
+        with mask, self.autocast():
+            return (model or self.model)(*inputs)
 
     def frozen(self, *inputs: Any) -> Any:
         """The network's output, with gradients for the inputs only."""
@@ -110,6 +124,21 @@ class Learner:
         """The inverse of `state_dict`."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+
+
+def _random_state(device: torch.device) -> torch.Tensor:
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+@contextlib.contextmanager
+def _replayed(state: torch.Tensor, device: torch.device) -> Iterator[None]:
+    """Context in which torch's global generator starts from `state`; afterwards it continues as before."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        if device.type == "cuda":
+            torch.cuda.set_rng_state(state, device)
+        else:
+            torch.set_rng_state(state)
+        yield
 
 
 def compile_trunk(model: Denoiser) -> None:

@@ -16,17 +16,18 @@ from beeline.denoiser import Denoiser
 from beeline.errors import BeelineError
 from beeline.noise import stream_seed, unit_noise
 from beeline.sampling.adams import adams
-from beeline.sampling.few_step import RuleName, few_step, parse_steps
+from beeline.sampling.few_step import RuleName, Step, few_step, parse_steps
 from beeline.sampling.solvers import Solver, evaluations, solve
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """A method to sample a model: by `solver` with `num_steps` levels, or at `steps`, indices into the student's schedule."""
+    """A method to sample a model: by `solver` with `num_steps` levels, or at `steps`: indices into
+    the student's schedule (int), or noise levels (float)."""
 
     solver: Solver = "heun"
     num_steps: int = 18
-    steps: tuple[int, ...] | None = None
+    steps: tuple[Step, ...] | None = None
     rule: RuleName | None = None
     """Sampling rule for `steps`; None for the student's own."""
 
@@ -37,7 +38,7 @@ class Sampling:
 
     @property
     def label(self) -> str:
-        """Name in tables and metrics.json: "heun 18", "0,8" or "0,8 fresh_noise"."""
+        """Name in tables and metrics.json: "heun 18", "0,8", "0,0.821" or "0,8 fresh_noise"."""
         if self.steps is None:
             return f"{self.solver} {self.num_steps}"
         return " ".join([",".join(map(str, self.steps)), *([self.rule] if self.rule else [])])
@@ -133,14 +134,16 @@ def generate(
     *,
     seed: int = 0,
     labels: torch.Tensor | None = None,
-    steps: Sequence[int] | None = None,
+    steps: Sequence[Step] | None = None,
+    rule: str | None = None,
     solver: Solver = "heun",
     num_steps: int = 18,
     batch_size: int = 256,
 ) -> torch.Tensor:
     """`n` images, float32 (n, C, H, W) in [-1, 1]; image i depends on (seed, i) and its label alone.
 
-    Students: `steps` (schedule indices, one evaluation each). Teachers: `solver` "heun" (2 num_steps - 1 evaluations),
+    Students: `steps`, one evaluation each (indices into the schedule, or noise levels as floats: (0, 0.821)), and a sampling
+    `rule` other than the student's own. Teachers: `solver` "heun" (2 num_steps - 1 evaluations),
     "euler" (num_steps), or "calibrated" (one for each level that beeline.calibrate found; `num_steps` is ignored). A
     conditional model without `labels` takes class i mod K for image i.
     """
@@ -150,7 +153,7 @@ def generate(
         raise ValueError(f"{len(labels)} labels for {n} images; pass one per image")
     if steps is None and model.few_step is not None:
         steps = (0,)
-    sampling = Sampling(solver=solver, num_steps=num_steps, steps=None if steps is None else tuple(steps))
+    sampling = Sampling(solver=solver, num_steps=num_steps, steps=None if steps is None else tuple(steps), rule=rule)
     parts = [
         sample(model, rows, None if labels is None else labels[rows.start : rows.stop], sampling, seed=seed)
         for rows in batches(n, batch_size)

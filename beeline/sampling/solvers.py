@@ -45,6 +45,31 @@ def solve(
     return x.to(torch.float32)
 
 
+@torch.no_grad()
+def ode_step(
+    denoiser: Callable[..., torch.Tensor],
+    x: torch.Tensor,
+    sigma: torch.Tensor,
+    to: torch.Tensor,
+    labels: torch.Tensor | None,
+    *,
+    solver: Literal["heun", "euler"] = "heun",
+) -> torch.Tensor:
+    """Integrate the probability-flow ODE by one step, from level `sigma` (B,) to level `to` (B,), for training objectives.
+
+    Takes and returns float32 (B, C, H, W), without gradients. `to` may be 0, where Heun's method takes its Euler step. Costs
+    one evaluation for "euler", two for "heun".
+    """
+    sigma, end = sigma.reshape(-1, 1, 1, 1), to.reshape(-1, 1, 1, 1)
+    slope = (x - denoiser(x, sigma.flatten(), labels)) / sigma
+    ahead = x + (end - sigma) * slope
+    if solver == "euler":
+        return ahead
+    at = torch.where(end > 0, end, sigma)  # no evaluation at level 0
+    corrected = x + (end - sigma) * (slope + (ahead - denoiser(ahead, at.flatten(), labels)) / at) / 2
+    return torch.where(end > 0, corrected, ahead)
+
+
 def evaluations(solver: Solver, num_steps: int) -> int:
     """Network evaluations (NFE) per image: 2 num_steps - 1 for "heun", num_steps for the others."""
     return 2 * num_steps - 1 if solver == "heun" else num_steps

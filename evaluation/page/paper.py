@@ -10,10 +10,11 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 from beeline.files.names import TEACHER
+from beeline.sampling.few_step import Step
 from evaluation.models import Figure, Model
 from evaluation.page.words import NONE
 
-Steps = tuple[int, ...]
+Steps = tuple[Step, ...]
 BACKBONES = {"tf_efficientnet_lite0", "deit_base_distilled_patch16_224"}
 L2, VGG, ADL, SOT, OTHER = "L2", "VGG", "VGG + ADL", "VGG + ADL + SOT", "LMM, variant not known"
 OWN = {L2: "L2", VGG: "perceptual", ADL: "perceptual + ADL", SOT: "perceptual + ADL + SOT"}

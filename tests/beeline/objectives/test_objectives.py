@@ -16,11 +16,12 @@ from beeline.errors import BeelineError, SettingError
 from beeline.features import Frozen
 from beeline.features.probe import Probe
 from beeline.objectives import Batch, Context, Needs, Objective, ObjectiveConfig, Turns
+from beeline.objectives.adversarial import last_layer
 from beeline.objectives.discriminator import DiscriminatorConfig
 from beeline.objectives.kd import DistillationConfig
 from beeline.objectives.learner import Learner
 from beeline.objectives.lines import draw_levels
-from beeline.objectives.lmm import LinesMatchingConfig, last_layer
+from beeline.objectives.lmm import LinesMatchingConfig
 from beeline.objectives.perceptual import perceptual
 from beeline.objectives.rectified_flow import RectifiedFlowConfig
 
@@ -107,11 +108,11 @@ def test_the_adversarial_phase_leaves_both_gradients(student: Denoiser, colour_p
     """The student's gradient is that of L_lines + weight lambda L_adv, the critic's that of the hinge loss; neither leaks."""
     config = replace(ADVERSARIAL, distance="probe", pixel_weight=0.1)
     objective = config.build(context(student, probe=colour_probe))
-    assert objective.discriminator is not None
+    assert objective.adversary is not None
     assert objective.critic_optimizer == OPTIMIZER
-    objective.discriminator.eval()  # spectral norms stand still, so that both sides see the same
-    critic, rows, twin = Learner(objective.discriminator, OPTIMIZER), batch(), copy.deepcopy(student)
-    judge = copy.deepcopy(objective.discriminator)
+    objective.adversary.discriminator.eval()  # spectral norms stand still, so that both sides see the same
+    critic, rows, twin = Learner(objective.adversary.discriminator, OPTIMIZER), batch(), copy.deepcopy(student)
+    judge = copy.deepcopy(objective.adversary.discriminator)
     figures = objective.backward(Learner(student, OPTIMIZER), critic, rows, seeded())
 
     assert rows.x1 is not None
@@ -135,7 +136,9 @@ def test_the_adversarial_phase_leaves_both_gradients(student: Denoiser, colour_p
     loss.backward()
     assert float(figures["critic"]) == pytest.approx(float(loss.detach()), rel=1e-4)
     wanted = gradients(judge)
-    torch.testing.assert_close(gradients(objective.discriminator), wanted, rtol=1e-2, atol=1e-3 * float(wanted.abs().max()))
+    torch.testing.assert_close(
+        gradients(objective.adversary.discriminator), wanted, rtol=1e-2, atol=1e-3 * float(wanted.abs().max())
+    )
     assert float(figures["real_positive"]) == pytest.approx(float((real > 0).float().mean()))
 
 
@@ -147,8 +150,8 @@ def test_frozen_networks_see_the_generated_images_once(student: Denoiser, colour
     taps = frozen.taps
     frozen.taps = lambda images: (seen.append(torch.is_grad_enabled()), taps(images))[1]  # pyright: ignore[reportAttributeAccessIssue]
     objective = replace(ADVERSARIAL, distance="probe").build(where)
-    assert objective.discriminator is not None
-    objective.backward(Learner(student, OPTIMIZER), Learner(objective.discriminator, OPTIMIZER), batch(), seeded())
+    assert objective.adversary is not None
+    objective.backward(Learner(student, OPTIMIZER), Learner(objective.adversary.discriminator, OPTIMIZER), batch(), seeded())
     assert sorted(seen) == [False, False, True, True]  # x1 and real images without gradients, the generated ones twice with
 
 
@@ -157,11 +160,14 @@ def test_real_images_are_mirrored_where_asked(student: Denoiser, colour_probe: P
     for mirror in (False, True):
         config = replace(ADVERSARIAL, discriminator=replace(ADVERSARIAL.discriminator, mirror=mirror))
         objective = config.build(context(student, probe=colour_probe))
-        assert objective.discriminator is not None
-        look = objective.discriminator.look
-        objective.discriminator.look = lambda images, generator, look=look: (seen.append(images), look(images, generator))[1]
+        assert objective.adversary is not None
+        look = objective.adversary.discriminator.look
+        objective.adversary.discriminator.look = lambda images, generator, look=look: (
+            seen.append(images),
+            look(images, generator),
+        )[1]
         rows = batch(16)
-        objective.backward(Learner(student, OPTIMIZER), Learner(objective.discriminator, OPTIMIZER), rows, seeded())
+        objective.backward(Learner(student, OPTIMIZER), Learner(objective.adversary.discriminator, OPTIMIZER), rows, seeded())
         assert rows.real is not None
         kept = (seen[-1] == rows.real).flatten(1).all(dim=1)
         flipped = (seen[-1] == rows.real.flip(-1)).flatten(1).all(dim=1)
