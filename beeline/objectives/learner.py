@@ -127,14 +127,19 @@ class Learner:
 
 
 def _random_state(device: torch.device) -> torch.Tensor:
-    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+    return torch.cuda.get_rng_state(device) if _has_own(device) else torch.get_rng_state()
+
+
+def _has_own(device: torch.device) -> bool:
+    """Whether the device has a random generator of its own; fake CUDA devices have none."""
+    return device.type == "cuda" and torch.cuda.is_available()
 
 
 @contextlib.contextmanager
 def _replayed(state: torch.Tensor, device: torch.device) -> Iterator[None]:
     """Context in which torch's global generator starts from `state`; afterwards it continues as before."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        if device.type == "cuda":
+    with torch.random.fork_rng([device] if _has_own(device) else []):
+        if _has_own(device):
             torch.cuda.set_rng_state(state, device)
         else:
             torch.set_rng_state(state)
