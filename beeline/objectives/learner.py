@@ -132,7 +132,7 @@ def _random_state(device: torch.device) -> torch.Tensor:
 
 def _has_own(device: torch.device) -> bool:
     """Whether the device has a random generator of its own; fake CUDA devices have none."""
-    return device.type == "cuda" and torch.cuda.is_available()
+    return device.type == "cuda" and torch.cuda.is_initialized()
 
 
 @contextlib.contextmanager
