@@ -50,11 +50,17 @@ def run_pipeline(workspace: str, recipe: Annotated[Recipe, tyro.conf.arg(name=""
 
 
 def run_together(group: Sequence[Step]) -> None:
-    """Run steps in parallel, such as the ablations: each starts once the cluster has room for its workers."""
-    ray.get([ray.remote(num_cpus=0)(_run).options(name=step.name).remote(step) for step in group])
+    """Run steps in parallel, such as the ablations: each starts after the steps whose results it reads, once the cluster has
+    room for its workers."""
+    running: dict[str, ray.ObjectRef[None]] = {}
+    for step in group:
+        inputs = [running[name] for name in step.after if name in running]
+        running[step.name] = ray.remote(num_cpus=0)(_run).options(name=step.name).remote(step, *inputs)
+    ray.get(list(running.values()))
 
 
-def _run(step: Step) -> None:
+def _run(step: Step, *_inputs: None) -> None:
+    """Run a step. Ray calls this once `_inputs`, the results of other steps, exist."""
     step.run()
 
 
