@@ -113,7 +113,7 @@ def test_commands_exist_and_take_their_options(path: Path, monkeypatch: pytest.M
 @pytest.mark.usefixtures("modules")
 def test_the_method_of_the_documentation_trains_and_resumes(tmp_path: Path) -> None:
     place, recipe = small.workspace(tmp_path / "ws"), find("mine:recipe", 3)
-    assert list(recipe.students) == ["lmm", "l2", "sot", "kd", "rf", "consistency"]
+    assert list(recipe.students) == ["lmm", "l2", "sot", "consistency"]
     student = recipe.students["consistency"]
     phases = {name: replace(phase, iterations=6) for name, phase in student.phases.items()}
     student, cadence = replace(student, batch_size=8, phases=phases), loop.Cadence(log_every=1, checkpoint_every=2, keep=9)

@@ -116,8 +116,8 @@ REFUSED: list[tuple[tuple[str, str], str, str]] = [
         f"{LINES}.objective.distance lpips {LINES}.objective.resize 15",
         f"{LINES}.objective.resize is 15; expected 16 or more, for VGG16",
     ),
-    (LMM, "--student other", "--student is 'other'; this recipe has lmm, l2, sot, kd, rf"),
-    (LMM, "--student kd --student.phases.distillation.iterations 0", "student 'kd' needs at least one phase"),
+    (LMM, "--student other", "--student is 'other'; this recipe has lmm, l2, sot"),
+    (LMM, "--student l2 --student.phases.reconstruction.iterations 0", "student 'l2' needs at least one phase"),
     (
         LMM,
         f"--student.phase-switch continue {ADVERSARIAL}.optimizer.kind radam",
@@ -186,7 +186,8 @@ def test_it_is_refused_in_one_line_before_anything_is_written(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     module, stage = command
-    words = ["digits", "--workspace", str(tmp_path / "ws"), *options.split(" ")]
+    recipe = "digits_methods" if "--student kd" in options else "digits"
+    words = [recipe, "--workspace", str(tmp_path / "ws"), *options.split(" ")]
     monkeypatch.setenv(RECIPE, "")  # commands set it
     monkeypatch.setattr(sys, "argv", [f"{module.replace('.', '/')}.py", *words])
     with pytest.raises(SystemExit) as ended:

@@ -1,7 +1,7 @@
 """Train a student of the recipe into students/<name>/, phase by phase: DDP on Ray Train.
 
 python trainers/train_lmm.py digits                  # the recipe's main student
-python trainers/train_lmm.py digits --student kd     # another student
+python trainers/train_lmm.py digits --student l2     # another student
 """
 
 from __future__ import annotations

@@ -15,11 +15,13 @@ from beeline.config import Recipe
 from beeline.errors import BeelineError, plain
 from beeline.recipes.cifar10_small import cifar10_small
 from beeline.recipes.digits import digits
+from beeline.recipes.digits_methods import digits_methods
 from beeline.recipes.published import afhqv2, cifar10, cifar10_uncond, imagenet64
 from beeline.settings import OWN_RECIPE
 
 RECIPES: dict[str, Callable[[int], Recipe]] = {
     "digits": digits,
+    "digits_methods": digits_methods,
     "cifar10": cifar10,
     "cifar10_small": cifar10_small,
     "cifar10_uncond": cifar10_uncond,

@@ -16,7 +16,7 @@ from beeline.config import (
 )
 from beeline.objectives.discriminator import DiscriminatorConfig
 from beeline.objectives.lmm import LinesMatchingConfig
-from beeline.recipes.methods import others
+from beeline.recipes.methods import ablations, baselines
 from beeline.recipes.published import cifar10
 
 
@@ -62,4 +62,4 @@ def _students(published: StudentConfig, workers: WorkersConfig) -> dict[str, Stu
         published, phases={"reconstruction": reconstruction, "adversarial": adversarial}, batch_size=256, ema_half_lives=(200,),
         phase_switch="restart", compiled=False, checkpoint_every=500, validate_every=500, workers=workers,
     )  # fmt: skip
-    return {"lmm": lmm, **others(lmm, reconstruction, sot)}
+    return {"lmm": lmm, **ablations(lmm, reconstruction, sot), **baselines(lmm, reconstruction)}

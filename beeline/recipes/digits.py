@@ -22,7 +22,7 @@ from beeline.config import (
 )
 from beeline.objectives.discriminator import DiscriminatorConfig
 from beeline.objectives.lmm import LinesMatchingConfig
-from beeline.recipes.methods import others
+from beeline.recipes.methods import ablations
 
 
 def digits(seed: int = 0) -> Recipe:
@@ -72,4 +72,4 @@ def _students(seed: int, workers: WorkersConfig) -> dict[str, StudentConfig]:
         ema_half_lives=(50,), phase_switch="restart", seed=seed, checkpoint_every=200, workers=workers,
     )  # fmt: skip
     one_core = replace(lmm, workers=WorkersConfig(count=1, threads=1))
-    return {"lmm": lmm, **others(one_core, reconstruction, sot)}
+    return {"lmm": lmm, **ablations(one_core, reconstruction, sot)}

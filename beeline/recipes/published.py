@@ -22,7 +22,7 @@ from beeline.config import (
 )
 from beeline.objectives.discriminator import DiscriminatorConfig
 from beeline.objectives.lmm import LinesMatchingConfig
-from beeline.recipes.methods import others
+from beeline.recipes.methods import ablations, baselines
 
 ONE_GPU_EACH: dict[str, Any] = {"max_actors": 64, "gpus": 1, "cpus": 1}
 
@@ -124,7 +124,7 @@ def _students(teacher: TeacherConfig, pairs: PairsConfig, lr: float, adversarial
         workers=WorkersConfig(count=8, gpus=1),
     )  # fmt: skip
     sot = replace(adversarial, objective=replace(with_critic, steps=(0,)))
-    return {"lmm": lmm, **others(lmm, reconstruction, sot)}
+    return {"lmm": lmm, **ablations(lmm, reconstruction, sot), **baselines(lmm, reconstruction)}
 
 
 def cifar10(seed: int = 0) -> Recipe:

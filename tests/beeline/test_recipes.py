@@ -7,6 +7,7 @@ import torch
 from configs import restored
 
 from beeline.checkpoint import build
+from beeline.objectives.lmm import LinesMatchingConfig
 from beeline.recipes import RECIPES
 
 
@@ -24,10 +25,9 @@ def test_a_recipe_is_consistent(name: str) -> None:
     for key, student in recipe.students.items():
         assert student.name == key
         assert student.running
-        samplings = [phase.objective.sampling() for phase in student.phases.values()]
-        assert {how and how.num_steps for how in samplings} == {recipe.pairs.num_steps}
         assert student.batch_size % student.workers.count == 0
-    assert recipe.sweep.init == next(iter(recipe.main.models())) == "students/lmm/reconstruction"
+    if isinstance(list(recipe.main.phases.values())[-1].objective, LinesMatchingConfig):
+        assert recipe.sweep.init == next(iter(recipe.main.models())) == "students/lmm/reconstruction"
     pair_bytes = 4 * network.img_channels * network.img_resolution**2
     assert recipe.pairs.shard_size * pair_bytes <= 128 * 2**20
 

@@ -331,7 +331,7 @@ def test_the_command_follows_overrides(tmp_path: Path) -> None:
 def test_the_table_has_every_stage_and_its_sources(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     estimate(str(tmp_path), digits(), gpu="cpu", cores=2)
     page = capsys.readouterr().out
-    for stage in ("images", "probe", "teacher", "pairs", "students/lmm", "students/rf", "sweeps/sot", "evaluation", "report"):
+    for stage in ("images", "probe", "teacher", "pairs", "students/lmm", "students/sot", "sweeps/sot", "evaluation", "report"):
         assert f"\n{stage} " in page
     assert "measured: benchmarks/results/sampling-cpu-digits.json" in page
     assert "money" not in page

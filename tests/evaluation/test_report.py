@@ -38,11 +38,12 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A complete digits workspace, including a student with an unusual name, and its report."""
     path = tmp_path_factory.mktemp("report") / "ws"
     place, recipe = Folder(str(path)), RECIPES["digits"](0)
+    students = recipe.students | {"kd": RECIPES["digits_methods"](0).students["kd"]}
     images = {"count": 1797, "resolution": 8, "channels": 1, "num_classes": 10, "source": "digits"}
     finished(place, "images", {"images": images}, {}, images=1797)
     finished(place, "teacher", {"teacher": {}}, {"train.jsonl": b'{"step": 9, "loss": 0.5, "seconds": 7}'}, images_seen=900)
     for name in ("lmm", "l2", "kd"):
-        trained(place, name, recipe.students[name], loss="distillation" if name == "kd" else "lines")
+        trained(place, name, students[name], loss="distillation" if name == "kd" else "lines")
     measure(place, "teacher", TEACHER_WAYS)
     for name in ("lmm", "l2", "kd", ODD):
         measure(place, f"students/{name}", [ONE])
@@ -174,7 +175,7 @@ def test_a_teacher_and_one_student_are_enough(tmp_path: Path) -> None:
 
 def test_a_method_of_ones_own_is_shown(tmp_path: Path) -> None:
     """The method has three phases and unknown figures."""
-    place, kd = Folder(str(tmp_path)), RECIPES["digits"](0).students["kd"]
+    place, kd = Folder(str(tmp_path)), RECIPES["digits_methods"](0).students["kd"]
     (phase,) = kd.phases.values()
     own = dataclasses.replace(phase, objective=JumpConfig())
     phases = {"first": phase, "left-out": dataclasses.replace(own, iterations=0), "own": own, "last": own}
@@ -186,7 +187,7 @@ def test_a_method_of_ones_own_is_shown(tmp_path: Path) -> None:
     text = " ".join(Parsed((tmp_path / "report.html").read_text()).text.split())
     assert "jumps to level 0" in text
     assert "end points alone: knowledge distillation, L2" in text  # after its first phase
-    assert "300 + 300 + 300" in text
+    assert "250 + 250 + 250" in text
 
 
 def test_losses_of_different_kinds_have_charts_of_their_own(tmp_path: Path) -> None:
@@ -194,7 +195,7 @@ def test_losses_of_different_kinds_have_charts_of_their_own(tmp_path: Path) -> N
     place, recipe = Folder(str(tmp_path)), RECIPES["digits"](0)
     log = {"train.jsonl": b'{"step": 1, "phase": 0.0, "lines": 2.0, "skipped": 0, "seconds": 1}'}
     finished(place, "teacher", {"teacher": {}}, {"train.jsonl": b'{"step": 9, "loss": 0.5, "seconds": 7}'}, images_seen=900)
-    trained(place, "kd", recipe.students["kd"], loss="distillation")
+    trained(place, "kd", RECIPES["digits_methods"](0).students["kd"], loss="distillation")
     trained(place, "l2", recipe.students["l2"])
     finished(place, "students/tuned", {"promoted": {}, "sweep": {"student": to_dict(recipe.students["l2"])}}, log)
     finished(place, "students/own", {"promoted": {}}, log)

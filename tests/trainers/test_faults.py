@@ -79,7 +79,7 @@ def begin(head: Head, cluster: Cluster, workspace: Path, *more: str) -> subproce
     """Start the student on the cluster, and wait until it runs."""
     environment = head.environment() | {"RAY_ADDRESS": str(cluster.address)} | IMPATIENT
     process = subprocess.Popen(
-        [sys.executable, "trainers/train_lmm.py", "digits", "--workspace", str(workspace), *KD, *more],
+        [sys.executable, "trainers/train_lmm.py", "digits_methods", "--workspace", str(workspace), *KD, *more],
         cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     folder = Folder(str(workspace / "students/kd"))
@@ -94,7 +94,7 @@ def test_a_machine_that_leaves_with_notice_costs_no_step(
     undisturbed, workspace = tmp_path / "undisturbed", tmp_path / "ws"
     for place in (undisturbed, workspace):
         shutil.copytree(trained, place)
-    run("trainers/train_lmm.py", "digits", "--workspace", undisturbed, *KD)
+    run("trainers/train_lmm.py", "digits_methods", "--workspace", undisturbed, *KD)
     process = begin(head, cluster, workspace)
     victim = sorted(cluster.worker_nodes, key=lambda node: node.node_id)[0]
     subprocess.run(
@@ -132,7 +132,7 @@ def test_weights_that_diverge_end_the_run_with_one_message(run: Run, trained: Pa
     workspace = tmp_path / "ws"
     shutil.copytree(trained, workspace)
     done = run(
-        "trainers/train_lmm.py", "digits", "--workspace", workspace, "--student", "kd", "--student.batch-size", "16",
+        "trainers/train_lmm.py", "digits_methods", "--workspace", workspace, "--student", "kd", "--student.batch-size", "16",
         "--student.phases.distillation.iterations", "300", "--student.phases.distillation.optimizer.lr", "1e30",
         "--student.phases.distillation.optimizer.warmup", "0", ok=False,
     )  # fmt: skip
