@@ -16,10 +16,11 @@ def l2(images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return (images - targets).square().mean(dim=(1, 2, 3))
 
 
-def pseudo_huber(images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Compute sqrt(|a - b|^2 + c^2) - c with c = 0.00054 sqrt(C H W), per image (B,). It grows linearly for large distances, so
-    that single bad images do not dominate (Song & Dhariwal 2023, section 3.3)."""
-    c = 0.00054 * math.sqrt(images[0].numel())
+def pseudo_huber(images: torch.Tensor, targets: torch.Tensor, *, c: float | None = None) -> torch.Tensor:
+    """Compute sqrt(|a - b|^2 + c^2) - c, by default with c = 0.00054 sqrt(C H W), per image (B,). It grows linearly for large
+    distances, so that single bad images do not dominate (Song & Dhariwal 2023, section 3.3). With c near 0 it is the norm;
+    unlike that, it has a gradient where images and targets are equal."""
+    c = 0.00054 * math.sqrt(images[0].numel()) if c is None else c
     return ((images - targets).square().sum(dim=(1, 2, 3)) + c * c).sqrt() - c
 
 
