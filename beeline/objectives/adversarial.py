@@ -65,17 +65,20 @@ class Adversary:
         loss: torch.Tensor,
         batch: Batch,
         generator: torch.Generator,
+        *,
+        output: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         """Add the gradients of `loss` and of the adversarial term to the student, and those of the discriminator's loss to it.
 
-        `images` (B, C, H, W), of classes `labels`, come from the student, and `loss` is a function of them. `batch` holds
-        real images. Returns figures.
+        `images` (B, C, H, W), of classes `labels`, come from the student. `output` is the student's output that both `images`
+        and `loss` are functions of, by default `images`. `batch` holds real images. Returns figures.
         """
+        output = images if output is None else output
         with critic.autocast():
             fake = self.discriminator.look(images, generator)
         fooling = hinge_generator(critic.frozen(fake, labels))
-        gradient, balance = balanced_gradient(images, loss, fooling, last_layer(student.model), self.weight)
-        images.backward(batch.weight * gradient)
+        gradient, balance = balanced_gradient(output, loss, fooling, last_layer(student.model), self.weight)
+        output.backward(batch.weight * gradient)
 
         assert batch.real is not None
         real_images = mirrored(batch.real, generator) if self.mirror else batch.real

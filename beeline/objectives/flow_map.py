@@ -27,6 +27,8 @@ import torch
 from beeline.schedule import RHO, SIGMA_MAX, SIGMA_MIN
 from beeline.settings import Positive, Range, Settings, Share
 
+FLOOR = 1e-3
+"""Added to the squared error in the adaptive weight, so that it stays finite."""
 Normal = tuple[Annotated[float, Range(-100, 100)], Positive]
 """Mean and standard deviation of a normal distribution."""
 
@@ -64,6 +66,17 @@ def residual(
     t, s = column(t), column(s)
     error = g - ref
     return (1 - r) * error + r * (1 + t) / (1 + s) * ((s / t) * error + (1 - s / t) * rate)
+
+
+def regression(g: torch.Tensor, tangent: torch.Tensor, t: torch.Tensor, power: float = 0.0) -> torch.Tensor:
+    """Compute the squared error of the regression of U on sg[U - h], summed over pixels, per image (B,).
+
+    `g` is the map's output with gradients, `tangent` is h, both (B, C, H, W). `power` is p of the adaptive weight
+    1 / (|h|^2 + 1e-3)^p (Geng et al. 2025, section 4.3): 0 leaves the square, at 1 all images pull equally hard.
+    """
+    moved = (g - g.detach()) / column(to_tau(t))  # -(U - sg[U]): zero, with the gradient of -U
+    error = (moved - tangent).square().sum(dim=(1, 2, 3))
+    return error / (error.detach() + FLOOR) ** power
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
