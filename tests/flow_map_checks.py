@@ -14,6 +14,8 @@ from beeline import counting
 from beeline.checkpoint import build
 from beeline.config import OptimizerConfig, ProbeNetworkConfig
 from beeline.denoiser import Denoiser
+from beeline.features import Frozen
+from beeline.features.probe import Probe
 from beeline.objectives import Batch, Context, ObjectiveConfig
 from beeline.objectives.learner import Learner
 
@@ -23,9 +25,18 @@ def rows(real: torch.Tensor, *, step: int = 0, weight: float = 1.0, labels: torc
     return Batch(size=len(real), step=step, total=10, real=real, real_labels=labels, weight=weight)
 
 
+PROBE = ProbeNetworkConfig(widths=(8, 12), strides=(1, 2))
+
+
 def context(model: Denoiser, models: Mapping[str, Denoiser]) -> Context:
+    """A context with an untrained probe."""
+    probe = Probe(PROBE, channels=model.img_channels, num_classes=10).eval().requires_grad_(False)
     return Context(
-        image_shape=model.image_shape, num_classes=model.label_dim, models=models, features={}, average=copy.deepcopy(model)
+        image_shape=model.image_shape,
+        num_classes=model.label_dim,
+        models=models,
+        features={"probe": Frozen(probe)},
+        average=copy.deepcopy(model),
     )
 
 
@@ -61,5 +72,4 @@ def check_training(config: ObjectiveConfig) -> None:
                 assert critic.update(step, 10)["skipped"] == 0
         moved = [not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)]
         assert all(moved)
-    probe = ProbeNetworkConfig(widths=(8, 12), strides=(1, 2))
-    assert counting.phase_flops(NETWORK, probe, config) > 4 * counting.evaluation(NETWORK)
+    assert counting.phase_flops(NETWORK, PROBE, config) > 4 * counting.evaluation(NETWORK)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Literal
 
 import pytest
@@ -10,8 +11,7 @@ import torch
 from flow_map_checks import check_training, context, gradient, rows
 from gaussian_map import STD, GaussianMap, data
 
-from beeline.checkpoint import build
-from beeline.config import NetworkConfig, OptimizerConfig
+from beeline.config import OptimizerConfig
 from beeline.denoiser import Denoiser
 from beeline.errors import SettingError
 from beeline.objectives import Needs
@@ -21,7 +21,10 @@ from beeline.objectives.learner import Learner
 
 EMD = AlignYourFlowConfig(r=1.0, normalisation=None, derivative="jvp")
 LMD = AlignYourFlowConfig(equation="lmd", normalisation=None)
-SIDE = {"adversarial_weight": 0.5, "discriminator": DiscriminatorConfig(optimizer=OptimizerConfig(), width=8, augment=())}
+SIDE: dict[str, Any] = {
+    "adversarial_weight": 0.5,
+    "discriminator": DiscriminatorConfig(optimizer=OptimizerConfig(), width=8, augment=()),
+}
 LAWS: list[dict[str, Any]] = [
     {"law": "lognormal", "t_normal": (0.0, 1.5), "s_normal": (-1.0, 1.5)},
     {"law": "gap", "top": 0.2, "zero": 0.3},
@@ -89,25 +92,18 @@ def test_autoguidance_extrapolates() -> None:
     few, model = rows(data(50)), GaussianMap((0.1, 0.2, 0.3))
     found = gradient(config, model, few, **{"teacher": Teacher(1.1), "students/weak": Teacher(0.9)})
     torch.testing.assert_close(found, gradient(EMD, model, few, teacher=Teacher(1.3)))
-    for wrong in ({"guidance": 2.0}, {"weak": "students/weak"}):
+    wrongs: list[dict[str, Any]] = [{"guidance": 2.0}, {"weak": "students/weak"}]
+    for wrong in wrongs:
         with pytest.raises(SettingError, match="guidance"):
             AlignYourFlowConfig(**wrong)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_the_rate_of_the_end(precision: Literal["fp32", "bf16"]) -> None:
+def test_the_rate_of_the_end(precision: Literal["fp32", "bf16"], make_denoiser: Callable[..., Denoiser]) -> None:
     """Compare with central differences of the raw network in float64."""
-    torch.manual_seed(0)
-    model = build(
-        NetworkConfig(
-            kind="ddpmpp", img_resolution=8, img_channels=1, label_dim=4, model_channels=16, channel_mult=(1,), num_blocks=1,
-            attn_resolutions=(8,), second_level=True,
-        )
-    )  # fmt: skip
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, 0, 0.05)
+    model = make_denoiser(second_level=True, label_dim=4).requires_grad_(True)
     t, s, labels = torch.tensor([0.5, 4.0, 40.0]), torch.tensor([0.1, 1.0, 30.0]), torch.eye(4)[:3]
-    x = torch.randn(3, 1, 8, 8) * (1 + t).reshape(-1, 1, 1, 1)
+    x = torch.randn(3, 2, 8, 8) * (1 + t).reshape(-1, 1, 1, 1)
     found = end_rate(Learner(model, OptimizerConfig(), precision=precision), x, t, s, labels)
     assert not found.requires_grad
     raw = model.double().model
@@ -120,7 +116,8 @@ def test_the_rate_of_the_end(precision: Literal["fp32", "bf16"]) -> None:
     with torch.no_grad():
         expected = ((at(1e-4) - at(-1e-4)) / 2e-4).float()
     for ours, theirs in zip(found, expected, strict=True):
-        assert float((ours - theirs).norm() / theirs.norm()) < 1e-2
+        assert float((ours - theirs).norm()) < 0.01 * float(theirs.norm()) + 3e-5  # rounding errors
+        assert float(theirs.norm()) > 1e-4
 
 
 @pytest.mark.parametrize("equation", ["emd", "lmd"])
@@ -132,8 +129,8 @@ def test_it_trains_against_a_discriminator() -> None:
     check_training(AlignYourFlowConfig(weak="students/weak", guidance=2.0, **SIDE))
 
 
-def test_the_discriminator_sees_samples_in_one_step(make_denoiser: Any) -> None:
-    """Its images are g(80 z, 80, 0), and the distillation term keeps its gradient."""
+def test_the_discriminator_sees_samples_in_one_step(make_denoiser: Callable[..., Denoiser]) -> None:
+    """Its images are g(80 z, 80, 0). Both terms come from one call of the student."""
     model, teacher = make_denoiser(second_level=True).requires_grad_(True), make_denoiser()
     config = AlignYourFlowConfig(**SIDE)
     objective = config.build(context(model, {"teacher": teacher}))
@@ -141,22 +138,16 @@ def test_the_discriminator_sees_samples_in_one_step(make_denoiser: Any) -> None:
     calls: list[tuple[torch.Tensor, ...]] = []
     seen: list[torch.Tensor] = []
     forward, look = model.forward, objective.adversary.discriminator.look
-    model.forward = lambda *inputs: (calls.append(inputs), forward(*inputs))[1]
+    model.forward = lambda *inputs: (calls.append(inputs), forward(*inputs))[1]  # pyright: ignore[reportAttributeAccessIssue]
     objective.adversary.discriminator.look = lambda images, generator: (seen.append(images), look(images, generator))[1]
     learner, critic = Learner(model, OptimizerConfig()), Learner(objective.adversary.discriminator, OptimizerConfig())
     objective.backward(learner, critic, rows(torch.randn(4, 2, 8, 8)), torch.Generator().manual_seed(3))
     x, sigma, _, _, to = calls[0]
+    assert [len(inputs[0]) for inputs in calls] == [8, 4, 4]  # the others are those of the derivative
     assert torch.equal(sigma[4:], torch.full((4,), 80.0))
     assert torch.equal(to[4:], torch.zeros(4))
     assert float(x[4:].std()) == pytest.approx(80, rel=0.1)
     torch.testing.assert_close(seen[0], forward(x, sigma, None, None, to)[4:])
-    both = [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
-
-    alone, twin = dataclasses.replace(config, adversarial_weight=0.0), make_denoiser(second_level=True).requires_grad_(True)
-    alone.build(context(twin, {"teacher": teacher})).backward(
-        Learner(twin, OptimizerConfig()), None, rows(torch.randn(4, 2, 8, 8)), torch.Generator().manual_seed(3)
-    )
-    assert len(both) == len([parameter for parameter in twin.parameters() if parameter.grad is not None])
 
 
 def test_what_it_says() -> None:
