@@ -26,7 +26,7 @@ from torch import nn
 
 from beeline.augmentation import mirrored
 from beeline.objectives import Batch, Context, Needs, Objective, ObjectiveConfig, flow_map, lines
-from beeline.objectives.adversarial import AdversarialSettings
+from beeline.objectives.adversarial import AdversarialSettings, balanced_gradient, last_layer
 from beeline.objectives.derivative import STEP, Derivative
 from beeline.objectives.flow_map import LevelPairSettings, Normal
 from beeline.objectives.learner import Learner
@@ -140,8 +140,11 @@ class AlignYourFlow(Objective):
             (batch.weight * loss).backward()
             return figures
         assert self.adversary is not None
-        made = output[count:]
-        return figures | self.adversary.backward(student, critic, made, labels, loss, batch, generator, output=output)
+        fooling, fake = self.adversary.fool(critic, output[count:], labels, generator)
+        gradient, balance = balanced_gradient(output, loss, fooling, last_layer(student.model), config.adversarial_weight)
+        output.backward(batch.weight * gradient)
+        figures |= {"adversarial": fooling.detach(), "lambda": balance.detach()}
+        return figures | self.adversary.teach(critic, fake, labels, batch, generator)
 
     def _residual(
         self, student: Learner, g: torch.Tensor, x: torch.Tensor, t: torch.Tensor, s: torch.Tensor, batch: Batch

@@ -43,8 +43,8 @@ def rate(
 
     "difference" takes two more evaluations, always in float32, even under autocast. "jvp" takes one pass of forward-mode
     differentiation at the cost of three, in any precision; `denoiser` must not be wrapped for parallel training. `value` is
-    D where it is known already: it saves "difference" an evaluation. Each evaluation runs in a context `mask()`, which gives
-    all of them the same dropout mask: a difference of two masks is not a derivative.
+    D where it is known already: it saves "difference" an evaluation. Each evaluation runs in a context `mask()`, which
+    gives all of them the same dropout mask: between two masks, a difference is not a derivative.
     """
     levels = sigma.reshape(-1, 1, 1, 1)
     if derivative == "difference":
