@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
-from flow_map_checks import check_training, gradient, rows
+from flow_map_checks import PROBE, check_training, gradient, rows
 from gaussian_map import GaussianMap, data
+from small import NETWORK
 
+from beeline import counting
 from beeline.objectives import Needs
 from beeline.objectives.meanflow import MeanFlowConfig
 
@@ -46,6 +49,15 @@ def test_derivatives_agree() -> None:
 
 def test_it_trains_a_network() -> None:
     check_training(MeanFlowConfig(flip=True))
+
+
+def test_the_cost_of_a_step() -> None:
+    """Three evaluations with gradients, two for the difference; forward mode costs three."""
+    one = counting.evaluation(NETWORK)
+    costs = [
+        counting.phase_flops(NETWORK, PROBE, config) / one for config in (MeanFlowConfig(), MeanFlowConfig(derivative="jvp"))
+    ]
+    assert costs == pytest.approx([5, 6], rel=0.02)
 
 
 def test_what_it_says() -> None:
