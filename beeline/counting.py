@@ -43,6 +43,12 @@ class _Bare(Learner):
         x, sigma, *labels = inputs
         return self.model.model(x, sigma, *labels)  # pyright: ignore[reportCallIssue]
 
+    def rate(self, *inputs: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Count forward-mode differentiation as the three evaluations that it costs: it does not run without data."""
+        if options.get("derivative") == "jvp":
+            options |= {"derivative": "difference", "value": None}
+        return super().rate(*inputs, **options)
+
 
 def denoiser(network: NetworkConfig) -> Denoiser:
     """Build the network on the meta device: shapes without data."""
