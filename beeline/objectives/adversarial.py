@@ -41,6 +41,10 @@ class AdversarialSettings(Settings):
         return Adversary(self, context) if self.adversarial_weight else None
 
 
+Looks = list[list[torch.Tensor]]
+"""Features of images, of each critic."""
+
+
 class Adversary:
     """A discriminator, and the step of generator and discriminator on the same generated images."""
 
@@ -71,24 +75,36 @@ class Adversary:
         `images` (B, C, H, W), of classes `labels`, come from the student, and `loss` is a function of them. `batch` holds
         real images. Returns figures.
         """
+        fooling, fake = self.fool(critic, images, labels, generator)
+        gradient, weighted = balanced_gradient(images, loss, fooling, last_layer(student.model), self.weight)
+        images.backward(batch.weight * gradient)
+        figures = {"adversarial": fooling.detach(), "lambda": weighted.detach()}
+        return figures | self.teach(critic, fake, labels, batch, generator)
+
+    def fool(
+        self, critic: Learner, images: torch.Tensor, labels: torch.Tensor | None, generator: torch.Generator
+    ) -> tuple[torch.Tensor, Looks]:
+        """Compute the generator's loss L_adv of `images` (B, C, H, W), with gradients to them, and what the critics saw."""
         with critic.autocast():
             fake = self.discriminator.look(images, generator)
-        fooling = hinge_generator(critic.frozen(fake, labels))
-        gradient, balance = balanced_gradient(images, loss, fooling, last_layer(student.model), self.weight)
-        images.backward(batch.weight * gradient)
+        return hinge_generator(critic.frozen(fake, labels)), fake
 
+    def teach(
+        self, critic: Learner, fake: Looks, labels: torch.Tensor | None, batch: Batch, generator: torch.Generator
+    ) -> dict[str, torch.Tensor]:
+        """Add the gradients of the discriminator's loss to it, for the features `fake` of `fool` and for real images. Returns
+        figures."""
         assert batch.real is not None
         real_images = mirrored(batch.real, generator) if self.mirror else batch.real
         with critic.autocast(), torch.no_grad():
             real = self.discriminator.look(real_images, generator)
         fake_logits = critic([[part.detach() for part in look] for look in fake], labels)
         real_logits = critic(real, batch.real_labels)
-        loss_of_critic = hinge_discriminator(real_logits, fake_logits)
-        (batch.weight * loss_of_critic).backward()
-        figures = {"adversarial": fooling, "lambda": balance, "critic": loss_of_critic}
+        loss = hinge_discriminator(real_logits, fake_logits)
+        (batch.weight * loss).backward()
         signs = {"real_positive": real_logits, "fake_positive": fake_logits}
-        figures |= {name: torch.stack([(part > 0).float().mean() for part in logits]).mean() for name, logits in signs.items()}
-        return {name: value.detach() for name, value in figures.items()}
+        figures = {name: torch.stack([(part > 0).float().mean() for part in logits]).mean() for name, logits in signs.items()}
+        return {"critic": loss.detach()} | figures
 
 
 def last_layer(model: nn.Module) -> nn.Parameter:
@@ -130,9 +146,24 @@ def balanced_gradient(
     """
     (loss_gradient,) = torch.autograd.grad(loss, images)
     (adversarial_gradient,) = torch.autograd.grad(adversarial_loss, images)
+    weighted = balance(images, loss_gradient, adversarial_gradient, last_layer)
+    return loss_gradient + weight * weighted * adversarial_gradient, weighted
+
+
+def balance(
+    images: torch.Tensor,
+    reference: torch.Tensor,
+    gradient: torch.Tensor,
+    last_layer: torch.Tensor,
+    *,
+    least: float = 0.01,
+    most: float = 10.0,
+) -> torch.Tensor:
+    """Compute the adaptive weight of a loss: |grad reference loss| / (|grad loss| + 1e-4) with respect to the last layer's
+    weight, clamped to [`least`, `most`]. Both losses are given by their gradients with respect to the student's output
+    `images` (B, C, H, W)."""
 
     def norm(gradient: torch.Tensor) -> torch.Tensor:
         return torch.autograd.grad(images, last_layer, gradient, retain_graph=True)[0].norm()
 
-    balance = (norm(loss_gradient) / (norm(adversarial_gradient) + 1e-4)).clamp(0.01, 10.0)
-    return loss_gradient + weight * balance * adversarial_gradient, balance
+    return (norm(reference) / (norm(gradient) + 1e-4)).clamp(least, most)
