@@ -33,6 +33,7 @@ from beeline.objectives import Batch, Context, Needs, Objective, ObjectiveConfig
 from beeline.objectives.adversarial import AdversarialSettings, balance, last_layer
 from beeline.objectives.distances import DISTANCES, DistanceSettings, Kind
 from beeline.objectives.ema import ema_update
+from beeline.objectives.flow_map import column, jump
 from beeline.objectives.learner import Learner
 from beeline.objectives.optimizer import OptimizerConfig
 from beeline.objectives.perceptual import l2
@@ -70,7 +71,9 @@ class CTMConfig(DistanceSettings, AdversarialSettings, ObjectiveConfig):
     compares g with the g that leads to the target's point. The last two need no target network."""
     target_decay: ShareBelow1 = 0.999
     """Decay per step of the target network that maps to clean images; 0 means the student itself."""
-    zero_share: Share = 0.0
+    top: Share = 0.0
+    """Share of the rows that start at sigma_max, where sampling starts; the others start at any level."""
+    zero: Share = 0.0
     """Share of the jumps that end at 0; the others end at any level from u down to 0. With 1 this is consistency
     distillation."""
     denoising_weight: Amount = 1.0
@@ -82,17 +85,17 @@ class CTMConfig(DistanceSettings, AdversarialSettings, ObjectiveConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require(self.solver_steps <= self.num_steps, "solver_steps", f"at most num_steps, {self.num_steps}")
-        imaged = self.compare == "images" or self.zero_share == 1
+        imaged = self.compare == "images" or self.zero == 1
         self.require(
             imaged or not self.adversarial_weight,
             "compare",
-            "'images' or zero_share 1: the discriminator compares clean images",
+            "'images' or zero 1: the discriminator compares clean images",
         )
 
     @property
     def mapped(self) -> bool:
         """Whether a target network maps jumps to clean images."""
-        return self.compare == "images" and self.zero_share < 1
+        return self.compare == "images" and self.zero < 1
 
     def needs(self) -> Needs:
         """Real images and the teacher; feature networks of the distance and the discriminator."""
@@ -119,7 +122,8 @@ class CTMConfig(DistanceSettings, AdversarialSettings, ObjectiveConfig):
             solver_law="constant" if self.solver_law == "constant" else "mean",
             flip=False,
             pixel_weight=0.0,
-            zero_share=float(self.zero_share == 1),
+            top=0.0,
+            zero=float(self.zero == 1),
             target_decay=0.999 if self.target_decay else 0.0,
             denoising_weight=float(self.denoising_weight > 0),
             adversarial_weight=float(self.adversarial_weight > 0),
@@ -212,12 +216,11 @@ class CTM(Objective):
         h = self.solver_steps(batch.step)
         levels = torch.cat([edm_sigmas(config.num_steps), torch.zeros(1)]).to(device=device, dtype=torch.float32)
         end = config.num_steps  # index of level 0
-        first = torch.randint(end - h + 1, (size,), generator=generator, device=device)
-        below = torch.rand(size, generator=generator, device=device) * (end - h - first + 1)
-        last = (first + h + below.long()).clamp_max(end)
-        whole = torch.rand(size, generator=generator, device=device) < config.zero_share
-        path = levels[first + torch.arange(h + 1, device=device)[:, None]]
-        return path, levels[torch.where(whole, end, last)]
+        at, below, from_top, to_zero = torch.rand(4, size, generator=generator, device=device)
+        first = torch.where(from_top < config.top, 0, (at * (end - h + 1)).long().clamp_max(end - h))
+        last = (first + h + (below * (end - h - first + 1)).long()).clamp_max(end)
+        last = torch.where(to_zero < config.zero, end, last)
+        return levels[first + torch.arange(h + 1, device=device)[:, None]], levels[last]
 
     def _ends(
         self,
@@ -238,9 +241,9 @@ class CTM(Objective):
         with torch.no_grad():
             end = travel(student.target, x_u, path[-1], s, labels)
             if self.config.compare == "predictions":
-                ratio = (s / t).reshape(-1, 1, 1, 1)
+                ratio = column(s / t)
                 return prediction, (end - ratio * x_t) / (1 - ratio)
-        start = jump(prediction, x_t, t, s)
+        start = jump(x_t, prediction, t, s)
         if not self.config.mapped:
             return start, end
 
@@ -256,25 +259,19 @@ class CTM(Objective):
         return travel(target, start, s, zero, labels), mapped
 
 
-def jump(prediction: torch.Tensor, x: torch.Tensor, sigma: torch.Tensor, to: torch.Tensor) -> torch.Tensor:
-    """Return the point at level `to` (B,) of the line through `x` at level `sigma` (B,) and `prediction` at level 0."""
-    ratio = (to / sigma).reshape(-1, 1, 1, 1)
-    return ratio * x + (1 - ratio) * prediction
-
-
 def travel(
     denoiser: Callable[..., torch.Tensor], x: torch.Tensor, sigma: torch.Tensor, to: torch.Tensor, labels: torch.Tensor | None
 ) -> torch.Tensor:
     """Jump from `x` (B, C, H, W) at level `sigma` (B,) to level `to` (B,) by a flow map. Rows at level 0 stay as they are."""
     moving = sigma > 0
     level = torch.where(moving, sigma, 1.0)  # a denoiser refuses level 0
-    end = jump(denoiser(x, level, labels, None, to), x, level, to)
-    return torch.where(moving.reshape(-1, 1, 1, 1), end, x)
+    end = jump(x, denoiser(x, level, labels, None, to), level, to)
+    return torch.where(column(moving), end, x)
 
 
 def noisy(x1: torch.Tensor, sigma: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Add new noise of level `sigma` (B,) to images `x1` (B, C, H, W)."""
-    return x1 + sigma.reshape(-1, 1, 1, 1) * torch.randn(x1.shape, generator=generator, device=x1.device)
+    return x1 + column(sigma) * torch.randn(x1.shape, generator=generator, device=x1.device)
 
 
 def denoising_levels(count: int, generator: torch.Generator) -> torch.Tensor:
