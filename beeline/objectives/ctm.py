@@ -79,7 +79,7 @@ class CTMConfig(DistanceSettings, AdversarialSettings, ObjectiveConfig):
     denoising_weight: Amount = 1.0
     """Weight of the denoising loss, multiplied by its adaptive weight."""
     flip: bool = False
-    """Mirror images at random, for data without a preferred side."""
+    """Mirror images at random, for data without a preferred side. The discriminator's `mirror` does so for its real images."""
     distance: Kind = "probe"
 
     def __post_init__(self) -> None:
