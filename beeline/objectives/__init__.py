@@ -98,10 +98,12 @@ class Batch:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Turns:
-    """Flags for the networks that learn in a step."""
+    """The networks that learn in a step, and the step's kind."""
 
     student: bool = True
     critic: bool = True
+    work: int = 0
+    """Amount of work, for methods whose steps differ in it. Planning counts one step of each kind."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
