@@ -8,7 +8,7 @@ is the derivative along (dx, d ln sigma) = (v, 1). With v = x - D*(x; sigma) the
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 import torch
@@ -35,25 +35,34 @@ def rate(
     *,
     to: torch.Tensor | None = None,
     derivative: Derivative = "difference",
+    value: torch.Tensor | None = None,
+    mask: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute D (B, C, H, W) and D' (B, C, H, W), without gradients, at noisy images `x` (B, C, H, W) and levels `sigma` (B,),
     along `velocity` = dx / d ln sigma (B, C, H, W). A second level `to` (B,) stays constant.
 
     "difference" takes two more evaluations, always in float32, even under autocast. "jvp" takes one pass of forward-mode
-    differentiation at the cost of three, in any precision; `denoiser` must not be wrapped for parallel training.
+    differentiation at the cost of three, in any precision; `denoiser` must not be wrapped for parallel training. `value` is
+    D where it is known already: it saves "difference" an evaluation. Each evaluation runs in a context `mask()`, which
+    gives all of them the same dropout mask: between two masks, a difference is not a derivative.
     """
     levels = sigma.reshape(-1, 1, 1, 1)
     if derivative == "difference":
         with torch.autocast(x.device.type, enabled=False):
-            ahead = denoiser(x + STEP * velocity, _scaled(levels, STEP), labels, None, to)
-            behind = denoiser(x - STEP * velocity, _scaled(levels, -STEP), labels, None, to)
-        return denoiser(x, sigma, labels, None, to), (ahead - behind) / (2 * STEP)
+            with mask():
+                ahead = denoiser(x + STEP * velocity, _scaled(levels, STEP), labels, None, to)
+            with mask():
+                behind = denoiser(x - STEP * velocity, _scaled(levels, -STEP), labels, None, to)
+        if value is None:
+            with mask():
+                value = denoiser(x, sigma, labels, None, to)
+        return value, (ahead - behind) / (2 * STEP)
 
     def at(x: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
         return denoiser(x, (levels * u.exp()).flatten(), labels, None, to)
 
     start = torch.zeros_like(levels)
-    with _forward_mode(denoiser):
+    with _forward_mode(denoiser), mask():
         results = torch.func.jvp(at, (x, start), (velocity, torch.ones_like(start)))
     return results[0], results[1]
 

@@ -54,8 +54,7 @@ class Learner:
 
         Consistency models compare two outputs under one mask (Song et al. 2023, appendix C).
         """
-        mask = contextlib.nullcontext() if self._dropout is None else _replayed(self._dropout, self.parameters[0].device)
-        with mask, self.autocast():
+        with self._mask(), self.autocast():
             return (model or self.model)(*inputs)
 
     def frozen(self, *inputs: Any) -> Any:
@@ -78,11 +77,17 @@ class Learner:
         *,
         to: torch.Tensor | None = None,
         derivative: Derivative = "difference",
+        value: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The denoiser's output and its derivative along (dx, d ln sigma) = (velocity, 1): see derivative.py."""
+        """The denoiser's output and its derivative along (dx, d ln sigma) = (velocity, 1), under the dropout mask of the last
+        call: see derivative.py. `value`: the output of that call, if it was at the same point."""
         assert isinstance(self.model, Denoiser)
         with self.autocast():
-            return rate(self.model, x, sigma, labels, velocity, to=to, derivative=derivative)
+            return rate(self.model, x, sigma, labels, velocity, to=to, derivative=derivative, value=value, mask=self._mask)
+
+    def _mask(self) -> contextlib.AbstractContextManager[None]:
+        """Context with the dropout mask of the last call."""
+        return contextlib.nullcontext() if self._dropout is None else _replayed(self._dropout, self.parameters[0].device)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Context manager for the precision that this network computes in."""

@@ -17,9 +17,9 @@ SMALL: dict[str, Any] = {"img_resolution": 8, "img_channels": 3, "label_dim": 4,
 SMALL |= {"num_blocks": 1, "attn_resolutions": (8, 4), "second_level": True}
 
 
-def random_denoiser(kind: Any) -> Denoiser:
+def random_denoiser(kind: Any, dropout: float = 0.0) -> Denoiser:
     torch.manual_seed(0)
-    model = build(NetworkConfig(kind=kind, **SMALL))
+    model = build(NetworkConfig(kind=kind, dropout=dropout, **SMALL))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, 0, 0.03)
     return model
@@ -68,6 +68,25 @@ def test_a_learner_has_it_in_its_precision() -> None:
     rough = Learner(model, OptimizerConfig(), precision="bf16").rate(x, sigma, labels, velocity, derivative="jvp")[1]
     assert 0 < float((rough - exact).norm() / exact.norm()) < 0.05
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_differences_keep_one_mask() -> None:
+    """All evaluations see the dropout mask of the learner's last call. Two masks would differ by far more than the step."""
+    model = random_denoiser("ddpmpp", dropout=0.5).train()
+    x, sigma, labels = torch.randn(2, 3, 8, 8), torch.tensor([0.5, 2.0]), torch.arange(2)
+    learner = Learner(model, OptimizerConfig())
+    output = learner(x, sigma, labels).detach()
+    value, difference = learner.rate(x, sigma, labels, x)
+    torch.testing.assert_close(value, output)
+    ahead = learner.target(x + 0.01 * x, sigma * torch.tensor(0.01).exp(), labels)
+    behind = learner.target(x - 0.01 * x, sigma * torch.tensor(-0.01).exp(), labels)
+    torch.testing.assert_close(difference, (ahead - behind) / 0.02)
+    saved = learner.rate(x, sigma, labels, x, value=output)
+    assert saved[0] is output
+    torch.testing.assert_close(saved[1], difference)
+    with torch.no_grad():
+        between_masks = (model(x, sigma, labels) - model(x, sigma, labels)) / 0.02
+    assert float(difference.norm()) < 0.5 * float(between_masks.norm())
 
 
 def test_the_path_of_a_gaussian_is_known() -> None:
