@@ -48,15 +48,14 @@ def rate(
     """
     levels = sigma.reshape(-1, 1, 1, 1)
     if derivative == "difference":
-        with torch.autocast(x.device.type, enabled=False):
-            with mask():
-                ahead = denoiser(x + STEP * velocity, _scaled(levels, STEP), labels, None, to)
-            with mask():
-                behind = denoiser(x - STEP * velocity, _scaled(levels, -STEP), labels, None, to)
-        if value is None:
-            with mask():
-                value = denoiser(x, sigma, labels, None, to)
-        return value, (ahead - behind) / (2 * STEP)
+        exact = torch.autocast(x.device.type, enabled=False)
+        with exact, mask():
+            ahead = denoiser(x + STEP * velocity, _scaled(levels, STEP), labels, None, to)
+        with exact, mask():
+            behind = denoiser(x - STEP * velocity, _scaled(levels, -STEP), labels, None, to)
+        with mask():
+            middle = denoiser(x, sigma, labels, None, to) if value is None else value
+        return middle, (ahead - behind) / (2 * STEP)
 
     def at(x: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
         return denoiser(x, (levels * u.exp()).flatten(), labels, None, to)

@@ -38,7 +38,9 @@ class Gaussian(Denoiser):
         super().__init__(nn.Identity(), img_resolution=2, img_channels=1, label_dim=0)
         self.error = nn.Parameter(torch.tensor(error, dtype=torch.float64))
 
-    def forward(self, x: torch.Tensor, sigma: torch.Tensor, *others: Any) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, sigma: torch.Tensor, labels: Any = None, augment_labels: Any = None, to: Any = None
+    ) -> torch.Tensor:
         t = shaped(sigma)
         spread = (SD**2 + t**2).sqrt()
         return SD * x / spread + self.error * t * torch.tanh(x / spread) / (1 + t)
@@ -57,7 +59,9 @@ class Smooth(Denoiser):
         level = (SD * angle.tan()).log().reshape(-1, 1) / 4
         return self.model(torch.cat([x.flatten(1), level], 1)).reshape(x.shape)
 
-    def forward(self, x: torch.Tensor, sigma: torch.Tensor, *others: Any) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, sigma: torch.Tensor, labels: Any = None, augment_labels: Any = None, to: Any = None
+    ) -> torch.Tensor:
         angle = (sigma.to(x.dtype) / SD).atan()
         x = x * shaped(angle).cos()
         return shaped(angle).cos() * x - SD * shaped(angle).sin() * self.raw(x / SD, angle)
@@ -69,7 +73,9 @@ class Ideal(Denoiser):
     def __init__(self) -> None:
         super().__init__(nn.Identity(), img_resolution=2, img_channels=1, label_dim=0)
 
-    def forward(self, x: torch.Tensor, sigma: torch.Tensor, *others: Any) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, sigma: torch.Tensor, labels: Any = None, augment_labels: Any = None, to: Any = None
+    ) -> torch.Tensor:
         return SD**2 * x / (SD**2 + shaped(sigma) ** 2)
 
 
@@ -108,7 +114,8 @@ def test_the_tangent_is_the_published_one(r: float) -> None:
     sine, cosine = shaped(angle).sin(), shaped(angle).cos()
     x = x * cosine
     slope = (cosine * x - reference) / sine  # dx / dtheta
-    f, df = torch.func.jvp(lambda x, angle: SD * model.raw(x / SD, angle), (x, angle), (slope, torch.ones_like(angle)))
+    along = (slope, torch.ones_like(angle))
+    f, df = torch.func.jvp(lambda x, angle: SD * model.raw(x / SD, angle), (x, angle), along)[:2]
     published = -(cosine**2) * (f - slope) - r * cosine * sine * (x + df)
     torch.testing.assert_close(ours, published, rtol=1e-4, atol=1e-5)  # levels are float32
 
@@ -173,7 +180,8 @@ def test_tangents_are_limited_and_weighted() -> None:
     rows, student, teacher = images(8), Smooth(0), Smooth(1)
     x, sigma = drawn(PLAIN, rows)
     reference = teacher(x, sigma).detach()
-    h = tangent(*rate_first(student, x, sigma, reference), sigma, 1.0)
+    denoised, derivative = rate(student, x, sigma, None, x - reference, derivative="jvp")
+    h = tangent(denoised, reference, derivative, sigma, 1.0)
 
     def loss(**changes: Any) -> float:
         return gradient(replace(PLAIN, **changes), student, rows, teacher)[1]["loss"]
@@ -186,12 +194,6 @@ def test_tangents_are_limited_and_weighted() -> None:
     assert loss(weight="1/t") == pytest.approx(float((h.square() / shaped(sigma)).mean()), rel=1e-4)
     whole, part = (gradient(PLAIN, student, replace(rows, weight=weight), teacher)[0] for weight in (1.0, 0.25))
     torch.testing.assert_close(part, whole / 4)
-
-
-def rate_first(model: Denoiser, x: torch.Tensor, sigma: torch.Tensor, reference: torch.Tensor) -> list[torch.Tensor]:
-    """D, ref and D', in the order of `tangent`."""
-    denoised, derivative = rate(model, x, sigma, None, x - reference, derivative="jvp")
-    return [denoised, reference, derivative]
 
 
 def test_the_learned_weight_is_the_logarithm_of_the_mean_loss() -> None:
