@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Any, Literal
 
 import pytest
@@ -50,7 +51,7 @@ def followed(num_steps: int, solver: Solver) -> torch.Tensor:
     """Coefficients c(s) of the points that the teacher's steps reach from 80 z: (1 - s/80) c(s) 80 z = x_s - s z."""
     levels = torch.cat([edm_sigmas(num_steps), torch.zeros(1)])
     points = [torch.full((1, 1, 1, 1), SIGMA_MAX, dtype=torch.float64)]
-    for s, u in zip(levels[:-1], levels[1:], strict=True):
+    for s, u in itertools.pairwise(levels):
         points.append(ode_step(teacher, points[-1], s.reshape(1), u.reshape(1), None, solver=solver))
     return coefficients(torch.cat(points).flatten(), levels)
 
@@ -129,10 +130,10 @@ def test_a_network_learns(precision: Literal["fp32", "bf16"], labelled: bool) ->
     labels = torch.eye(small.CLASSES)[torch.arange(8) % small.CLASSES] if labelled else None
     learner = Learner(student, OptimizerConfig(lr=1e-2), precision=precision)
     z = torch.randn(8, 1, 8, 8)
-    for step in range(40):
+    for step in range(30):
         generator = torch.Generator().manual_seed(step)
-        objective.backward(learner, None, Batch(size=8, step=step, total=40, noise=z, labels=labels), generator)
-        assert not learner.update(step, 40)["skipped"]
+        objective.backward(learner, None, Batch(size=8, step=step, total=30, noise=z, labels=labels), generator)
+        assert not learner.update(step, 30)["skipped"]
     student.eval()
     classes = None if labels is None else labels.argmax(dim=1)
     images = few_step(student, z, classes, steps=(0,), how=config.sampling())
@@ -144,8 +145,8 @@ def test_cost_is_that_of_the_networks_calls() -> None:
     """A student's step with gradients is about three evaluations; its target is one, the teacher's step one or two."""
     network = dataclasses.replace(small.NETWORK, second_level=True)
     one, probe = counting.evaluation(network), ProbeNetworkConfig(widths=(8, 12), strides=(1, 2))
-    for solver, evaluations in (("euler", 1), ("heun", 2)):
-        flops = counting.phase_flops(small.NETWORK, probe, BootConfig(solver=solver))
+    for config, evaluations in ((BootConfig(), 1), (BootConfig(solver="heun"), 2)):
+        flops = counting.phase_flops(small.NETWORK, probe, config)
         assert flops == pytest.approx((4 + evaluations) * one, rel=0.05)
 
 
