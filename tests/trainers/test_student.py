@@ -20,12 +20,13 @@ from methods import Consistency, ConsistencyConfig, JumpConfig, Matching, Matchi
 import beeline
 from beeline import counting
 from beeline.checkpoint import build, dump
-from beeline.config import StudentConfig, to_dict
+from beeline.config import OptimizerConfig, StudentConfig, to_dict
 from beeline.errors import BeelineError
 from beeline.noise import stream_seed, unit_noise
 from beeline.objectives import ObjectiveConfig
 from beeline.objectives.kd import DistillationConfig
 from beeline.objectives.lmm import LinesMatchingConfig
+from beeline.objectives.progressive import Progressive, ProgressiveConfig, rounds
 from beeline.recipes import RECIPES
 from pipeline.storage import Folder
 from trainers import checkpoints, loop, sizes
@@ -408,6 +409,20 @@ def test_three_phases(make: Make) -> None:
     assert {json.dumps(found["trained"]) for found in about} == {json.dumps(to_dict(settings, resources=False))}
     assert not (place / "left-out").exists()
     assert not (place / "matching").exists()
+
+
+def test_rounds_of_progressive_distillation(make: Make) -> None:
+    """Each round's teacher is what the round before published, also in a run that is resumed in the middle of it."""
+    first = ProgressiveConfig(steps=2, num_steps=4, solver="heun")
+    phases = rounds(first, (3, 3), OptimizerConfig(lr=1e-2))
+    settings = config(phases=phases, ema_half_lives=(3.0, 30.0), phase_switch="restart")
+    task, session = resumed_from_every_step(make, settings)
+    assert isinstance(task.objective, Progressive)
+    published = beeline.load(Path(session.folder.uri) / "steps-2").state_dict()
+    assert published.keys() == task.objective.teacher.state_dict().keys()
+    for name, tensor in task.objective.teacher.state_dict().items():
+        assert torch.equal(tensor, published[name])
+    assert not all(torch.equal(tensor, published[name]) for name, tensor in task.averages[0].state_dict().items())
 
 
 @pytest.mark.parametrize("parts", [1, 3])
