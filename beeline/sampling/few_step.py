@@ -151,8 +151,8 @@ class FewStep(Settings):
         if self.rule != "line" or self.trained_steps is not None:
             levels = "all levels" if self.trained_steps is None else f"steps {self.trained_steps} alone"
             raise BeelineError(
-                f"this student was trained on {levels} for the rule {self.rule!r}, and follows no ODE; a solver needs one of all "
-                "levels with the rule 'line', such as a rectified flow"
+                f"this student was trained on {levels} for the rule {self.rule!r}, and follows no ODE; a solver needs one of "
+                "all levels with the rule 'line', such as a rectified flow"
             )
 
     def check(self, steps: Sequence[Step]) -> tuple[Step, ...]:
