@@ -189,6 +189,12 @@ Text = Annotated[str, NotEmpty()]
 Some = Annotated[tuple[T, ...], NotEmpty()]
 
 
+def added(default: Any) -> Any:
+    """Declare a field that its config gained after workspaces existed. Identities leave it out while it has its default, so
+    that artifacts of earlier versions are not refused."""
+    return dataclasses.field(default=default, metadata={"added": True})
+
+
 class Settings:
     """Base class of configs (frozen dataclasses). Building one checks each field against its type."""
 

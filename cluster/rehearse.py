@@ -33,7 +33,7 @@ from beeline.checkpoint import WEIGHTS
 from beeline.config import Recipe
 from beeline.config.student import student_folder
 from beeline.errors import BeelineError
-from beeline.files.names import EVALUATION, PAIRS, STUDENTS, SUCCESS, TEACHER
+from beeline.files.names import EVALUATION, STUDENTS, SUCCESS, TEACHER, maker_of_pairs
 from beeline.machine import describe
 from cluster.planning.nodes import Surroundings, look_at_cluster
 from cluster.planning.readiness import needs, room
@@ -100,9 +100,9 @@ def all_steps(there: Workspace, here: Folder, recipe: Recipe, works: Callable[[s
                 yield evaluation(here.uri, recipe, students, f"{EVALUATION}/{STUDENTS}")
             continue
         yield given if given and step.name == given.name else step
-        if step.name == PAIRS:
-            check = partial(verify_pairs, here.uri, recipe.name, verification(recipe.pairs))
-            yield Step(name=f"{PAIRS} (verified)", run=check, after=(PAIRS,))
+        if maker := maker_of_pairs(step.name):
+            check = partial(verify_pairs, here.uri, recipe.name, verification(recipe.pairs_of(maker)))
+            yield Step(name=f"{step.name} (verified)", run=check, after=(step.name,))
         if step.name == main:
             yield Step(name=f"{main} (resumed)", run=partial(resume, here / main, step.run), after=(main,))
 

@@ -13,7 +13,7 @@ from beeline.config.student import student_folder
 from beeline.errors import BeelineError
 from beeline.features.backbones import weights_of
 from beeline.features.measuring import PROBES
-from beeline.files.names import EVALUATION, IMAGES, PAIRS, PROBE, SWEEPS, TEACHER
+from beeline.files.names import EVALUATION, IMAGES, PAIRS, PROBE, SWEEPS, TEACHER, pairs_folder
 from beeline.sampling.few_step import parse_steps
 from beeline.settings import Range, check
 from evaluation.evaluate import measure
@@ -54,9 +54,18 @@ def steps(workspace: str, recipe: Recipe) -> Iterator[Step]:
     yield step(PROBE, train_probes, recipe.probe, after=(IMAGES,))
     yield step(TEACHER, train_teacher, recipe.teacher, after=(IMAGES,))
     yield step(PAIRS, gen_pairs, recipe.pairs, after=(TEACHER,))
+    left, beside = makers(recipe), set[str]()
     for student in recipe.students.values():
-        yield step(student_folder(student.name), train_lmm, student, after=_inputs(student), parallel=student != main)
-    after = (IMAGES, PROBE, PAIRS, made_by(recipe.sweep.init))
+        folder, inputs = student_folder(student.name), _inputs(student)
+        if student.pairs in left:
+            left.remove(student.pairs)
+            pairs = recipe.pairs_of(student.pairs)
+            yield step(pairs_folder(student.pairs), gen_pairs, pairs, after=(made_by(student.pairs),))
+            beside = set()
+        parallel = student != main and not beside & set(inputs)
+        yield step(folder, train_lmm, student, after=inputs, parallel=parallel)
+        beside = beside | {folder} if parallel else set()
+    after = (IMAGES, PROBE, pairs_folder(main.pairs), made_by(recipe.sweep.init))
     if can_vary(main):
         yield step(f"{SWEEPS}/{recipe.sweep.name}", sweep_lmm, recipe.sweep, main, recipe.evaluate, after=after)
     yield evaluation(workspace, recipe, models(recipe))
@@ -74,6 +83,12 @@ def evaluation(workspace: str, recipe: Recipe, schedules: Mapping[str, tuple[str
     )
 
 
+def makers(recipe: Recipe) -> list[str]:
+    """The models other than the teacher whose pairs students train on (reflow), each once."""
+    wanted = [student.pairs for student in recipe.students.values() if student.running and student.needs().pairs]
+    return [model for model in dict.fromkeys(wanted) if model != TEACHER]
+
+
 def check_recipe(recipe: Recipe) -> None:
     """Raise BeelineError for settings that a later stage would refuse, whatever the workspace holds."""
     images, network = recipe.images, recipe.teacher.network
@@ -83,6 +98,7 @@ def check_recipe(recipe: Recipe) -> None:
             f"{network.img_channels} at {network.img_resolution}. Make the two agree"
         )
     check_teacher(recipe.teacher)
+    _check_order(recipe)
     for student in recipe.students.values():
         check_student(student)
         check_resolution(student, images.resolution)
@@ -96,6 +112,22 @@ def check_recipe(recipe: Recipe) -> None:
                     below = Annotated[int, Range(0, sampling.num_steps - 1)]
                     for text in schedules:
                         check(f"the last step in {name}", max(i for i in parse_steps(text) if isinstance(i, int)), below)
+
+
+def _check_order(recipe: Recipe) -> None:
+    """Raise BeelineError for a student that needs a later student, or pairs of one that cannot make any."""
+    folders = [student_folder(name) for name in recipe.students]
+    for number, student in enumerate(recipe.students.values()):
+        for model in (student.start, student.pairs, *student.needs().models):
+            if made_by(model) in folders[number:]:
+                raise BeelineError(
+                    f"student {student.name!r} needs {model}, which the recipe does not train before it; change their order"
+                )
+    for model in makers(recipe):
+        phase = next((s.models()[model] for s in recipe.students.values() if model in s.models()), None)
+        sampling = None if phase is None else phase.objective.sampling()
+        if sampling is not None:
+            sampling.check_solver()
 
 
 def models(recipe: Recipe) -> dict[str, tuple[str, ...]]:
@@ -120,7 +152,7 @@ def _schedules(recipe: Recipe, phase: PhaseConfig) -> tuple[str, ...]:
 def _inputs(student: StudentConfig) -> tuple[str, ...]:
     """Return the steps whose results the training of a student reads."""
     needs = student.needs()
-    read = {IMAGES: needs.images, PROBE: "probe" in needs.features, PAIRS: needs.pairs}
+    read = {IMAGES: needs.images, PROBE: "probe" in needs.features, pairs_folder(student.pairs): needs.pairs}
     return (*(name for name, wanted in read.items() if wanted), *map(made_by, (*needs.models, student.start)))
 
 

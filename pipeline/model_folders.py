@@ -12,9 +12,9 @@ from beeline.features import FeatureNetwork
 from beeline.features.backbones import weights_of, with_pooling_of
 from beeline.features.measuring import DinoV2, Inception
 from beeline.features.probe import Probe
-from beeline.files.names import PROBE, STUDENTS
+from beeline.files.names import PROBE
 from beeline.weights import load_backbone, load_measuring
-from pipeline.stage import MADE_BY
+from pipeline.stage import command_for
 from pipeline.storage import Folder
 
 
@@ -71,8 +71,6 @@ def _load(workspace: Folder, name: str, recipe: str) -> tuple[Denoiser | Probe, 
     try:
         files = {file: folder.read(file) for file in (WEIGHTS, CONFIG)}
     except FileNotFoundError as error:
-        command = f"python {MADE_BY.get(name.split('/')[0], '...')} {recipe} --workspace {workspace}"
-        if name.startswith(f"{STUDENTS}/"):
-            command += f" --student {name.split('/')[1]}"
+        command = command_for(workspace, name, recipe)
         raise BeelineError(f"{folder} holds no model; make it with: {command}") from error
     return checkpoint.restore(files, str(folder)), checkpoint.digest(files)

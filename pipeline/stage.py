@@ -15,7 +15,7 @@ from typing import Any
 from beeline.checkpoint import WEIGHTS
 from beeline.config import NetworkConfig
 from beeline.errors import BeelineError
-from beeline.files.names import EVALUATION, IMAGES, PAIRS, PROBE, STUDENTS, SWEEPS, TEACHER
+from beeline.files.names import EVALUATION, IMAGES, PAIRS, PROBE, STUDENTS, SWEEPS, TEACHER, maker_of_pairs
 from pipeline.records import LAYOUTS, PLAN, SUCCESS, plan_in, success_in
 from pipeline.storage import Folder
 
@@ -28,6 +28,21 @@ MADE_BY = {
     SWEEPS: "trainers/sweep_lmm.py",
     EVALUATION: "evaluation/evaluate.py",
 }
+
+
+def command_for(workspace: Folder, folder: str, recipe: str) -> str:
+    """The command that makes the content of `folder`."""
+    kind, *parts = folder.split("/")
+    command = f"python {MADE_BY.get(kind, '...')} {recipe} --workspace {workspace}"
+    maker = maker_of_pairs(folder)
+    if maker not in (None, TEACHER):
+        return f"python {MADE_BY[PAIRS]} {recipe} --workspace {workspace} --pairs.model {maker}"
+    return f"{command} --student {parts[0]}" if kind == STUDENTS else command
+
+
+def layout_of(folder: str) -> Any:
+    """The layout of the plan in `folder`, as far as other stages read it."""
+    return LAYOUTS[PAIRS] if maker_of_pairs(folder) else LAYOUTS.get(folder, {})
 
 
 def fingerprint(plan: Any) -> str:
@@ -105,8 +120,8 @@ class Stage:
 def require(workspace: Folder, name: str, recipe: str) -> dict[str, Any]:
     """The plan of a complete stage. Raises BeelineError with the command that makes or repairs the stage if it is not."""
     folder = workspace / name
-    plan, done = plan_in(folder, LAYOUTS.get(name, {})), success_in(folder)
-    command = f"python {MADE_BY[name.split('/')[0]]} {recipe} --workspace {workspace}"
+    plan, done = plan_in(folder, layout_of(name)), success_in(folder)
+    command = command_for(workspace, name, recipe)
     if plan is None or done is None:
         raise BeelineError(f"{folder} is missing or not complete; make it with: {command}")
     sizes = folder.sizes()

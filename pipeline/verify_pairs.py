@@ -2,9 +2,10 @@
 
     python pipeline/verify_pairs.py digits
     python pipeline/verify_pairs.py digits --verify.resample 4 --verify.remove
+    python pipeline/verify_pairs.py digits --verify.model students/rf             # the pairs of another model
 
 Checks in each shard: its CRC-32 against the manifest, every page's checksum, the plan, the count, indices, labels and finite
-values. Checks in some shards: the noise can be drawn again, and the teacher makes the same images from it. Exit status 0 for an
+values. Checks in some shards: the noise can be drawn again, and the model makes the same images from it. Exit status 0 for an
 intact and complete store; otherwise each damaged shard is named.
 """
 
@@ -25,19 +26,19 @@ import tyro
 
 from beeline.config import PairsConfig, VerifyConfig, from_dict
 from beeline.errors import BeelineError, reading
-from beeline.files.names import PAIRS
+from beeline.files.names import PAIRS, pairs_folder
 from beeline.labels import pair_labels
 from beeline.noise import crc32, stream, unit_noise
 from beeline.pixels import to_float
 from pipeline.command import run_command
-from pipeline.gen_pairs import CONTACT, load_sampler, make_pairs, stored
+from pipeline.gen_pairs import CONTACT, load_sampler, make_pairs, maker, stored
 from pipeline.manifest import read_manifest
 from pipeline.pool import run_pool
 from pipeline.progress import Progress
 from pipeline.records import LAYOUTS, PLAN, SUCCESS, plan_in, success_in
 from pipeline.shards import Columns, decode, shard_count, shard_name, shard_rows
 from pipeline.sheet import sheet_png
-from pipeline.stage import fingerprint
+from pipeline.stage import command_for, fingerprint
 from pipeline.storage import Folder
 
 NAMED = 20  # problems named in the error
@@ -58,10 +59,10 @@ class CheckShards:
         resample: Mapping[int, int],
         shown: Mapping[int, list[int]],
     ) -> None:
-        self.folder, self.plan, self.crcs, self.shown = workspace / PAIRS, plan, crcs, shown
-        self.remake, self.resample = remake, resample
         self.config = from_dict(PairsConfig, plan["pairs"])
-        self.teacher = load_sampler(workspace, recipe, plan, self.config) if resample else None
+        self.folder, self.plan, self.crcs, self.shown = workspace / pairs_folder(self.config.model), plan, crcs, shown
+        self.remake, self.resample = remake, resample
+        self.model = load_sampler(workspace, recipe, plan, self.config) if resample else None
 
     def work(self, k: int) -> dict[str, Any]:
         """Return a row: the shard's problem ("" for none), the distance of re-sampled pairs (RMS, -1 for none) and images for
@@ -81,7 +82,9 @@ class CheckShards:
         if not row["trouble"] and k in self.resample:
             row["distance"] = self._distance(k, rows)
             if not row["distance"] <= OTHER_DEVICE:  # also true for NaN
-                row["trouble"] = f"the teacher makes other images from the same noise; RMS difference {row['distance']:.3f}"
+                row["trouble"] = (
+                    f"{maker(self.config)} makes other images from the same noise; RMS difference {row['distance']:.3f}"
+                )
         if not row["trouble"] and k in self.shown:
             row["picked"] = np.ascontiguousarray(_float(rows.images[self.shown[k]])).tobytes()
         return row
@@ -105,12 +108,12 @@ class CheckShards:
         return ""
 
     def _distance(self, k: int, rows: Columns) -> float:
-        """Return the RMS between the stored pairs of one batch and the teacher's new samples of it: 0 on the same device."""
-        assert self.teacher is not None
+        """Return the RMS between the stored pairs of one batch and the model's new samples of it: 0 on the same device."""
+        assert self.model is not None
         start = self.resample[k] * self.config.batch_size
         part = slice(start, start + self.config.batch_size)
-        noise = unit_noise(self.config.seed, rows.indices[part], self.teacher.image_shape)
-        again = stored(make_pairs(self.teacher, noise, rows.labels[part].copy(), self.config), self.config.dtype)
+        noise = unit_noise(self.config.seed, rows.indices[part], self.model.image_shape)
+        again = stored(make_pairs(self.model, noise, rows.labels[part].copy(), self.config), self.config.dtype)
         return float(np.sqrt(np.mean((_float(again) - _float(rows.images[part])) ** 2)))
 
 
@@ -119,18 +122,17 @@ def _float(images: np.ndarray) -> np.ndarray:
 
 
 def verify_pairs(workspace: str, recipe: tyro.conf.Suppress[str], verify: VerifyConfig = VerifyConfig()) -> None:
-    """Check <workspace>/pairs and draw <workspace>/pairs/contact.png.
+    """Check <workspace>/pairs, or the pairs of `verify.model`, and draw contact.png there.
 
     Args:
         workspace: Local folder or s3://bucket/prefix.
     """
     place = Folder(workspace)
-    folder = place / PAIRS
-    plan = plan_in(folder, LAYOUTS["pairs"])
+    name = pairs_folder(verify.model)
+    folder, command = place / name, command_for(place, name, recipe)
+    plan = plan_in(folder, LAYOUTS[PAIRS])
     if plan is None:
-        raise BeelineError(
-            f"{folder} holds no pairs; make them with: python pipeline/gen_pairs.py {recipe} --workspace {place}"
-        )
+        raise BeelineError(f"{folder} holds no pairs; make them with: {command}")
     with reading(
         f"{folder}/{PLAN} is not as its stage writes it", f"move {folder} away and make it again, or restore the file"
     ):
@@ -165,7 +167,7 @@ def verify_pairs(workspace: str, recipe: tyro.conf.Suppress[str], verify: Verify
             if trouble != "missing":
                 folder.remove(name)
                 print(f"{folder}/{name}: removed ({trouble})", flush=True)
-    command = f"python pipeline/gen_pairs.py {recipe} --workspace {place} with the settings of {PLAN}"
+    command += f" with the settings of {PLAN}"
     named = [f"{name}: {trouble}" for name, trouble in troubles.items()]
     named += [f"{name}: not of this plan" for name in strangers]
     if named:

@@ -39,7 +39,7 @@ from beeline.config import EvaluateConfig, StudentConfig, SweepConfig, WorkersCo
 from beeline.config.student import student_folder
 from beeline.errors import BeelineError, StorageError, reading
 from beeline.files.layout import check_layout
-from beeline.files.names import CONFIG, EVALUATION, IMAGES, LOG, PAIRS, SWEEPS, WEIGHTS
+from beeline.files.names import CONFIG, EVALUATION, IMAGES, LOG, SWEEPS, WEIGHTS, pairs_folder
 from beeline.metrics.measures import VALIDATION
 from beeline.objectives.lmm import LinesMatchingConfig
 from beeline.sampling.few_step import parse_steps
@@ -72,7 +72,7 @@ def sweep_lmm(
     """
     place = Folder(workspace)
     check_sweep(sweep, student)
-    pairs, images = require(place, PAIRS, recipe), require(place, IMAGES, recipe)
+    pairs, images = require(place, pairs_folder(student.pairs), recipe), require(place, IMAGES, recipe)
     check_measurable(place, recipe, judging(sweep, evaluate), images)
     trials = {number: settings(number, sweep, student.seed) for number in range(sweep.trials)}
     configs = trials_of(sweep, student)

@@ -17,7 +17,9 @@ import tyro
 
 from beeline.config import StudentConfig, to_dict
 from beeline.config.student import student_folder
-from beeline.files.names import IMAGES, PAIRS
+from beeline.denoiser import Denoiser
+from beeline.errors import BeelineError
+from beeline.files.names import IMAGES, pairs_folder
 from pipeline.command import run_command
 from pipeline.model_folders import require_features, require_model
 from pipeline.stage import Stage, check_fits, fingerprint, require
@@ -39,9 +41,11 @@ def train_lmm(workspace: str, recipe: tyro.conf.Suppress[str], student: StudentC
     plan: dict[str, Any] = {"student": to_dict(student, resources=False), "phases": list(student.running)}
     pairs = images = None
     if needs.pairs:
-        pairs = require(place, PAIRS, recipe)
+        pairs = require(place, pairs_folder(student.pairs), recipe)
         plan["pairs"] = fingerprint(pairs)
     init, plan["init_sha256"] = require_model(place, student.start, recipe)
+    if pairs is not None:
+        check_pairs(student, pairs, init)
     check_resolution(student, init.img_resolution)
     if needs.images or student.validate_every:
         images = require(place, IMAGES, recipe)
@@ -80,6 +84,16 @@ def check_student(student: StudentConfig) -> None:
     check_phases(student)
     check_batch(student.batch_size, student.workers, student.accumulate)
     check_trackers(student.trackers)
+
+
+def check_pairs(student: StudentConfig, pairs: dict[str, Any], init: Denoiser) -> None:
+    """Raise BeelineError unless the pairs (of plan `pairs`) fit the student's network in shape and classes."""
+    made, wanted = (tuple(pairs["shape"]), pairs["num_classes"]), (init.image_shape, init.label_dim)
+    if made != wanted:
+        raise BeelineError(
+            f"the pairs of {student.pairs} have shape {made[0]} and {made[1]} classes; {student.start} has {wanted[0]} and "
+            f"{wanted[1]}. Choose other pairs, or another model to start from"
+        )
 
 
 def check_resolution(student: StudentConfig, resolution: int) -> None:

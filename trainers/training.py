@@ -16,7 +16,7 @@ from beeline.config import OptimizerConfig, StudentConfig, TeacherConfig
 from beeline.config.student import BEST, SAMPLES, average_name
 from beeline.denoiser import Denoiser
 from beeline.features import Frozen
-from beeline.files.names import IMAGES, PAIRS
+from beeline.files.names import IMAGES, TEACHER, pairs_folder
 from beeline.labels import as_one_hot, pair_labels
 from beeline.metrics.measures import VALIDATION
 from beeline.noise import stream_seed, unit_noise
@@ -64,7 +64,8 @@ class Training:
         self.pairs = self.images = self.validation = None
         if needs.pairs:
             assert pairs is not None
-            self.pairs = session.read(workspace / PAIRS, pairs["pairs"], config.seed)
+            made_by = config.pairs if isinstance(config, StudentConfig) else TEACHER
+            self.pairs = session.read(workspace / pairs_folder(made_by), pairs["pairs"], config.seed)
         if needs.images:
             assert images is not None
             self.images = session.read(workspace / IMAGES, images["images"], config.seed + needs.pairs)

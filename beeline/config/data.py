@@ -6,6 +6,7 @@ import dataclasses
 from typing import Annotated, Literal
 
 from beeline.config.serialization import resource
+from beeline.files.names import TEACHER
 from beeline.settings import (
     MAX_SHARDS,
     MAX_SHOWN,
@@ -13,6 +14,7 @@ from beeline.settings import (
     Count,
     Cpus,
     Gpus,
+    ModelPath,
     OneOf,
     Processes,
     Range,
@@ -24,6 +26,7 @@ from beeline.settings import (
     Text,
     Threads,
     Whole,
+    added,
 )
 
 
@@ -69,8 +72,10 @@ class ImagesConfig(PoolConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PairsConfig(PoolConfig):
-    """Noise-image pairs, sampled from the teacher into pairs/."""
+    """Noise-image pairs, sampled from a model: the teacher's are in pairs/, those of another model in <its folder>/pairs."""
 
+    model: ModelPath = added("teacher")
+    """Folder of the model: "teacher", or a student that follows an ODE, such as a rectified flow (reflow)."""
     count: Count
     shard_size: Size
     """Pairs per Parquet file: one to three minutes of work for an actor, at most 128 MB."""
@@ -92,16 +97,20 @@ class PairsConfig(PoolConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_shards(self, self.count, self.shard_size)
+        calibrated = self.solver == "calibrated" and self.model != TEACHER
+        self.require(not calibrated, "solver", f"'heun' for {self.model}, because only teachers are calibrated")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VerifyConfig(PoolConfig):
     """Check of a store of pairs."""
 
+    model: ModelPath = "teacher"
+    """Folder of the model whose pairs are checked."""
     remake: Whole = 8
     """Shards, chosen at random, whose noise is drawn again and compared by CRC-32."""
     resample: Whole = 0
-    """Batches, chosen at random, that the teacher samples again."""
+    """Batches, chosen at random, that the model samples again."""
     shown: Annotated[int, Range(0, MAX_SHOWN)] = 100
     """Pairs on the contact sheet, chosen at random."""
     remove: bool = False

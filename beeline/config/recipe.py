@@ -10,7 +10,7 @@ from beeline.config.student import StudentConfig
 from beeline.config.sweep import SweepConfig
 from beeline.config.teacher import TeacherConfig
 from beeline.config.training import ProbeConfig
-from beeline.settings import Name, RecipeName, Settings, Some, StepList
+from beeline.settings import Name, RecipeName, Settings, Some, StepList, Steps
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,6 +26,9 @@ class Recipe(Settings):
     """Students by name. The first is the main one, which sweeps vary."""
     few_steps: Some[StepList]
     """Step schedules to measure students at that were trained on all levels."""
+    reflow_steps: Steps = 8
+    """Heun steps of pairs that a student makes for another (`StudentConfig.pairs`). Fewer than the teacher's, because such
+    students are flows with straighter paths."""
     sweep: SweepConfig
     evaluate: EvaluateConfig
 
@@ -39,3 +42,9 @@ class Recipe(Settings):
     def main(self) -> StudentConfig:
         """The first student."""
         return next(iter(self.students.values()))
+
+    def pairs_of(self, model: str) -> PairsConfig:
+        """Settings of the pairs that the model in folder `model` makes, for students that train on them."""
+        if model == self.pairs.model:
+            return self.pairs
+        return dataclasses.replace(self.pairs, model=model, solver="heun", num_steps=self.reflow_steps)

@@ -18,12 +18,13 @@ def resource(default: Any) -> Any:
 
 
 def to_dict(config: Any, *, resources: bool = True) -> dict[str, Any]:
-    """Convert a config to a JSON-ready dict (tuples become lists); without `resources`, only fields that affect the result. An
-    objective's settings also name their class, as "method"."""
+    """Convert a config to a JSON-ready dict (tuples become lists); without `resources`, only fields that affect the result, and
+    no `added` field with its default. An objective's settings also name their class, as "method"."""
     values: dict[str, Any] = {}
     for field in dataclasses.fields(config):
-        if resources or not field.metadata.get("resource"):
-            value = getattr(config, field.name)
+        value = getattr(config, field.name)
+        left_out = field.metadata.get("resource") or (field.metadata.get("added") and value == field.default)
+        if resources or not left_out:
             if dataclasses.is_dataclass(value):
                 value = to_dict(value, resources=resources)
             elif isinstance(value, dict):

@@ -7,12 +7,12 @@ from typing import Annotated, Any, Literal
 
 from beeline.config.serialization import resource, to_dict
 from beeline.config.training import PhaseConfig, TrainingConfig
-from beeline.files.names import CHECKPOINTS, CONFIG, LOG, PLAN, STUDENTS, SUCCESS, TEACHER, TENSORBOARD, WEIGHTS
-from beeline.settings import MAX_SIZE, HalfLife, ModelPath, Name, Range, ShareBelow1, Some, Whole
+from beeline.files.names import CHECKPOINTS, CONFIG, LOG, PAIRS, PLAN, STUDENTS, SUCCESS, TEACHER, TENSORBOARD, WEIGHTS
+from beeline.settings import MAX_SIZE, HalfLife, ModelPath, Name, Range, ShareBelow1, Some, Whole, added
 
 # Folders in a student's folder: the best of its validations, the validations' samples, and its other averages.
 BEST, SAMPLES, AVERAGE = "best", "samples", "ema-"
-RESERVED = (BEST, CHECKPOINTS, SAMPLES, TENSORBOARD, CONFIG, WEIGHTS, PLAN, LOG, SUCCESS)
+RESERVED = (BEST, CHECKPOINTS, PAIRS, SAMPLES, TENSORBOARD, CONFIG, WEIGHTS, PLAN, LOG, SUCCESS)
 """Names that a student's folder already uses. No phase may have one of them."""
 
 
@@ -43,6 +43,8 @@ class StudentConfig(TrainingConfig):
     init: ModelPath = "teacher"
     """Folder of the model whose weights the student starts from: "teacher" or "students/<name>"; "scratch" for new weights of
     the teacher's network."""
+    pairs: ModelPath = added("teacher")
+    """Folder of the model whose pairs the student trains on: "teacher", or "students/<name>", a rectified flow (reflow)."""
     dropout: ShareBelow1 = 0.0
     """Dropout of the network in training."""
     phases: dict[Name, PhaseConfig]

@@ -4,6 +4,20 @@
 IMAGES, PROBE, TEACHER, PAIRS = "images", "probe", "teacher", "pairs"
 STUDENTS, SWEEPS, EVALUATION = "students", "sweeps", "evaluation"
 
+
+def pairs_folder(model: str) -> str:
+    """The folder of the pairs that the model in folder `model` made: pairs/ for the teacher, else a folder in the model's."""
+    return PAIRS if model == TEACHER else f"{model}/{PAIRS}"
+
+
+def maker_of_pairs(folder: str) -> str | None:
+    """The inverse of `pairs_folder`; None for a folder of another kind."""
+    model, _, last = folder.rpartition("/")
+    if last != PAIRS or model == STUDENTS:  # a student may be called "pairs"
+        return None
+    return model or TEACHER
+
+
 # Files of a model's folder: weights, how to build the network, calibrated noise levels.
 WEIGHTS, CONFIG, SOLVER = "model.safetensors", "config.json", "solver.json"
 

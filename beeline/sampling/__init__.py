@@ -116,6 +116,8 @@ def sample_from(
             raise BeelineError("steps were given, but this model is a teacher; use solver= and num_steps= instead")
         how = dataclasses.replace(how, rule=sampling.rule) if sampling.rule else how
         return few_step(model, latents, labels, steps=sampling.steps, how=how, fresh=fresh)
+    if model.few_step is not None:
+        model.few_step.check_solver()
     if sampling.solver == "calibrated":
         if model.levels is None:
             raise BeelineError("this model has no calibrated levels; find them with: python -m beeline.calibrate FOLDER")
@@ -136,24 +138,27 @@ def generate(
     labels: torch.Tensor | None = None,
     steps: Sequence[Step] | None = None,
     rule: str | None = None,
-    solver: Solver = "heun",
+    solver: Solver | None = None,
     num_steps: int = 18,
     batch_size: int = 256,
 ) -> torch.Tensor:
     """`n` images, float32 (n, C, H, W) in [-1, 1]; image i depends on (seed, i) and its label alone.
 
     Students: `steps`, one evaluation each (indices into the schedule, or noise levels as floats: (0, 0.821)), and a sampling
-    `rule` other than the student's own. Teachers: `solver` "heun" (2 num_steps - 1 evaluations),
-    "euler" (num_steps), or "calibrated" (one for each level that beeline.calibrate found; `num_steps` is ignored). A
-    conditional model without `labels` takes class i mod K for image i.
+    `rule` other than the student's own. Teachers, and students that follow an ODE: `solver` "heun" (2 num_steps - 1
+    evaluations), "euler" (num_steps), or "calibrated" (one for each level that beeline.calibrate found; `num_steps` is
+    ignored). The default is one step for students and "heun" for teachers. A conditional model without `labels` takes class
+    i mod K for image i.
     """
     if labels is None and model.label_dim:
         labels = torch.arange(n) % model.label_dim
     if labels is not None and len(labels) != n:
         raise ValueError(f"{len(labels)} labels for {n} images; pass one per image")
-    if steps is None and model.few_step is not None:
+    if steps is None and solver is None and model.few_step is not None:
         steps = (0,)
-    sampling = Sampling(solver=solver, num_steps=num_steps, steps=None if steps is None else tuple(steps), rule=rule)
+    if steps is not None and solver is not None:
+        raise ValueError("steps and a solver were given; choose one")
+    sampling = Sampling(solver=solver or "heun", num_steps=num_steps, steps=None if steps is None else tuple(steps), rule=rule)
     parts = [
         sample(model, rows, None if labels is None else labels[rows.start : rows.stop], sampling, seed=seed)
         for rows in batches(n, batch_size)

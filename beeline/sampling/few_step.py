@@ -142,6 +142,19 @@ class FewStep(Settings):
             falling = all(a > b for a, b in itertools.pairwise(self.levels))
             self.require(falling and len(self.levels) == self.num_steps, "levels", f"{self.num_steps} falling noise levels")
 
+    def check_solver(self) -> None:
+        """Raise BeelineError for a student that no ODE solver can sample.
+
+        The rule "line" is Euler's method on dx/dsigma = (x - D) / sigma. A student with this rule at all levels follows that
+        ODE, and any solver may integrate it.
+        """
+        if self.rule != "line" or self.trained_steps is not None:
+            levels = "all levels" if self.trained_steps is None else f"steps {self.trained_steps} alone"
+            raise BeelineError(
+                f"this student was trained on {levels} for the rule {self.rule!r}, and follows no ODE; a solver needs one of "
+                "all levels with the rule 'line', such as a rectified flow"
+            )
+
     def check(self, steps: Sequence[Step]) -> tuple[Step, ...]:
         """Return `steps` as a tuple. Raises BeelineError for steps outside the schedule, or that the student has not seen.
 

@@ -22,10 +22,11 @@ from beeline.checkpoint import CONFIG, SOLVER
 from beeline.config import Recipe, to_dict
 from beeline.errors import BeelineError, reading
 from beeline.files.layout import check_layout
+from beeline.files.names import pairs_folder
 from cluster.planning.nodes import Need, Node, Surroundings, look_at_cluster
 from cluster.planning.stages import StageCost, stages
 from cluster.planning.workspace import Workspace
-from cluster.steps import needed_weights
+from cluster.steps import makers, needed_weights
 from pipeline.runtime import logical_cpus
 from pipeline.stage import differences
 from pipeline.storage import Folder
@@ -146,6 +147,7 @@ UNKNOWN = "Check the URI, AWS_ENDPOINT_URL, AWS_DEFAULT_REGION and the credentia
 
 def _progress(recipe: Recipe, there: Workspace) -> Line:
     names = ["images", "probe", "teacher", "pairs", *(f"students/{lmm.name}" for lmm in recipe.students.values())]
+    names += map(pairs_folder, makers(recipe))
     done = [name for name in [*names, f"sweeps/{recipe.sweep.name}"] if there.complete(name)]
     return Line("progress", f"already finished: {', '.join(done)}" if done else "nothing is finished yet")
 
@@ -155,7 +157,7 @@ def _settings(recipe: Recipe, there: Workspace) -> Line:
     wanted: dict[str, tuple[str, Any]] = {
         "images": ("images", recipe.images),
         "probe": ("probe", recipe.probe),
-        "pairs": ("pairs", recipe.pairs),
+        **{pairs_folder(model): ("pairs", recipe.pairs_of(model)) for model in ("teacher", *makers(recipe))},
         f"sweeps/{recipe.sweep.name}": ("sweep", recipe.sweep),
         **{f"students/{student.name}": ("student", student) for student in recipe.students.values()},
     }
@@ -166,7 +168,8 @@ def _settings(recipe: Recipe, there: Workspace) -> Line:
         plan = there.plan(folder)
         if plan and isinstance(plan.get(section), dict):
             settings = to_dict(config, resources=False)
-            made = {key: plan[section].get(key) for key in settings}
+            known = settings.keys() | {field.name for field in dataclasses.fields(config)}  # also those left out as defaults
+            made = {key: value for key, value in plan[section].items() if key in known}
             found += differences(made, settings, f"{folder}: {section}")
     if found:
         return Line(
@@ -227,7 +230,7 @@ def _disk(place: Folder, left: Sequence[StageCost]) -> Line:
     needed = sum(stage.stored for stage in left) + max(
         stage.peak(stage.jobs[0].need.most if stage.jobs else 0) for stage in left
     )
-    needed -= sum(file.stat().st_size for file in Path(place.uri, "pairs").glob("part-*"))
+    needed -= sum(file.stat().st_size for file in Path(place.uri).glob("**/pairs/part-*"))
     free = shutil.disk_usage(folder).free
     text = f"{free / 1e9:,.1f} GB are free in {folder}, the remaining stages need {max(needed, 0.0) / 1e9:,.1f} GB"
     return Line("disk", text, "" if free > needed else "Free some space, or set --workspace to a larger disk")

@@ -13,7 +13,17 @@ from dataclasses import replace
 from typing import Any
 
 from beeline import counting
-from beeline.config import EvaluateConfig, PhaseConfig, PoolConfig, Recipe, StudentConfig, TeacherConfig, WorkersConfig
+from beeline.config import (
+    EvaluateConfig,
+    PairsConfig,
+    PhaseConfig,
+    PoolConfig,
+    Recipe,
+    StudentConfig,
+    TeacherConfig,
+    WorkersConfig,
+)
+from beeline.files.names import maker_of_pairs, pairs_folder
 from beeline.metrics.measures import measures_flops
 from beeline.sampling.few_step import FewStep
 from cluster.planning.nodes import Need
@@ -81,8 +91,11 @@ def stages(recipe: Recipe, there: Workspace, teacher: str) -> list[StageCost]:
         found.append(StageCost(name="weights", work=work, amount=len(weights), stored=stored, starts=0))
     for step in steps(str(there.place), recipe):
         kind, _, name = step.name.partition("/")
+        maker = maker_of_pairs(step.name)
         if there.complete(step.name) and not (kind == "sweeps" and left.trials):
             stage = _complete(step.name)
+        elif maker is not None:
+            stage = left.pairs(maker)
         elif kind == "students":
             student = recipe.students[name]
             stage = left.training(step.name, student, models=published(student))
@@ -170,22 +183,22 @@ class _Left:
         images = config.batch_size * iterations
         return Job(task=task, need=need, count=lambda: counting.phase_flops(*arguments) * images + validated)
 
-    @functools.cached_property
-    def _plan(self) -> dict[str, Any]:
-        """The plan that gen_pairs.py will write, with a placeholder for the teacher's digest."""
-        levels = [0.0] * (self.there.levels or CALIBRATED) if self.recipe.pairs.solver == "calibrated" else None
-        return plan_of(self.recipe.pairs, counting.denoiser(self.network), "0" * 64, levels)
+    def _plan(self, config: PairsConfig) -> dict[str, Any]:
+        """The plan that gen_pairs.py will write, with a placeholder for the model's digest."""
+        levels = [0.0] * (self.there.levels or CALIBRATED) if config.solver == "calibrated" else None
+        return plan_of(config, counting.denoiser(self.network), "0" * 64, levels)
 
-    def pairs(self) -> StageCost:
-        config, plan, each = self.recipe.pairs, self._plan, self._plan["evaluations"]
-        left = config.count - self.there.pairs(config)
+    def pairs(self, model: str) -> StageCost:
+        config, name = self.recipe.pairs_of(model), pairs_folder(model)
+        plan = self._plan(config)
+        each, left = plan["evaluations"], config.count - self.there.pairs(config)
         job = Job(
-            task=self._task("sampling", config.precision, config.compiled), need=_pool("pairs", "pairs", config),
+            task=self._task("sampling", config.precision, config.compiled), need=_pool(name, "pairs", config),
             count=lambda: left * each * self.size, parts=shard_count(left, config.shard_size),
         )  # fmt: skip
         assumed = config.solver == "calibrated" and not self.there.levels
         return StageCost(
-            name="pairs", work=f"{left:,} pairs of {each} evaluations", amount=left, jobs=(job,),
+            name=name, work=f"{left:,} pairs of {each} evaluations", amount=left, jobs=(job,),
             stored=store_bytes("x1", plan["shape"], config.dtype, config.count, config.shard_size, plan),
             note=f"{each} evaluations are assumed: the solver is not calibrated yet" if assumed else "",
         )  # fmt: skip
@@ -236,8 +249,9 @@ class _Left:
         """The measurement of models. `found` maps folders to few-step sampling (None for a teacher) and schedules."""
         count, task = config.count or self.real, self._task("sampling", config.precision, config.compiled)
         setup = Setup(
-            workspace=self.there.place, recipe=self.recipe.name, config=config, images={}, pairs=self._plan, count=count
-        )
+            workspace=self.there.place, recipe=self.recipe.name, config=config, images={}, count=count,
+            pairs=self._plan(self.recipe.pairs),
+        )  # fmt: skip
         left = workload(setup, found, levels=self.there.levels or CALIBRATED)
         if not left.models:
             return _complete(name)

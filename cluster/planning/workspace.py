@@ -14,15 +14,16 @@ from beeline.checkpoint import CONFIG, SOLVER, WEIGHTS
 from beeline.config import EvaluateConfig, PairsConfig, PoolConfig, Recipe, WorkersConfig
 from beeline.errors import BeelineError, reading
 from beeline.files.layout import check_layout
-from beeline.files.names import LOG
+from beeline.files.names import LOG, maker_of_pairs, pairs_folder
 from beeline.recipes import RECIPES
 from cluster.planning.speeds import ANY_GPU, CPU, IMAGES, Measured, Work, kind_of, kind_of_phase, where
-from cluster.steps import models
+from cluster.steps import makers, models
 from evaluation.evaluate import PER_EVALUATION, PER_LOOK
 from pipeline.manifest import read_manifest, seconds_per_pair
-from pipeline.records import LAYOUTS, SUCCESS, plan_in, success_in
+from pipeline.records import SUCCESS, plan_in, success_in
 from pipeline.shards import shard_count, shard_name, shard_rows
 from pipeline.sources import open_source
+from pipeline.stage import layout_of
 from pipeline.storage import Folder
 from pipeline.training_log import images_per_second, read_log
 from trainers import checkpoints
@@ -54,7 +55,7 @@ class Workspace:
 
     def plan(self, folder: str) -> dict[str, Any] | None:
         """The plan of a stage, or None."""
-        return plan_in(self.place / folder, LAYOUTS.get(folder, {}))
+        return plan_in(self.place / folder, layout_of(folder))
 
     @functools.cache  # noqa: B019  (a workspace lives as long as the command)
     def complete(self, folder: str) -> dict[str, Any]:
@@ -103,7 +104,7 @@ class Workspace:
 
     def pairs(self, config: PairsConfig) -> int:
         """Number of pairs in the existing shards."""
-        names = (self.place / "pairs").sizes().keys()
+        names = (self.place / pairs_folder(config.model)).sizes().keys()
         shards = range(shard_count(config.count, config.shard_size))
         return sum(len(shard_rows(k, config.shard_size, config.count)) for k in shards if shard_name(k) in names)
 
@@ -119,6 +120,7 @@ class Workspace:
     def measured(self) -> list[Measured]:
         """Speeds in the records of its stages, with the recipe's settings, then speeds in its rehearsal."""
         names = ["pairs", "teacher", *(f"students/{student.name}" for student in self.recipe.students.values())]
+        names += map(pairs_folder, makers(self.recipe))
         names += [f"evaluation/{name}" for name in models(self.recipe)]
         return [speed for name in names for speed in self.speeds(name)] + list(self._of_rehearsal())
 
@@ -127,7 +129,9 @@ class Workspace:
         kind, _, name = stage.partition("/")
         if kind == "evaluation":
             return list(self._of_evaluation(name))
-        return list(self._of_pairs() if kind == "pairs" else self._of_log(stage) if kind in ("teacher", "students") else ())
+        if maker := maker_of_pairs(stage):
+            return list(self._of_pairs(maker))
+        return list(self._of_log(stage) if kind in ("teacher", "students") else ())
 
     def _of_rehearsal(self) -> Iterator[Measured]:
         """Speeds that a rehearsal measured (cluster/rehearse.py), on the kind of device that it ran on."""
@@ -158,13 +162,14 @@ class Workspace:
             looks = [counting.measuring(each, self.recipe.probe, self.recipe.images)[0] for each in config.features]
             yield self._speed("looking", config, lambda: sum(looks) / done[PER_LOOK], source, precision="fp32")
 
-    def _of_pairs(self) -> Iterator[Measured]:
-        """The speed of sampling pairs."""
-        rows, plan, config = read_manifest(self.place / "pairs"), self.plan("pairs"), self.recipe.pairs
+    def _of_pairs(self, model: str) -> Iterator[Measured]:
+        """The speed of sampling a model's pairs."""
+        name, config = pairs_folder(model), self.recipe.pairs_of(model)
+        rows, plan = read_manifest(self.place / name), self.plan(name)
         seconds = seconds_per_pair(rows)
         if seconds and plan:
             shards = sum(bool(row.get("sampling_seconds")) for row in rows)
-            source = f"{self.place}/pairs/manifest.parquet, {1 / seconds:,.2f} pairs per actor-second over {shards} shards, "
+            source = f"{self.place}/{name}/manifest.parquet, {1 / seconds:,.2f} pairs per actor-second over {shards} shards, "
             source += f"assuming {_each(config)} for each actor"
             made = {name: plan["pairs"].get(name) for name in ("precision", "compiled")}
             yield self._speed("sampling", config, lambda: plan["evaluations"] * self._size / seconds, source, **made)

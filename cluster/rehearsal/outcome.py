@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from beeline.files.names import PAIRS
+from beeline.files.names import maker_of_pairs
 from cluster.planning.workspace import Workspace
 from evaluation.evaluate import PER_EVALUATION, PER_LOOK
 from pipeline.manifest import read_manifest, seconds_per_pair
@@ -71,7 +71,7 @@ def with_figures(row: Outcome, folders: Sequence[str], here: Workspace) -> Outco
         row = replace(row, seconds_per_unit=each, note=f"{_seconds(looking)} for the features of a sample")
     elif "reading_seconds" in done:  # of all actors, from opening images to published shards
         row = replace(row, seconds_per_unit=done["reading_seconds"] / done["images"])
-    elif row.stage == PAIRS:
+    elif maker_of_pairs(row.stage):
         note = f"{done['evaluations'] / done['pairs']:g} evaluations each"
         row = replace(
             row, unit="pair", units=done["pairs"], seconds_per_unit=seconds_per_pair(read_manifest(folder)), note=note

@@ -66,6 +66,7 @@ def shrunk(recipe: Recipe, *, cpu: bool, ranks: int = 0) -> Recipe:
         pairs=_pairs(recipe.pairs, scale, cpu),
         students={name: _student(student, scale, cpu, ranks) for name, student in recipe.students.items()},
         few_steps=_ends(recipe.few_steps) if cpu else recipe.few_steps,
+        reflow_steps=min(recipe.reflow_steps, 3) if cpu else recipe.reflow_steps,
         sweep=_sweep(recipe.sweep, scale, cpu),
         evaluate=_evaluate(recipe.evaluate, scale, cpu),
     )
@@ -74,7 +75,7 @@ def shrunk(recipe: Recipe, *, cpu: bool, ranks: int = 0) -> Recipe:
 def verification(pairs: PairsConfig) -> VerifyConfig:
     """Return settings to verify the store on the devices that made it, with one batch sampled again."""
     same = {field.name: getattr(pairs, field.name) for field in dataclasses.fields(PoolConfig)}
-    return VerifyConfig(**same, remake=1, resample=1)
+    return VerifyConfig(**same, model=pairs.model, remake=1, resample=1)
 
 
 def _probe(config: ProbeConfig, scale: Scale, cpu: bool) -> ProbeConfig:

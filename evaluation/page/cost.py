@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from beeline.config.student import student_folder
 from beeline.files.names import EVALUATION, IMAGES, PAIRS, PROBE, STUDENTS, SWEEPS, TEACHER
 from evaluation.bench import HELD_OUT
 from evaluation.models import Model
@@ -28,6 +29,7 @@ def stages(place: Folder, models: Sequence[Model]) -> Table | None:
     """Every complete stage, in the order of the data."""
     folders = [IMAGES, PROBE, TEACHER, PAIRS]
     folders += [f"{parent}/{name}" for parent in (STUDENTS, SWEEPS, REFERENCE) for name in (place / parent).folders()]
+    folders += [student_folder(name, PAIRS) for name in (place / STUDENTS).folders()]
     folders += [HELD_OUT, *(f"{EVALUATION}/{model.name}" for model in models)]
     rows = []
     for folder in folders:

@@ -77,6 +77,7 @@ def facts(place: Folder, model: Model) -> list[tuple[str, Markup]]:
 def plans(place: Folder, models: Sequence[Model]) -> list[tuple[str, str]]:
     """The settings of every stage and measurement, as (folder, JSON)."""
     students = [student_folder(name) for name in (place / STUDENTS).folders()]
+    students += [f"{student}/{PAIRS}" for student in students]
     swept = [f"{SWEEPS}/{name}" for name in (place / SWEEPS).folders()]
     found: list[tuple[str, Mapping[str, Any] | None]] = [
         (folder, plan_in(place / folder, {})) for folder in (IMAGES, PROBE, TEACHER, PAIRS, *students, *swept)

@@ -32,6 +32,7 @@ from pipeline import prometheus
 from pipeline.gen_pairs import PairShards, plan_of
 from pipeline.reader import ShardReader
 from pipeline.shards import decode
+from pipeline.stage import fingerprint
 from pipeline.storage import Folder
 
 
@@ -110,6 +111,31 @@ def test_pairs_of_a_calibrated_solver(run: Run, trained: Path, tmp_path: Path) -
     assert tuple(metadata["plan"]["sigmas"]) == teacher.levels
     again = sample(teacher, indices.tolist(), torch.from_numpy(labels.copy()), Sampling(solver="calibrated"), seed=0)
     np.testing.assert_allclose(again.numpy(), x1, atol=1e-4)
+
+
+def test_reflow(run: Run, trained: Path, tmp_path: Path) -> None:
+    """Pairs of a student are in its folder, equal samples of it, and another student trains on them."""
+    workspace = tmp_path / "ws"
+    shutil.copytree(trained, workspace)
+    place, kept = ("digits", "--workspace", workspace), files(trained / "pairs", "part-*")
+    short = ["--student.workers.count", "1", "--student.batch-size", "16"]
+    run("trainers/train_lmm.py", *place, "--student", "rf", *short, "--student.phases.flow.iterations", "4")
+    reflow = [*TINY_PAIRS, "--pairs.model", "students/rf", "--pairs.num-steps", "3"]
+    made = run("pipeline/gen_pairs.py", *place, *reflow)
+    assert "students/rf/pairs: 0 of 6 shards exist (0.00 GB); 300 of 300 pairs are left, 5 evaluations each" in made.stdout
+    (x1, labels, indices), metadata = decode((workspace / "students/rf/pairs/part-00002.parquet").read_bytes())
+    flow = beeline.load(workspace / "students/rf")
+    again = sample(flow, indices.tolist(), torch.from_numpy(labels.copy()), Sampling(solver="heun", num_steps=3), seed=0)
+    np.testing.assert_allclose(again.numpy(), x1, atol=1e-4)
+    assert metadata["plan"]["pairs"]["model"] == "students/rf"
+    assert files(workspace / "pairs", "part-*") == kept
+    checked = run("pipeline/verify_pairs.py", *place, "--verify.model", "students/rf", "--verify.resample", "2")
+    assert "6 shards are intact" in checked.stdout
+    distilled = ["--student", "kd", *short, "--student.phases.distillation.iterations", "4"]
+    run("trainers/train_lmm.py", *place, *distilled, "--student.init", "students/rf", "--student.pairs", "students/rf")
+    plan = json.loads((workspace / "students/kd/plan.json").read_text())
+    assert plan["student"]["pairs"] == "students/rf"
+    assert plan["pairs"] == fingerprint(json.loads((workspace / "students/rf/pairs/plan.json").read_text()))
 
 
 def test_an_imported_teacher_is_used_as_it_is(run: Run, trained: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable
 from typing import Literal
@@ -191,6 +192,22 @@ def test_default_labels_cycle_through_the_classes(teacher: Denoiser) -> None:
 
 def test_students_default_to_one_step(student: Denoiser) -> None:
     assert torch.equal(generate(student, 3), generate(student, 3, steps=(0,)))
+
+
+def test_a_student_that_follows_an_ode_is_sampled_by_solvers(student: Denoiser) -> None:
+    """Euler's method is the rule "line" at the same levels."""
+    assert student.few_step is not None
+    flow = copy.deepcopy(student)
+    flow.few_step = FewStep(num_steps=5, rule="line")
+    euler = generate(flow, 3, solver="euler", num_steps=5)
+    torch.testing.assert_close(euler, generate(flow, 3, steps=(0, 1, 2, 3, 4)), rtol=0, atol=1e-5)
+    assert not torch.allclose(generate(flow, 3, solver="heun", num_steps=5), euler)
+    with pytest.raises(ValueError, match="choose one"):
+        generate(flow, 3, steps=(0,), solver="euler")
+    for other in (FewStep(num_steps=5, trained_steps=(0,)), FewStep(num_steps=5, rule="fresh_noise")):
+        flow.few_step = other
+        with pytest.raises(BeelineError, match="follows no ODE"):
+            generate(flow, 3, solver="heun")
 
 
 def test_generate_nothing(teacher: Denoiser) -> None:
