@@ -27,26 +27,23 @@ from beeline.features.backbones import build_backbone
 from beeline.features.measuring import MEASURING, PROBES, MeasuringProbe, build_measuring
 from beeline.features.probe import Probe
 from beeline.objectives import Batch, Context, Objective, ObjectiveConfig
+from beeline.objectives.derivative import Derivative
 from beeline.objectives.learner import Learner
 
 BATCH = 2  # images per counted call: batch norms need two
 CYCLE = 60  # steps to average over, because student and critic take turns
-STUDENT = ""  # key of the student among a phase's modules; the others have names
+STUDENT, FROZEN = "", "frozen model"  # keys of denoisers among a phase's modules; feature networks have their names
 FLOAT = 4  # bytes
 ANY_CLASSES = 10  # classes of a probe: its last layer adds few FLOPs
 
 
-class _Bare(Learner):
-    """A learner without preconditioning. Preconditioning reads noise levels, which have no values here."""
+class _Counting(Learner):
+    """A learner whose derivatives work on tensors without data, which have no forward-mode differentiation."""
 
-    def __call__(self, *inputs: Any) -> Any:
-        x, sigma, *labels = inputs
-        return self.model.model(x, sigma, *labels)  # pyright: ignore[reportCallIssue]
-
-    def rate(self, *inputs: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """Count forward-mode differentiation as the three evaluations that it costs: it does not run without data."""
-        if options.get("derivative") == "jvp":
-            options |= {"derivative": "difference", "value": None}
+    def rate(self, *inputs: Any, derivative: Derivative = "difference", **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Replace "jvp" by "difference", which costs the same three evaluations if it is not given the value."""
+        if derivative == "jvp":
+            options.pop("value", None)
         return super().rate(*inputs, **options)
 
 
@@ -70,6 +67,14 @@ def phase_flops(network: NetworkConfig, probe: ProbeNetworkConfig, objective: Ob
     return _phase_flops(replace(network, dropout=0.0), probe, objective.representative())
 
 
+def step_evaluations(network: NetworkConfig, probe: ProbeNetworkConfig, objective: ObjectiveConfig) -> float:
+    """Cost of a training step of `objective` in evaluations of the student's network, per image: `phase_flops` in units of one
+    evaluation. A forward pass of the student counts 1 and its backward pass 2; everything else counts by its FLOPs."""
+    return phase_flops(network, probe, objective) / evaluation(
+        replace(network, dropout=0.0, second_level=objective.needs().second_level)
+    )
+
+
 def phase_bytes(network: NetworkConfig, probe: ProbeNetworkConfig, objective: ObjectiveConfig) -> tuple[int, int]:
     """Bytes of the critic, and of the objective's own state, in a checkpoint."""
     return _phase_bytes(replace(network, dropout=0.0), probe, objective.representative())
@@ -89,7 +94,7 @@ def _phase_flops(network: NetworkConfig, probe: ProbeNetworkConfig, config: Obje
     with _without_data():
         modules = {name: _empty(module) for name, module in modules.items()}
         objective = _objective(modules, config)
-        student = _Bare(modules[STUDENT].train(), OptimizerConfig())
+        student = _Counting(modules[STUDENT].train(), OptimizerConfig())
         critic = (
             None if objective.critic is None else Learner(objective.critic, objective.critic_optimizer or OptimizerConfig())
         )
@@ -116,22 +121,23 @@ def _batch(network: NetworkConfig, config: ObjectiveConfig, step: int) -> Batch:
 
 
 def _modules(network: NetworkConfig, probe: ProbeNetworkConfig, config: ObjectiveConfig) -> dict[str, Any]:
-    """The student and the feature networks of the phase, by name."""
+    """The student, a frozen model (the teacher's network) and the feature networks of the phase, by name."""
     names = config.needs().features
     features = {name: _probe(probe, network.img_channels) if name == "probe" else build_backbone(name) for name in names}
-    return {STUDENT: build(replace(network, second_level=config.needs().second_level))} | features
+    student = build(replace(network, second_level=config.needs().second_level))
+    return {STUDENT: student, FROZEN: build(replace(network, second_level=False))} | features
 
 
 def _objective(modules: dict[str, Any], config: ObjectiveConfig) -> Objective:
     model, needs = modules[STUDENT], config.needs()
-    frozen = copy.deepcopy(model).eval().requires_grad_(False)
+    frozen = modules[FROZEN].eval().requires_grad_(False)
     return config.build(
         Context(
             image_shape=model.image_shape,
             num_classes=model.label_dim,
             features={name: modules[name].eval().requires_grad_(False) for name in needs.features},
             models={name: frozen for name in needs.models},
-            average=frozen,
+            average=copy.deepcopy(model).eval().requires_grad_(False),
         )
     )
 
@@ -199,9 +205,17 @@ def _inputs(network: NetworkConfig) -> tuple[torch.Tensor, torch.Tensor | None]:
     return x, torch.zeros(BATCH, network.label_dim) if network.label_dim else None
 
 
+class _NoTracker(contextlib.nullcontext[None]):
+    """Replaces the tracker of modules, which fails for gradients with respect to inputs. Only the total matters here."""
+
+    parents = frozenset({"Global"})
+
+
 def _counted(call: Callable[[], Any]) -> float:
     """FLOPs of a call, per image."""
-    with FlopCounterMode(display=False) as counter:
+    counter = FlopCounterMode(display=False)
+    counter.mod_tracker = _NoTracker()  # pyright: ignore[reportAttributeAccessIssue]
+    with counter:
         call()
     return counter.get_total_flops() / BATCH
 

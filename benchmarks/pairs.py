@@ -117,7 +117,7 @@ def _loop(config: PairsConfig, shards: int, seconds: float | None, publish: bool
             else:
                 rows = range(k * config.shard_size, (k + 1) * config.shard_size)
                 noise = unit_noise(config.seed, rows, model.image_shape)
-                make_pairs(worker.teacher, noise, pair_labels(rows, model.label_dim), config)
+                make_pairs(worker.model, noise, pair_labels(rows, model.label_dim), config)
 
         one(0)
         start = time.perf_counter()

@@ -14,7 +14,7 @@ from beeline.errors import BeelineError
 from beeline.features.backbones import weights_of
 from beeline.features.measuring import PROBES
 from beeline.files.names import EVALUATION, IMAGES, PAIRS, PROBE, SWEEPS, TEACHER, pairs_folder
-from beeline.sampling.few_step import parse_steps
+from beeline.sampling.few_step import FewStep, parse_steps, write_steps
 from beeline.settings import Range, check
 from evaluation.evaluate import measure
 from evaluation.report import report
@@ -104,14 +104,23 @@ def check_recipe(recipe: Recipe) -> None:
         check_resolution(student, images.resolution)
     if can_vary(recipe.main):
         check_sweep(recipe.sweep, recipe.main)
-    for name, schedules in {"few_steps": recipe.few_steps, "evaluate.steps": recipe.evaluate.steps}.items():
-        for student in recipe.students.values():
-            for phase in student.models().values():
-                sampling = phase.objective.sampling()
-                if sampling is not None and name == ("evaluate.steps" if sampling.trained_steps else "few_steps"):
-                    below = Annotated[int, Range(0, sampling.num_steps - 1)]
-                    for text in schedules:
-                        check(f"the last step in {name}", max(i for i in parse_steps(text) if isinstance(i, int)), below)
+    for folder, phase in _students(recipe).items():
+        sampling = phase.objective.sampling()
+        if sampling is not None and sampling.trained_steps is None:
+            _check_schedules(folder, sampling, recipe.few_steps)
+
+
+def _check_schedules(folder: str, sampling: FewStep, schedules: tuple[str, ...]) -> None:
+    """Raise BeelineError for schedules of `few_steps` that a student trained on all levels does not have."""
+    below = Annotated[int, Range(0, sampling.num_steps - 1)]
+    for steps in map(parse_steps, schedules):
+        for step in steps:
+            if isinstance(step, int):
+                check("the last step in few_steps", step, below)
+        try:
+            sampling.check(steps)
+        except BeelineError as error:
+            raise BeelineError(f"few_steps of {folder}: {error}") from error
 
 
 def _check_order(recipe: Recipe) -> None:
@@ -131,9 +140,14 @@ def _check_order(recipe: Recipe) -> None:
 
 
 def models(recipe: Recipe) -> dict[str, tuple[str, ...]]:
-    """Return the models to measure, and the step schedules of each student: several if it accepts any level."""
-    students = [model for student in recipe.students.values() for model in student.models().items()]
-    return {TEACHER: recipe.evaluate.steps} | {folder: _schedules(recipe, phase) for folder, phase in students}
+    """Return the models to measure, and the step schedules of each student. Teachers ignore theirs."""
+    students = {folder: _schedules(recipe, phase.objective.sampling()) for folder, phase in _students(recipe).items()}
+    return {TEACHER: recipe.evaluate.steps} | students
+
+
+def _students(recipe: Recipe) -> dict[str, PhaseConfig]:
+    """Return the students' published models by folder, each with the phase that made it."""
+    return {folder: phase for student in recipe.students.values() for folder, phase in student.models().items()}
 
 
 def needed_weights(recipe: Recipe) -> list[str]:
@@ -144,9 +158,19 @@ def needed_weights(recipe: Recipe) -> list[str]:
     return [name for name in dict.fromkeys(map(weights_of, names)) if name not in PROBES]
 
 
-def _schedules(recipe: Recipe, phase: PhaseConfig) -> tuple[str, ...]:
-    sampling = phase.objective.sampling()
-    return recipe.few_steps if sampling is not None and sampling.trained_steps is None else recipe.evaluate.steps
+def _schedules(recipe: Recipe, sampling: FewStep | None) -> tuple[str, ...]:
+    """Return the step schedules to measure a student at: all of `few_steps` if it was trained on all levels, otherwise those
+    of `few_steps` and `evaluate.steps` that use trained steps alone, or all its trained steps if there are none.
+
+    Students without few-step sampling (None) use `evaluate.nfe`, like teachers, and ignore the result.
+    """
+    if sampling is None:
+        return recipe.evaluate.steps
+    if sampling.trained_steps is None:
+        return recipe.few_steps
+    schedules = dict.fromkeys((*recipe.few_steps, *recipe.evaluate.steps))
+    fitting = tuple(text for text in schedules if not sampling.unseen(parse_steps(text)))
+    return fitting or (write_steps(sampling.trained_steps),)
 
 
 def _inputs(student: StudentConfig) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from beeline.files.names import CONFIG, EVALUATION, STUDENTS, TEACHER
 from beeline.metrics.measures import FID, FRECHET, is_diversity
 from beeline.objectives.lmm import LinesMatchingConfig
 from beeline.sampling import Sampling
+from beeline.sampling.few_step import Step
 from evaluation.results import METRICS, again, metrics_in
 from pipeline.records import success_in
 from pipeline.storage import Folder
@@ -31,7 +32,7 @@ class Figure:
 
     model: str
     nfe: int
-    steps: tuple[int, ...] | None
+    steps: tuple[Step, ...] | None
     sampler: str
     metric: str
     n: int
@@ -170,7 +171,7 @@ def _model(place: Folder, name: str) -> Model:
 
 def _figure(row: Mapping[str, Any]) -> Figure:
     made = Figure(
-        model=str(row["model"]), nfe=int(row["nfe"]), steps=None if row["steps"] is None else tuple(map(int, row["steps"])),
+        model=str(row["model"]), nfe=int(row["nfe"]), steps=None if row["steps"] is None else tuple(row["steps"]),
         sampler=str(row["sampler"]), metric=str(row["metric"]), n=int(row["n"]), mean=float(row["mean"]),
         std=float(row["std"]), min=float(row["min"]), draws=tuple(map(float, row["draws"])),
     )  # fmt: skip

@@ -34,9 +34,9 @@ def samplings_of(few_step: FewStep | None, config: EvaluateConfig, *, levels: in
                 raise BeelineError("this teacher has no calibrated levels; find them with: python -m beeline.calibrate FOLDER")
             return [Sampling(solver="calibrated", num_steps=levels)]
         return [teacher_sampling(nfe, config.solver) for nfe in dict.fromkeys(config.nfe)]
-    steps = [few_step.check(parse_steps(text)) for text in dict.fromkeys(config.steps)]
+    steps = [few_step.check(parse_steps(text)) for text in config.steps]
     rule = None if config.rule in ("trained", few_step.rule) else config.rule
-    return [Sampling(steps=schedule, rule=rule) for schedule in steps]
+    return list(dict.fromkeys(Sampling(steps=schedule, rule=rule) for schedule in steps))
 
 
 def teacher_sampling(nfe: int, solver: str = "auto") -> Sampling:

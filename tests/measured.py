@@ -10,6 +10,7 @@ import numpy as np
 
 from beeline.config import StudentConfig, to_dict
 from beeline.files.names import CONFIG, LOG
+from beeline.sampling.few_step import Step
 from evaluation.models import Figure, Model, Sampling
 from evaluation.results import METRICS, NEAREST, SAMPLES
 from evaluation.sweep_table import write_trials
@@ -22,7 +23,7 @@ LEVELS = [80.0, 5.3, 0.5, 0.002]
 DIGITS = ("fd_probe_1797", "recall_probe_1797", "pair_rms_256")
 TEACHER_WAYS = (("heun 18", 35, None), ("euler 3", 3, None))
 ONE, TWO, FRESH = ("0", 1, [0]), ("0,8", 2, [0, 8]), ("0,8 fresh_noise", 2, [0, 8])
-Way = tuple[str, int, list[int] | None]
+Way = tuple[str, int, Sequence[Step] | None]
 
 
 def finished(place: Folder, name: str, plan: Mapping[str, Any], files: Mapping[str, bytes], **facts: Any) -> None:
@@ -69,13 +70,14 @@ def measure(place: Folder, model: str, ways: Sequence[Way], metrics: Sequence[st
     finished(place, f"evaluation/{model}", {"model": model}, files, samples=300, evaluations=300)
 
 
-def trained(place: Folder, name: str, config: StudentConfig, loss: str = "lines") -> None:
-    """Write students/<name> as train_lmm.py leaves it, without weights; `loss` is its objective's figure."""
+def trained(place: Folder, name: str, config: StudentConfig, loss: str = "lines", cost: Any = None) -> None:
+    """Write students/<name> as train_lmm.py leaves it, without weights; `loss` is its objective's figure, `cost` the record of
+    what its training cost, None for a student from before such records."""
     phases = list(config.running)
     log = [{"step": step, "phase": 0.0, loss: 1 / step, "skipped": 0, "data_wait": 0.01, "seconds": step} for step in (5, 10)]
     configs = {phase: json.dumps({"format": 1, "kind": "denoiser", "about": config.record(phase)}).encode() for phase in phases}
     files = {CONFIG: configs[phases[-1]], LOG: "\n".join(map(json.dumps, log)).encode()}
-    finished(place, f"students/{name}", {"student": to_dict(config, resources=False)}, files, images_seen=1280)
+    finished(place, f"students/{name}", {"student": to_dict(config, resources=False)}, files, images_seen=1280, cost=cost)
     for phase in phases[:-1]:
         (place / f"students/{name}" / phase).write(CONFIG, configs[phase])
 

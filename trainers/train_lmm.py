@@ -25,6 +25,7 @@ from pipeline.model_folders import require_features, require_model
 from pipeline.stage import Stage, check_fits, fingerprint, require
 from pipeline.storage import Folder
 from trainers import loop
+from trainers.cost import training_cost
 from trainers.launch import check_batch, launch
 from trainers.student import check_phases, student_training
 from trainers.tracking import check_trackers
@@ -76,7 +77,8 @@ def train_lmm(workspace: str, recipe: tyro.conf.Suppress[str], student: StudentC
             "config": stage.plan,
         },
     )
-    stage.finish(images_seen=student.iterations * student.batch_size)
+    cost = training_cost(place, recipe, student, init.network_config)
+    stage.finish(images_seen=student.iterations * student.batch_size, cost=cost)
 
 
 def check_student(student: StudentConfig) -> None:

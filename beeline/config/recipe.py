@@ -25,7 +25,8 @@ class Recipe(Settings):
     students: dict[Name, StudentConfig]
     """Students by name. The first is the main one, which sweeps vary."""
     few_steps: Some[StepList]
-    """Step schedules to measure students at that were trained on all levels."""
+    """Step schedules to measure students at. A student trained on some steps is measured at those that use them alone, here
+    and in `evaluate.steps`."""
     reflow_steps: Steps = 8
     """Heun steps of pairs that a student makes for another (`StudentConfig.pairs`). Fewer than the teacher's, because such
     students are flows with straighter paths."""

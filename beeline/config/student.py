@@ -45,7 +45,7 @@ class StudentConfig(TrainingConfig):
     the teacher's network."""
     pairs: ModelPath = added("teacher")
     """Folder of the model whose pairs the student trains on: "teacher", or "students/<name>", a rectified flow (reflow)."""
-    dropout: ShareBelow1 = 0.0
+    dropout: ShareBelow1 = added(0.0)
     """Dropout of the network in training."""
     phases: dict[Name, PhaseConfig]
     """Phases by name, in order. After each phase but the last, the student is published as students/<name>/<phase>."""

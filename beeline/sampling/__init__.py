@@ -16,20 +16,29 @@ from beeline.denoiser import Denoiser
 from beeline.errors import BeelineError
 from beeline.noise import stream_seed, unit_noise
 from beeline.sampling.adams import adams
-from beeline.sampling.few_step import RuleName, Step, few_step, parse_steps
+from beeline.sampling.few_step import RuleName, Step, few_step, parse_steps, write_steps
 from beeline.sampling.solvers import Solver, evaluations, solve
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Sampling:
-    """A method to sample a model: by `solver` with `num_steps` levels, or at `steps`: indices into
-    the student's schedule (int), or noise levels (float)."""
+    """A method to sample a model: by `solver` with `num_steps` levels, or at `steps`: indices into the student's schedule
+    (int), or noise levels (float).
+
+    Two samplings are equal if their labels are: index 1 and noise level 1.0 differ, though Python's numbers are equal.
+    """
 
     solver: Solver = "heun"
     num_steps: int = 18
     steps: tuple[Step, ...] | None = None
     rule: RuleName | None = None
     """Sampling rule for `steps`; None for the student's own."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sampling) and self.label == other.label
+
+    def __hash__(self) -> int:
+        return hash(self.label)
 
     @property
     def nfe(self) -> int:
@@ -41,7 +50,7 @@ class Sampling:
         """Name in tables and metrics.json: "heun 18", "0,8", "0,0.821" or "0,8 fresh_noise"."""
         if self.steps is None:
             return f"{self.solver} {self.num_steps}"
-        return " ".join([",".join(map(str, self.steps)), *([self.rule] if self.rule else [])])
+        return " ".join([write_steps(self.steps), *([self.rule] if self.rule else [])])
 
     @property
     def slug(self) -> str:
@@ -108,7 +117,7 @@ def sample_from(
 ) -> torch.Tensor:
     """Images (n, C, H, W) from unit-variance noise `latents` (n, C, H, W); `fresh` as `few_step` takes it.
 
-    Raises BeelineError for steps or levels that the model does not have.
+    Raises BeelineError for steps, rules or levels that the model does not have.
     """
     if sampling.steps is not None:
         how = model.few_step
@@ -118,6 +127,8 @@ def sample_from(
         return few_step(model, latents, labels, steps=sampling.steps, how=how, fresh=fresh)
     if model.few_step is not None:
         model.few_step.check_solver()
+    if sampling.rule is not None:
+        raise BeelineError(f"the rule {sampling.rule!r} was given, but this model is sampled by a solver, without rules")
     if sampling.solver == "calibrated":
         if model.levels is None:
             raise BeelineError("this model has no calibrated levels; find them with: python -m beeline.calibrate FOLDER")

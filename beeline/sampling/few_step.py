@@ -16,13 +16,14 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Protocol
 
+import numpy as np
 import torch
 
 from beeline.denoiser import Denoiser
 from beeline.errors import BeelineError
 from beeline.objectives.lines import Line
 from beeline.schedule import SIGMA_MIN, check_steps, edm_sigmas
-from beeline.settings import STEPS, Index, Positive, Settings, Share, Some, Steps, allowed
+from beeline.settings import STEPS, Index, Positive, Settings, Some, Steps
 
 Fresh = Callable[[], torch.Tensor]
 Step = int | float
@@ -105,17 +106,15 @@ def rule_of(name: str) -> Rule:
 
 
 class Registered:
-    """Condition of a setting: the name of a rule."""
+    """Condition of a setting: the name of a rule. A gamma is written in one way only, because the name labels figures."""
 
     def allows(self, value: str) -> bool:
-        number = value.removeprefix(GAMMA)
-        if number != value:
-            return re.fullmatch(r"[0-9]{1,2}(\.[0-9]{1,9})?", number) is not None and allowed(float(number), Share)
-        return value in RULES
+        return value in RULES or re.fullmatch(GAMMA + r"(0|1|0\.[0-9]{0,8}[1-9])", value) is not None
 
     def __str__(self) -> str:
         names = ", ".join(RULES)
-        return f"that is {names} or, for example, gamma 0.5 (or another, once the module that adds it to RULES is imported)"
+        gamma = "gamma with a number from 0 to 1, for example gamma 0.5"
+        return f"that is {names} or {gamma} (or another, once the module that adds it to RULES is imported)"
 
 
 RuleName = Annotated[str, Registered()]
@@ -160,25 +159,31 @@ class FewStep(Settings):
 
         Integers are indices into the schedule, floats are noise levels. The first is the level of pure noise.
         """
-        steps = tuple(steps)
+        steps = tuple(float(step) if isinstance(step, float) else int(step) for step in steps)
         try:
             if not any(isinstance(step, float) for step in steps):
                 steps = check_steps([int(step) for step in steps], self.num_steps)
             sigmas = self.sigmas(steps)
-            if sigmas[0] != self.sigmas((0,))[0] or any(a <= b for a, b in itertools.pairwise([*sigmas, 0.0])):
+            if sigmas[0] != self.sigmas((0,))[0] or not all(a > b for a, b in itertools.pairwise([*sigmas, 0.0])):
                 start = f"{self.sigmas((0,))[0]:g}"
                 raise ValueError(
                     f"steps are {steps}; their noise levels must fall from pure noise, 0 or {start}, and stay above 0"
                 )
         except (ValueError, IndexError) as error:
             raise BeelineError(str(error)) from error
-        unseen = [] if self.trained_steps is None else [step for step in steps if step not in self.trained_steps]
-        if unseen:
+        if unseen := self.unseen(steps):
             raise BeelineError(
                 f"steps {steps} were asked for, but this student was trained with SOT on {self.trained_steps} alone and "
                 f"has never seen level {unseen[0]}; sample it at those steps, or use a student trained on all levels"
             )
         return steps
+
+    def unseen(self, steps: Sequence[Step]) -> list[Step]:
+        """Those of `steps` whose noise levels the student was not trained on."""
+        if self.trained_steps is None:
+            return []
+        levels = self.sigmas(self.trained_steps)
+        return [step for step in steps if step not in (levels if isinstance(step, float) else self.trained_steps)]
 
     def sigmas(self, steps: Sequence[Step]) -> list[float]:
         """Noise levels of `steps`. Raises IndexError for an index outside the schedule."""
@@ -233,3 +238,8 @@ def parse_steps(text: str) -> tuple[Step, ...]:
             f"steps {text!r} are not indices or noise levels separated by commas, for example 0 or 0,8 or 0,0.821"
         )
     return tuple(float(part) if "." in part else int(part) for part in text.split(","))
+
+
+def write_steps(steps: Sequence[Step]) -> str:
+    """The inverse of `parse_steps`: "0,0.821" of (0, 0.821). A noise level never has an exponent."""
+    return ",".join(np.format_float_positional(step, trim="0") if isinstance(step, float) else str(step) for step in steps)

@@ -55,13 +55,16 @@ def colour(number: int) -> int:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Series:
-    """A named curve with error bars where `error` is given; `number` gives it its colour and marker."""
+    """A named curve; `number` gives it its colour and marker. `error` are its error bars, `left` the left ends of horizontal
+    bars, `labels` are texts at its points."""
 
     name: str
     number: int
     x: Sequence[float]
     y: Sequence[float]
     error: Sequence[float] | None = None
+    left: Sequence[float] | None = None
+    labels: Sequence[str] | None = None
     marked: bool = True
     joined: bool = True
 
@@ -120,11 +123,11 @@ def _drawable(curve: Series, log: str) -> Series:
 
     kept = [k for k, point in enumerate(zip(curve.x, curve.y, strict=True)) if fits(*point)]
 
-    def pick(values: Sequence[float]) -> list[float]:
-        return [values[k] for k in kept]
+    def pick(values: Sequence[Any] | None) -> list[Any] | None:
+        return None if values is None else [values[k] for k in kept]
 
-    error = None if curve.error is None else pick(curve.error)
-    return dataclasses.replace(curve, x=pick(curve.x), y=pick(curve.y), error=error)
+    columns: dict[str, Any] = {name: pick(getattr(curve, name)) for name in ("x", "y", "error", "left", "labels")}
+    return dataclasses.replace(curve, **columns)
 
 
 def _draw(axes: Axes, curve: Series, log: str) -> None:
@@ -135,6 +138,10 @@ def _draw(axes: Axes, curve: Series, log: str) -> None:
         "linewidth": 1.3,
         "linestyle": ("--" if curve.number == 0 else "-") if curve.joined and len(curve.x) > 1 else "",
     }
+    if curve.left is not None:
+        axes.hlines(curve.y, curve.left, curve.x, colors=style["color"], linewidth=0.9)
+    for x, y, text in zip(curve.x, curve.y, curve.labels or [""] * len(curve.x), strict=True):
+        axes.annotate(text, (x, y), xytext=(3, 3), textcoords="offset points", fontsize=7)
     if curve.error is None:
         axes.plot(curve.x, curve.y, **style)
         return

@@ -18,11 +18,11 @@ from evaluation.page.tables import Column, Row, Table, texts
 from evaluation.page.words import plural, seconds
 from evaluation.reference import REFERENCE
 from pipeline.manifest import read_manifest, sampling_seconds
-from pipeline.records import FILES, PAIRS_DONE, plan_in, success_in
+from pipeline.records import COST, FILES, PAIRS_DONE, plan_in, success_in
 from pipeline.storage import Folder
 
 CPU = "CPU"  # the device of an actor without a GPU
-LEFT_OUT = (*FILES, "device_seconds")  # facts of a stage that have a column or a sentence of their own
+LEFT_OUT = (*FILES, "device_seconds", COST)  # facts of a stage that have a column or a sentence of their own
 
 
 def stages(place: Folder, models: Sequence[Model]) -> Table | None:

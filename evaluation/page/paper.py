@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 from beeline.files.names import TEACHER
+from beeline.sampling import Sampling
 from beeline.sampling.few_step import Step
 from evaluation.models import Figure, Model
 from evaluation.page.words import NONE
@@ -135,7 +136,7 @@ def ours(models: Sequence[Model], column: str, steps: Steps, metric: str, *, pap
             continue
         if column == SOT and model.ingredients is not None and model.ingredients.steps != steps:
             continue
-        labels = [sampling.label for sampling in model.samplings if sampling.plain and sampling.steps == steps]
+        labels = [sampling.label for sampling in model.samplings if _is_papers(sampling) and sampling.steps == steps]
         figures = [figure for label in labels if (figure := model.figure(label, metric)) is not None]
         if figures:
             return figures[0]
@@ -196,9 +197,14 @@ def _schedules(models: Sequence[Model], columns: Sequence[str], metric: str, *, 
         for model in models
         if variant(model, papers=papers) in columns
         for sampling in model.samplings
-        if sampling.plain and sampling.steps is not None and model.figure(sampling.label, metric)
+        if _is_papers(sampling) and sampling.steps is not None and model.figure(sampling.label, metric)
     }
     return sorted(schedules, key=lambda steps: (len(steps), steps))
+
+
+def _is_papers(sampling: Sampling) -> bool:
+    """Whether the paper may have such a row: indices into the schedule alone, and the student's own rule."""
+    return sampling.plain and all(isinstance(step, int) for step in sampling.steps or ())
 
 
 def _any(models: Sequence[Model], column: str, metric: str, *, papers: bool) -> bool:

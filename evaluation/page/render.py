@@ -10,7 +10,7 @@ import jinja2
 
 from beeline.metrics.measures import VALIDATION, is_diversity, rises
 from evaluation.models import Model, all_metrics, disagreements, main_metric, number
-from evaluation.page import cost, curves, headline, paper, provenance, strips, tables
+from evaluation.page import cost, curves, headline, paper, provenance, strips, tables, training_cost
 from evaluation.page.charts import GLYPHS, colour
 from evaluation.page.explain import explain
 from evaluation.page.sweeps import sweeps
@@ -45,6 +45,7 @@ def render(place: Folder, recipe: str, models: Sequence[Model]) -> str:
         warnings=disagreements(models),
         curves=curves.by_evaluations(models, metric),
         distances=tables.distances(models, metric, teacher),
+        training_cost=training_cost.training_cost(place, models, metric, teacher),
         ingredients=tables.ingredients(models, metric, metrics),
         pair=tables.pair_metric(metrics),
         paper_tables=paper.tables(recipe, models, metric),

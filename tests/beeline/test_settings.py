@@ -32,12 +32,13 @@ from beeline.networks.buildable import check_network, check_probe
 from beeline.objectives.kd import DistillationConfig
 from beeline.objectives.lmm import LinesMatchingConfig
 from beeline.recipes import RECIPES
-from beeline.sampling.few_step import FewStep
+from beeline.sampling.few_step import FewStep, Registered, RuleName
 from beeline.settings import (
     MAX_SEED,
     Count,
     Divisible,
     Gpus,
+    IndexList,
     Matching,
     ModelPath,
     Name,
@@ -101,6 +102,11 @@ def good(hint: Any) -> st.SearchStrategy[Any]:
             made = st.sampled_from([1, 3])
         elif any(isinstance(part, Schedule) for part in conditions):
             made = st.sets(st.integers(1, 9999), max_size=4).map(lambda steps: ",".join(map(str, [0, *sorted(steps)])))
+            if allowed("0,0.5", hint):
+                levels = st.floats(0.01, 79).map(lambda level: f"{level:.3f}")
+                made = made | st.tuples(made, levels).map(",".join)
+        elif any(isinstance(part, Registered) for part in conditions):
+            made = st.sampled_from(["line", "same_noise", "fresh_noise", "gamma 0", "gamma 1", "gamma 0.25"])
         elif any(isinstance(part, Matching) for part in conditions):
             pattern = next(part.pattern for part in conditions if isinstance(part, Matching))
             made = st.from_regex(pattern, fullmatch=True)
@@ -231,6 +237,18 @@ def test_every_number_of_every_config_has_a_range() -> None:
         ("0,²", StepList, False),
         ("0, 8", StepList, False),
         ("", StepList, False),
+        ("0,0.821", StepList, True),
+        ("80.0", StepList, True),
+        ("0,0.0", StepList, False),
+        ("0,0.5,0.5", StepList, False),
+        ("0,0.821", IndexList, False),
+        ("0,8", IndexList, True),
+        ("gamma 0.5", RuleName, True),
+        ("gamma 0", RuleName, True),
+        ("gamma 1", RuleName, True),
+        ("gamma 1.5", RuleName, False),
+        ("gamma 0.50", RuleName, False),
+        ("gamma", RuleName, False),
         (("0",), Some[StepList], True),
         ((), Some[StepList], False),
         (["0"], Some[StepList], False),

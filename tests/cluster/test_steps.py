@@ -1,76 +1,87 @@
-"""Steps of recipes whose students depend on each other."""
+"""Step schedules that each student of a recipe is measured at."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
+from methods import ConsistencyConfig
 
-from beeline.config import Recipe
 from beeline.errors import BeelineError
+from beeline.objectives import ObjectiveConfig
 from beeline.objectives.kd import DistillationConfig
-from beeline.recipes import digits
-from cluster.planning.stages import stages
-from cluster.planning.workspace import Workspace
-from cluster.rehearsal.shrink import shrunk, verification
-from cluster.steps import check_recipe, steps
+from beeline.objectives.lmm import LinesMatchingConfig
+from beeline.objectives.rectified_flow import RectifiedFlowConfig
+from beeline.recipes import RECIPES
+from beeline.sampling.few_step import FewStep
+from cluster.steps import check_recipe, models
+
+DIGITS = RECIPES["digits"](0)
 
 
-def with_reflow() -> Recipe:
-    """The digits, with a student that distils the rectified flow's own pairs, another on the same pairs, and a chained one."""
-    recipe = digits()
-    kd = recipe.students["kd"]
-    more = {
-        "rf_distilled": replace(kd, name="rf_distilled", init="students/rf", pairs="students/rf"),
-        "kd_reflowed": replace(kd, name="kd_reflowed", pairs="students/rf"),
-        "chained": replace(kd, name="chained", init="students/kd_reflowed"),
-    }
-    return replace(recipe, students=recipe.students | more)
+class Solved(ConsistencyConfig):
+    """A method whose students are sampled by a solver."""
+
+    def sampling(self) -> FewStep | None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return None
 
 
-def test_pairs_are_made_after_their_model_and_before_the_first_student_that_reads_them() -> None:
-    recipe = with_reflow()
-    check_recipe(recipe)
-    order = {step.name: step for step in steps("ws", recipe)}
-    names = list(order)
-    first = names.index("students/rf/pairs")
-    assert names[first - 1 : first + 4] == [
-        "students/rf", "students/rf/pairs", "students/rf_distilled", "students/kd_reflowed", "students/chained",
-    ]  # fmt: skip
-    assert names.count("students/rf/pairs") == 1
-    assert order["students/rf/pairs"].after == ("students/rf",)
-    assert order["students/rf_distilled"].after == ("students/rf/pairs", "students/rf")
-    assert order["students/kd"].after == ("pairs", "teacher")
-    alone = {"students/lmm", "students/rf/pairs", "students/chained"}
-    assert {name for name in names if name.startswith("students/") and not order[name].side_by_side} == alone
+def schedules(objective: ObjectiveConfig, few: tuple[str, ...], own: tuple[str, ...] = ("0",)) -> tuple[str, ...]:
+    phase = replace(DIGITS.main.phases["reconstruction"], objective=objective)
+    student = replace(DIGITS.main, name="tried", phases={"alone": phase})
+    recipe = replace(DIGITS, students={"tried": student}, few_steps=few, evaluate=replace(DIGITS.evaluate, steps=own))
+    return models(recipe)["students/tried"]
 
 
-def test_reflow_is_planned_and_rehearsed(tmp_path: Path) -> None:
-    recipe = with_reflow()
-    (stage,) = (
-        stage for stage in stages(recipe, Workspace(str(tmp_path), recipe), "train") if stage.name == "students/rf/pairs"
-    )
-    assert stage.work == "2,500 pairs of 15 evaluations"
-    assert stage.jobs[0].need.stage == "students/rf/pairs"
-    small = shrunk(recipe, cpu=True)
-    made = small.pairs_of("students/rf")
-    assert (made.model, made.count, made.num_steps) == ("students/rf", small.pairs.count, 3)
-    assert verification(made).model == "students/rf"
-    calibrated = replace(recipe, pairs=replace(recipe.pairs, solver="calibrated"))
-    assert calibrated.pairs_of("students/rf").solver == "heun"
-    assert calibrated.pairs_of("teacher") == calibrated.pairs
+def sot(*steps: int) -> LinesMatchingConfig:
+    return LinesMatchingConfig(num_steps=18, distance="l2", steps=steps)
 
 
-def test_students_that_cannot_be_made_in_this_order_are_refused() -> None:
-    recipe = with_reflow()
-    backwards = replace(recipe, students=dict(reversed(recipe.students.items())))
-    with pytest.raises(BeelineError, match=r"'chained' needs students/kd_reflowed, which the recipe does not train before it"):
-        check_recipe(backwards)
-    endless = recipe.students | {"kd": replace(recipe.students["kd"], pairs="students/kd")}
-    with pytest.raises(BeelineError, match="'kd' needs students/kd"):
-        check_recipe(replace(recipe, students=endless))
-    last = replace(recipe.students["kd_reflowed"], pairs="students/kd")
-    assert isinstance(next(iter(last.phases.values())).objective, DistillationConfig)
-    with pytest.raises(BeelineError, match="follows no ODE"):
-        check_recipe(replace(recipe, students=recipe.students | {"kd_reflowed": last}))
+FEW = ("0", "0,8", "0,0.821", "0,6,12,15")
+
+
+def test_students_of_all_levels_are_measured_at_few_steps() -> None:
+    for objective in (ConsistencyConfig(num_steps=18), RectifiedFlowConfig(), LinesMatchingConfig(num_steps=18, distance="l2")):
+        assert schedules(objective, FEW, ("0", "0,1")) == FEW
+
+
+def test_students_of_some_steps_are_measured_at_what_they_know() -> None:
+    """They are few_steps and evaluate.steps in order, each once; noise levels fit if they are those of trained steps."""
+    assert schedules(DistillationConfig(num_steps=18), FEW) == ("0",)
+    assert schedules(sot(0, 8), FEW) == ("0", "0,8")
+    assert schedules(sot(0, 1, 8), FEW, ("0,1", "0", "0,1,8", "0,2")) == ("0", "0,8", "0,1", "0,1,8")
+    assert schedules(sot(0, 8), ("80.0", "80.0,8", "80.0,0.5")) == ("80.0", "80.0,8", "0")
+
+
+def test_without_a_fitting_schedule_all_trained_steps_are_taken() -> None:
+    assert schedules(sot(0, 3, 9), ("0,8", "0,1"), ("0,1,2",)) == ("0,3,9",)
+
+
+def test_students_sampled_by_solvers_have_no_schedules() -> None:
+    """`evaluate.nfe` holds for them; what they get here is ignored."""
+    assert schedules(Solved(), FEW, ("0", "0,1")) == ("0", "0,1")
+
+
+@pytest.mark.parametrize(
+    ("few", "message"),
+    [
+        (("80.0,0.821",), None),
+        (("0,0.5,17",), None),
+        (("0,18",), "the last step in few_steps is 18; expected a whole number from 0 to 17"),
+        (("0,0.5,8",), "few_steps of students/lmm/reconstruction: steps are"),
+        (("79.0",), "few_steps of students/lmm/reconstruction: steps are"),
+    ],
+)
+def test_schedules_are_checked_before_any_work(few: tuple[str, ...], message: str | None) -> None:
+    recipe = replace(DIGITS, few_steps=few)
+    if message is None:
+        check_recipe(recipe)
+        return
+    with pytest.raises(BeelineError, match=message):
+        check_recipe(recipe)
+
+
+def test_students_of_some_steps_ignore_the_others_schedules() -> None:
+    """A schedule beyond their levels is none of theirs."""
+    students = {"kd": RECIPES["digits_methods"](0).students["kd"]}
+    check_recipe(replace(DIGITS, students=students, few_steps=("0", "0,99")))

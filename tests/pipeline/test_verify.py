@@ -77,8 +77,8 @@ def test_a_teacher_that_makes_nan_is_another_teacher(workspace: Path) -> None:
     plan = place.read_json("pairs/plan.json")
     check = CheckShards(place, "digits", plan, {}, frozenset(), {0: 0}, {})
     assert check.work(0)["trouble"] == ""
-    assert check.teacher is not None
-    for parameter in check.teacher.parameters():
+    assert check.model is not None
+    for parameter in check.model.parameters():
         parameter.data[:] = torch.nan
     assert "the teacher makes other images from the same noise" in check.work(0)["trouble"]
 
