@@ -17,6 +17,7 @@ import torch
 
 from beeline.denoiser import Denoiser
 from beeline.objectives import Batch, Context, Needs, Objective, ObjectiveConfig, lines
+from beeline.objectives.flow_map import jump
 from beeline.objectives.learner import Learner
 from beeline.sampling.few_step import FewStep
 from beeline.schedule import SIGMA_MAX, SIGMA_MIN
@@ -102,9 +103,3 @@ class IMM(Objective):
         tau = low + (high - low) * u[0]
         t, s = (time / (1 - time) for time in (tau, low + (tau - low) * u[1]))
         return t, torch.maximum(t - self.config.decrement, s), s
-
-
-def jump(x: torch.Tensor, image: torch.Tensor, t: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
-    """G(x, t -> s), the point at level `s` (B,) of the line from `x` at level `t` (B,) to `image`; x, image (B, C, H, W)."""
-    share = (s / t).reshape(-1, 1, 1, 1)
-    return share * x + (1 - share) * image

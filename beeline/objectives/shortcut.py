@@ -17,7 +17,7 @@ from typing import Annotated, Literal
 import torch
 
 from beeline.objectives import Batch, Context, Needs, Objective, ObjectiveConfig, lines
-from beeline.objectives.imm import jump
+from beeline.objectives.flow_map import jump
 from beeline.objectives.learner import Learner
 from beeline.objectives.perceptual import l2
 from beeline.sampling.few_step import FewStep
@@ -71,7 +71,7 @@ class Shortcut(Objective):
         """Add the gradients of the loss. Figures: "velocity" and "steps", the losses of the two parts of the batch."""
         assert batch.real is not None
         real, labels = batch.real, batch.real_labels
-        count = round(self.config.bootstrap * batch.size)
+        count = max(1, round(self.config.bootstrap * batch.size))  # networks take no empty batches
         t, m, s, small = self._draw_steps(count, generator)
         u = torch.rand(batch.size - count, generator=generator, device=real.device)
         tau = SIGMA_MIN + (END - SIGMA_MIN) * u

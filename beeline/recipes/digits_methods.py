@@ -1,35 +1,118 @@
-"""All methods on digits: each trains from the same teacher, at the same cost, and is compared with the others."""
+"""All methods on digits: each trains from the same teacher, at the same cost, and is compared with the others.
+
+A short training costs about BUDGET network evaluations of one image, a backward pass counted as two; a long one, with the
+suffix `_3x`, three times as many. Evaluations spent on pairs, and on models that a student starts from, come in addition; the
+record of each student lists them.
+"""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
-from beeline.config import PhaseConfig, Recipe, StudentConfig
+from beeline.config import OptimizerConfig, PhaseConfig, Recipe, StudentConfig
+from beeline.config.student import SCRATCH
+from beeline.objectives import ObjectiveConfig
+from beeline.objectives.ayf import AlignYourFlowConfig
+from beeline.objectives.boot import BootConfig
+from beeline.objectives.consistency import ConsistencyConfig
+from beeline.objectives.ctm import CTMConfig
+from beeline.objectives.discriminator import DiscriminatorConfig
+from beeline.objectives.edm import EDMConfig
+from beeline.objectives.imm import IMMConfig
+from beeline.objectives.kd import DistillationConfig
+from beeline.objectives.lmm import LinesMatchingConfig
+from beeline.objectives.meanflow import MeanFlowConfig
+from beeline.objectives.progressive import ProgressiveConfig, rounds
+from beeline.objectives.rectified_flow import RectifiedFlowConfig
+from beeline.objectives.scm import SCMConfig
+from beeline.objectives.shortcut import ShortcutConfig
 from beeline.recipes.digits import digits
-from beeline.recipes.methods import baselines
 
+BUDGET = 96_000
+"""Network evaluations of a short training."""
 LONG = "_3x"
 """Suffix of the students that train three times as long."""
+WEAK = "weak"
+"""The weaker teacher of autoguidance."""
+ADAM = OptimizerConfig(lr=1e-3, warmup=50, decay="cosine")
 
 
 def digits_methods(seed: int = 0) -> Recipe:
     """Digits with a student of every method, at a short budget and, with the suffix _3x, at three times that."""
     recipe = digits(seed)
-    short = _students(recipe.students["l2"])
-    long = {f"{name}{LONG}": three_times(student) for name, student in short.items()}
-    return replace(recipe, name="digits_methods", students=short | long)
+    base = replace(recipe.students["l2"], batch_size=64)
+    short = {name: replace(base, name=name, **changes) for name, changes in _methods().items()}
+    long = {f"{name}{LONG}": three_times(student) for name, student in short.items() if name != WEAK}
+    return replace(
+        recipe, name="digits_methods", students=short | long, few_steps=("0", "0,8", "0,1.0", "0,4,8,12"),
+    )  # fmt: skip
 
 
 def three_times(student: StudentConfig) -> StudentConfig:
-    """The same student with three times the iterations of each phase."""
-
-    def longer(phase: PhaseConfig) -> PhaseConfig:
-        return replace(phase, iterations=3 * phase.iterations)
-
-    phases = {name: longer(phase) for name, phase in student.phases.items()}
-    return replace(student, name=f"{student.name}{LONG}", phases=phases)
+    """The same student with three times the iterations of each phase. Other students that it needs are the long ones too."""
+    phases = {name: replace(phase, iterations=3 * phase.iterations) for name, phase in student.phases.items()}
+    models = {key: getattr(student, key) for key in ("init", "pairs")}
+    long = {key: f"{model}{LONG}" for key, model in models.items() if model.startswith("students/")}
+    return replace(student, name=f"{student.name}{LONG}", phases=phases, **long)
 
 
-def _students(base: StudentConfig) -> dict[str, StudentConfig]:
-    (phase,) = base.phases.values()
-    return baselines(base, replace(phase, iterations=250))
+def _methods() -> dict[str, dict[str, Any]]:
+    """Settings of the students of a short training, by name. A student reads only those before it."""
+    lines = LinesMatchingConfig(distance="probe", pixel_weight=0.1)
+    critic = DiscriminatorConfig(optimizer=OptimizerConfig(lr=2e-3, betas=(0.5, 0.9)), augment=("translation",))
+    sot = replace(lines, steps=(0,), adversarial_weight=0.3, discriminator=critic)
+    second = replace(ADAM, lr=5e-4, warmup=20)  # optimiser of a second phase
+    cd = ConsistencyConfig(teacher="teacher", levels="schedule", weighting="none", distance="probe", pixel_weight=0.1)
+    cd_gan = replace(cd, adversarial_weight=0.05, adversarial_start=0.33, discriminator=critic)
+    ctm = CTMConfig(solver_steps=1, compare="predictions", denoising_weight=0, distance="l2")
+    scm = SCMConfig(
+        p_mean=0.3, p_std=1.6, tangent_warmup=10, tangent_weight=0.5, normalisation=None, weight="uniform", learned_weight=False
+    )  # fmt: skip
+    ayf = AlignYourFlowConfig(law="lognormal", t_normal=(-0.6, 1.6), same=0.25, r=1.0, normalisation=1.0)
+    ayf_gan = replace(ayf, adversarial_weight=0.1, discriminator=critic)
+    large: dict[str, Any] = {"batch_size": 128}
+    flow = RectifiedFlowConfig()
+    images = replace(flow, data="images")
+    return {
+        "kd": _phases((250, DistillationConfig())) | large,
+        "lmm": _phases((160, lines), (70, sot), second=second) | large,
+        "rf": _phases((250, flow)) | large,
+        "rf_plus": _phases((250, replace(flow, times="u_shaped", distance="huber"))) | large,
+        "rf_distilled": _phases((250, DistillationConfig())) | large | {"init": "students/rf", "pairs": "students/rf"},
+        "rf3": _phases((250, flow)) | large | {"init": "students/rf", "pairs": "students/rf"},
+        "cfm": _phases((500, images), lr=3e-3) | {"init": SCRATCH},
+        "ot_cfm": _phases((500, replace(images, coupling="ot")), lr=3e-3) | {"init": SCRATCH},
+        "cd": _phases((240, cd)),
+        "cd_gan": _phases((160, cd), (58, cd_gan), second=second),
+        "ct": _phases((375, ConsistencyConfig(levels="ct", target_decay=0.9, weighting="none", distance="l2"))),
+        "ict": _phases((375, ConsistencyConfig(levels="ict", neighbours="lognormal", huber_c=None))),
+        "ect": _phases((375, ConsistencyConfig())),
+        "ctm": _phases((215, ctm)),
+        "scd": _phases((250, scm), lr=2e-3),
+        "sct": _phases((300, replace(scm, reference="data")), lr=2e-3),
+        "meanflow": _phases((300, MeanFlowConfig()), lr=2e-3),
+        WEAK: _phases((150, EDMConfig()), lr=3e-3) | {"init": SCRATCH},
+        "ayf": _phases((250, ayf), lr=2e-3),
+        "ayf_auto": _phases((214, replace(ayf, weak=f"students/{WEAK}", guidance=1.5)), lr=2e-3),
+        "ayf_gan": _phases((170, ayf), (45, ayf_gan), lr=2e-3, second=second),
+        "ayf_lmd": _phases((250, replace(ayf, equation="lmd", law="schedule", top=0.5, same=0.0, normalisation=None)), lr=3e-3),
+        "pd": {"phases": rounds(ProgressiveConfig(steps=8, solver="heun"), (60, 65, 65, 75), ADAM)},
+        "boot": _phases((300, BootConfig())),
+        "imm": _phases((375, IMMConfig())),
+        "shortcut": _phases((300, ShortcutConfig())),
+    }
+
+
+def _phases(
+    *objectives: tuple[int, ObjectiveConfig], lr: float = ADAM.lr, second: OptimizerConfig | None = None
+) -> dict[str, Any]:
+    """Phases of these iterations and objectives: "first" and "second", or "training" alone."""
+    optimizers = (replace(ADAM, lr=lr), second or ADAM)
+    names = ("first", "second") if len(objectives) > 1 else ("training",)
+    return {
+        "phases": {
+            name: PhaseConfig(iterations=iterations, optimizer=optimizer, objective=objective)
+            for name, optimizer, (iterations, objective) in zip(names, optimizers, objectives, strict=False)
+        }
+    }

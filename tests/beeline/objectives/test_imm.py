@@ -15,7 +15,8 @@ from beeline import counting
 from beeline.checkpoint import build
 from beeline.config import OptimizerConfig, ProbeNetworkConfig
 from beeline.objectives import Batch, Context, Needs
-from beeline.objectives.imm import IMM, IMMConfig, jump, mmd
+from beeline.objectives.flow_map import jump
+from beeline.objectives.imm import IMM, IMMConfig, mmd
 from beeline.objectives.learner import Learner
 
 
