@@ -26,6 +26,8 @@ from trainers.train_probe import train_probes
 from trainers.train_teacher import check_teacher, train_teacher
 from trainers.trials import can_vary, trials_of
 
+MAX_TRAINED = 16  # steps of a schedule that is measured because a student was trained on it: it is part of a file's name
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Step:
@@ -113,8 +115,13 @@ def needed_weights(recipe: Recipe) -> list[str]:
 
 
 def _schedules(recipe: Recipe, phase: PhaseConfig) -> tuple[str, ...]:
+    """Return the step schedules to measure. A student of single levels is also measured at all of them, unless there are many."""
     sampling = phase.objective.sampling()
-    return recipe.few_steps if sampling is not None and sampling.trained_steps is None else recipe.evaluate.steps
+    if sampling is not None and sampling.trained_steps is None:
+        return recipe.few_steps
+    trained = () if sampling is None else sampling.trained_steps or ()
+    own = [",".join(map(str, trained))] if 0 < len(trained) <= MAX_TRAINED else []
+    return tuple(dict.fromkeys((*recipe.evaluate.steps, *own)))
 
 
 def _inputs(student: StudentConfig) -> tuple[str, ...]:
