@@ -115,7 +115,7 @@ def needed_weights(recipe: Recipe) -> list[str]:
 
 
 def _schedules(recipe: Recipe, phase: PhaseConfig) -> tuple[str, ...]:
-    """Return the step schedules to measure. A student of single levels is also measured at all of them, unless there are many."""
+    """Step schedules to measure. A student of single levels is also measured at all of them, unless there are many."""
     sampling = phase.objective.sampling()
     if sampling is not None and sampling.trained_steps is None:
         return recipe.few_steps
