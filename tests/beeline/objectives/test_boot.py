@@ -130,10 +130,10 @@ def test_a_network_learns(precision: Literal["fp32", "bf16"], labelled: bool) ->
     labels = torch.eye(small.CLASSES)[torch.arange(8) % small.CLASSES] if labelled else None
     learner = Learner(student, OptimizerConfig(lr=1e-2), precision=precision)
     z = torch.randn(8, 1, 8, 8)
-    for step in range(30):
+    for step in range(40):
         generator = torch.Generator().manual_seed(step)
-        objective.backward(learner, None, Batch(size=8, step=step, total=30, noise=z, labels=labels), generator)
-        assert not learner.update(step, 30)["skipped"]
+        objective.backward(learner, None, Batch(size=8, step=step, total=40, noise=z, labels=labels), generator)
+        assert not learner.update(step, 40)["skipped"]
     student.eval()
     classes = None if labels is None else labels.argmax(dim=1)
     images = few_step(student, z, classes, steps=(0,), how=config.sampling())
