@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from beeline.config.student import student_folder
 from beeline.metrics.measures import is_frechet, rises
@@ -17,6 +18,7 @@ from pipeline.records import cost_in, evaluations_of
 from pipeline.storage import Folder
 
 COUNTS = (1, 2, 4)  # evaluations per image
+MILLION = 1e6
 UNITS = ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k"))
 
 
@@ -132,16 +134,17 @@ def _chart(students: Sequence[Student], metric: str, teacher: Figure | None) -> 
     series: list[Series] = []
     for count in COUNTS:
         points = [
-            (total, student.figures[count].mean, alone, student.model.title)
+            (total / MILLION, student.figures[count].mean, alone / MILLION, student.model.title)
             for student, alone, total in known
             if count in student.figures and alone and total
         ]
         if points:
             x, y, left, names = zip(*points, strict=True)
-            best = _unbeaten(x, y, metric) if not series else ()
+            best = _unbeaten(x, y, metric)
             labels = [name if k in best else "" for k, name in enumerate(names)]
             text = plural(count, "evaluation")
-            series.append(Series(name=text, number=COUNTS.index(count) + 1, x=x, y=y, left=left, labels=labels, joined=False))
+            first: dict[str, Any] = {} if series else {"left": left, "labels": labels}  # once each is enough
+            series.append(Series(name=text, number=COUNTS.index(count) + 1, x=x, y=y, joined=False, **first))
     if not series:
         return None
     if teacher:
@@ -150,7 +153,7 @@ def _chart(students: Sequence[Student], metric: str, teacher: Figure | None) -> 
         series.append(Series(name=text, number=0, x=ends, y=[teacher.mean] * 2, marked=False))
     log = "xy" if is_frechet(metric) else "x"
     alt = f"{metric} by training cost in network evaluations"
-    return chart(series, x="training cost in network evaluations", y=metric, alt=alt, log=log)
+    return chart(series, x="training cost, millions of network evaluations", y=metric, alt=alt, log=log)
 
 
 def _unbeaten(costs: Sequence[float], values: Sequence[float], metric: str) -> set[int]:
