@@ -26,8 +26,6 @@ from trainers.train_probe import train_probes
 from trainers.train_teacher import check_teacher, train_teacher
 from trainers.trials import can_vary, trials_of
 
-MAX_TRAINED = 16  # steps of a schedule that is measured because a student was trained on it: it is part of a file's name
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Step:
