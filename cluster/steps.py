@@ -26,6 +26,8 @@ from trainers.train_probe import train_probes
 from trainers.train_teacher import check_teacher, train_teacher
 from trainers.trials import can_vary, trials_of
 
+MAX_TRAINED = 16  # steps of a schedule that is measured because a student was trained on it: it is part of a file's name
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Step:
@@ -160,7 +162,7 @@ def needed_weights(recipe: Recipe) -> list[str]:
 
 def _schedules(recipe: Recipe, sampling: FewStep | None) -> tuple[str, ...]:
     """Return the step schedules to measure a student at: all of `few_steps` if it was trained on all levels, otherwise those
-    of `few_steps` and `evaluate.steps` that use trained steps alone, or all its trained steps if there are none.
+    of `few_steps` and `evaluate.steps` that use trained steps alone, and all its trained steps unless there are many.
 
     Students without few-step sampling (None) use `evaluate.nfe`, like teachers, and ignore the result.
     """
@@ -169,8 +171,9 @@ def _schedules(recipe: Recipe, sampling: FewStep | None) -> tuple[str, ...]:
     if sampling.trained_steps is None:
         return recipe.few_steps
     schedules = dict.fromkeys((*recipe.few_steps, *recipe.evaluate.steps))
-    fitting = tuple(text for text in schedules if not sampling.unseen(parse_steps(text)))
-    return fitting or (write_steps(sampling.trained_steps),)
+    fitting = [text for text in schedules if not sampling.unseen(parse_steps(text))]
+    own = write_steps(sampling.trained_steps)
+    return tuple(dict.fromkeys([*fitting, *[own] * (len(sampling.trained_steps) <= MAX_TRAINED or not fitting)]))
 
 
 def _inputs(student: StudentConfig) -> tuple[str, ...]:

@@ -65,18 +65,20 @@ def _methods() -> dict[str, dict[str, Any]]:
     second = replace(ADAM, lr=5e-4, warmup=20)  # optimiser of a second phase
     cd = ConsistencyConfig(teacher="teacher", levels="schedule", weighting="none", distance="probe", pixel_weight=0.1)
     cd_gan = replace(cd, adversarial_weight=0.05, adversarial_start=0.33, discriminator=critic)
-    ctm = CTMConfig(solver_steps=1, compare="predictions", denoising_weight=0, distance="l2")
+    ctm = CTMConfig(solver_steps=1, denoising_weight=0, target_decay=0.9)
+    denoised = replace(ctm, denoising_weight=0.1)
     scm = SCMConfig(
         p_mean=0.3, p_std=1.6, tangent_warmup=10, tangent_weight=0.5, normalisation=None, weight="uniform", learned_weight=False
     )  # fmt: skip
     ayf = AlignYourFlowConfig(law="lognormal", t_normal=(-0.6, 1.6), same=0.25, r=1.0, normalisation=1.0)
     ayf_gan = replace(ayf, adversarial_weight=0.1, discriminator=critic)
+    halved = rounds(ProgressiveConfig(num_steps=8, steps=4, solver="heun"), (100, 75, 85), replace(ADAM, warmup=10))
     large: dict[str, Any] = {"batch_size": 128}
     flow = RectifiedFlowConfig()
     images = replace(flow, data="images")
     return {
         "kd": _phases((250, DistillationConfig())) | large,
-        "lmm": _phases((160, lines), (70, sot), second=second) | large,
+        "lmm": _phases((130, lines), (55, sot), second=second) | large,
         "rf": _phases((250, flow)) | large,
         "rf_plus": _phases((250, replace(flow, times="u_shaped", distance="huber"))) | large,
         "rf_distilled": _phases((250, DistillationConfig())) | large | {"init": "students/rf", "pairs": "students/rf"},
@@ -88,7 +90,11 @@ def _methods() -> dict[str, dict[str, Any]]:
         "ct": _phases((375, ConsistencyConfig(levels="ct", target_decay=0.9, weighting="none", distance="l2"))),
         "ict": _phases((375, ConsistencyConfig(levels="ict", neighbours="lognormal", huber_c=None))),
         "ect": _phases((375, ConsistencyConfig())),
-        "ctm": _phases((215, ctm)),
+        "ctm": _phases((250, replace(ctm, compare="predictions", distance="l2", zero=0.3, top=0.15))),
+        "ctm_images": _phases((158, ctm)),
+        "ctm_full": _phases(
+            (90, denoised), (30, replace(denoised, adversarial_weight=0.3, discriminator=critic)), second=second
+        ),
         "scd": _phases((250, scm), lr=2e-3),
         "sct": _phases((300, replace(scm, reference="data")), lr=2e-3),
         "meanflow": _phases((300, MeanFlowConfig()), lr=2e-3),
@@ -97,18 +103,21 @@ def _methods() -> dict[str, dict[str, Any]]:
         "ayf_auto": _phases((214, replace(ayf, weak=f"students/{WEAK}", guidance=1.5)), lr=2e-3),
         "ayf_gan": _phases((170, ayf), (45, ayf_gan), lr=2e-3, second=second),
         "ayf_lmd": _phases((250, replace(ayf, equation="lmd", law="schedule", top=0.5, same=0.0, normalisation=None)), lr=3e-3),
-        "pd": {"phases": rounds(ProgressiveConfig(steps=8, solver="heun"), (60, 65, 65, 75), ADAM)},
-        "boot": _phases((300, BootConfig())),
+        "pd": {"phases": halved, "ema_half_lives": (10.0,)},
+        "boot": _phases((250, BootConfig(num_steps=9, solver="heun")), warmup=30) | {"ema_half_lives": (25.0,)},
         "imm": _phases((375, IMMConfig())),
-        "shortcut": _phases((300, ShortcutConfig())),
+        "shortcut": _phases((330, ShortcutConfig())),
     }
 
 
 def _phases(
-    *objectives: tuple[int, ObjectiveConfig], lr: float = ADAM.lr, second: OptimizerConfig | None = None
+    *objectives: tuple[int, ObjectiveConfig],
+    lr: float = ADAM.lr,
+    warmup: int = ADAM.warmup,
+    second: OptimizerConfig | None = None,
 ) -> dict[str, Any]:
     """Phases of these iterations and objectives: "first" and "second", or "training" alone."""
-    optimizers = (replace(ADAM, lr=lr), second or ADAM)
+    optimizers = (replace(ADAM, lr=lr, warmup=warmup), second or ADAM)
     names = ("first", "second") if len(objectives) > 1 else ("training",)
     return {
         "phases": {

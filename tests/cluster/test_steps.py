@@ -11,6 +11,7 @@ from beeline.errors import BeelineError
 from beeline.objectives import ObjectiveConfig
 from beeline.objectives.kd import DistillationConfig
 from beeline.objectives.lmm import LinesMatchingConfig
+from beeline.objectives.progressive import ProgressiveConfig, rounds
 from beeline.objectives.rectified_flow import RectifiedFlowConfig
 from beeline.recipes import RECIPES
 from beeline.sampling.few_step import FewStep
@@ -50,7 +51,7 @@ def test_students_of_some_steps_are_measured_at_what_they_know() -> None:
     assert schedules(DistillationConfig(num_steps=18), FEW) == ("0",)
     assert schedules(sot(0, 8), FEW) == ("0", "0,8")
     assert schedules(sot(0, 1, 8), FEW, ("0,1", "0", "0,1,8", "0,2")) == ("0", "0,8", "0,1", "0,1,8")
-    assert schedules(sot(0, 8), ("80.0", "80.0,8", "80.0,0.5")) == ("80.0", "80.0,8", "0")
+    assert schedules(sot(0, 8), ("80.0", "80.0,8", "80.0,0.5")) == ("80.0", "80.0,8", "0", "0,8")
 
 
 def test_without_a_fitting_schedule_all_trained_steps_are_taken() -> None:
@@ -85,3 +86,17 @@ def test_students_of_some_steps_ignore_the_others_schedules() -> None:
     """A schedule beyond their levels is none of theirs."""
     students = {"kd": RECIPES["digits_methods"](0).students["kd"]}
     check_recipe(replace(DIGITS, students=students, few_steps=("0", "0,99")))
+
+
+def test_a_student_of_single_levels_is_measured_at_them() -> None:
+    """After each round of progressive distillation at its own steps; other students as the recipe says."""
+    recipe = RECIPES["digits"](0)
+    optimizer = recipe.main.phases["reconstruction"].optimizer
+    phases = rounds(ProgressiveConfig(steps=32, num_steps=64), (1,) * 6, optimizer)
+    recipe = replace(recipe, students=recipe.students | {"pd": replace(recipe.main, name="pd", phases=phases)})
+    measured = models(recipe)
+    assert measured["students/pd/steps-32"] == ("0", "0,8", "0,6,12")  # its own are too many
+    assert measured["students/pd/steps-8"] == ("0", "0,8", "0,8,16,24,32,40,48,56")
+    assert measured["students/pd/steps-2"] == ("0", "0,32")
+    assert measured["students/pd"] == measured["students/sot"] == measured["teacher"] == ("0",)
+    assert measured["students/l2"] == recipe.few_steps

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,10 @@ TRACES: dict[str, list[dict[str, Any]]] = json.loads((Path(__file__).parent / "t
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Folder:
-    return small.workspace(tmp_path_factory.mktemp("traces") / "ws")
+    path = tmp_path_factory.mktemp("traces") / "ws"
+    place = small.workspace(path)
+    shutil.copytree(path / "teacher", path / "students/weak")
+    return place
 
 
 def test_every_student_has_a_trace() -> None:
@@ -36,7 +40,7 @@ def test_every_student_has_a_trace() -> None:
 def test_the_losses_are_what_they_were(name: str, workspace: Folder, tmp_path: Path) -> None:
     student = STUDENTS[name]
     phases = {key: replace(phase, iterations=4) for key, phase in student.phases.items()}
-    config = replace(student, init="teacher", batch_size=12, ema_half_lives=(3.0, 30.0), phases=phases)
+    config = replace(student, init="teacher", pairs="teacher", batch_size=12, ema_half_lives=(3.0, 30.0), phases=phases)
     session = loop.Session(folder=Folder(str(tmp_path)))
     task = student_training(session=session, workspace=workspace, recipe="digits", config=config, **small.plans(workspace))
     loop.run(task, session, loop.Cadence(log_every=1, checkpoint_every=3))
