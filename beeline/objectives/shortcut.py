@@ -30,13 +30,13 @@ TEACHER = "teacher"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ShortcutConfig(ObjectiveConfig):
-    """Shortcut models. Defaults are the published ones, except for `reference`."""
+    """Shortcut models. `sizes` and `bootstrap` are by default those of the published code."""
 
     num_steps: Steps = 18
     """Levels of the schedule to which the indices of few-step schedules refer."""
     sizes: Annotated[int, Range(1, 12)] = 7
     """Halvings of the time range: the smallest half step is 1 / 2^sizes of it."""
-    bootstrap: Share = 0.25
+    bootstrap: Share = 0.125
     """Share of the batch that learns from two half steps."""
     reference: Literal["teacher", "data"] = "teacher"
     """Velocity of the other rows: the teacher's, or that of the noisy image itself."""
