@@ -329,7 +329,7 @@ def test_settings_that_do_not_go_together() -> None:
     phase = lmm.phases["adversarial"]
     for name in ("best", "checkpoints", "samples", "tensorboard", "ema-50"):
         with pytest.raises(
-            SettingError, match=r"phases is .* expected names other than best, checkpoints, samples, tensorboard"
+            SettingError, match=r"phases is .* expected names other than best, checkpoints, pairs, samples, tensorboard"
         ):
             replace(lmm, phases={name: phase})
     assert list(replace(lmm, phases={"ema": phase}).phases) == ["ema"]

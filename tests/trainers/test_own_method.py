@@ -63,7 +63,7 @@ def test_without_its_module_the_rule_is_unknown_and_said(run: Run, workspace: Pa
     done = run("evaluation/evaluate.py", "digits", "--workspace", workspace, "--model", "students/ours", *MEASURE, ok=False)
     assert done.stderr.count("\n") == 1
     assert (
-        "rule is 'damped'; expected text that is same_noise, line, fresh_noise or, for example, gamma 0.5 (or another, once"
+        "rule is 'damped'; expected text that is same_noise, line, fresh_noise or gamma with a number from 0 to 1, "
         in done.stderr
     )
 
