@@ -28,6 +28,8 @@ from pipeline.runtime import ensure_ray
 from pipeline.storage import Folder
 from trainers.trials import can_vary
 
+SPARE = 1  # steps that start up while others train
+
 
 def run_pipeline(workspace: str, recipe: Annotated[Recipe, tyro.conf.arg(name="")]) -> None:
     """Run the recipe from real images to report.html; settings of any stage can be overridden.
@@ -50,17 +52,24 @@ def run_pipeline(workspace: str, recipe: Annotated[Recipe, tyro.conf.arg(name=""
 
 
 def run_together(group: Sequence[Step]) -> None:
-    """Run steps in parallel, such as the ablations: each starts after the steps whose results it reads, once the cluster has
-    room for its workers."""
-    running: dict[str, ray.ObjectRef[None]] = {}
-    for step in group:
-        inputs = [running[name] for name in step.after if name in running]
-        running[step.name] = ray.remote(num_cpus=0)(_run).options(name=step.name).remote(step, *inputs)
-    ray.get(list(running.values()))
+    """Run steps in parallel, such as the ablations: each after the steps whose results it reads.
+
+    A step is a process that waits until the cluster has room for its workers. Some more than the cluster has CPUs are enough:
+    a cluster that grows then gets more of them.
+    """
+    waiting, running = {step.name: step for step in group}, dict[ray.ObjectRef[None], str]()
+    while waiting or running:
+        unfinished = {*waiting, *running.values()}
+        ready = [step for step in waiting.values() if unfinished.isdisjoint(step.after)]
+        for step in ready[: max(0, int(ray.cluster_resources().get("CPU", 0)) + SPARE - len(running))]:
+            running[ray.remote(num_cpus=0)(_run).options(name=step.name).remote(step)] = step.name
+            del waiting[step.name]
+        for done in ray.wait(list(running))[0]:
+            ray.get(done)
+            del running[done]
 
 
-def _run(step: Step, *_inputs: None) -> None:
-    """Run a step. Ray calls this once `_inputs`, the results of other steps, exist."""
+def _run(step: Step) -> None:
     step.run()
 
 

@@ -41,7 +41,7 @@ class Step:
     """Runs the step; returns a note for the report, or None."""
     after: tuple[str, ...] = ()
     side_by_side: bool = False
-    """Whether the step may run in parallel with neighbouring steps that allow it too."""
+    """Whether the step may run in parallel with neighbouring steps that allow it too, except those in its `after`."""
 
 
 def steps(workspace: str, recipe: Recipe) -> Iterator[Step]:
@@ -56,17 +56,13 @@ def steps(workspace: str, recipe: Recipe) -> Iterator[Step]:
     yield step(PROBE, train_probes, recipe.probe, after=(IMAGES,))
     yield step(TEACHER, train_teacher, recipe.teacher, after=(IMAGES,))
     yield step(PAIRS, gen_pairs, recipe.pairs, after=(TEACHER,))
-    left, beside = makers(recipe), set[str]()
+    left = makers(recipe)
     for student in recipe.students.values():
-        folder, inputs = student_folder(student.name), _inputs(student)
         if student.pairs in left:
             left.remove(student.pairs)
-            pairs = recipe.pairs_of(student.pairs)
-            yield step(pairs_folder(student.pairs), gen_pairs, pairs, after=(made_by(student.pairs),))
-            beside = set()
-        parallel = student != main and not beside & set(inputs)
-        yield step(folder, train_lmm, student, after=inputs, parallel=parallel)
-        beside = beside | {folder} if parallel else set()
+            pairs, maker = recipe.pairs_of(student.pairs), made_by(student.pairs)
+            yield step(pairs_folder(student.pairs), gen_pairs, pairs, after=(maker,), parallel=True)
+        yield step(student_folder(student.name), train_lmm, student, after=_inputs(student), parallel=student != main)
     after = (IMAGES, PROBE, pairs_folder(main.pairs), made_by(recipe.sweep.init))
     if can_vary(main):
         yield step(f"{SWEEPS}/{recipe.sweep.name}", sweep_lmm, recipe.sweep, main, recipe.evaluate, after=after)

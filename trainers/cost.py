@@ -5,10 +5,10 @@ feature networks, derivatives) counts by its FLOPs, in units of one evaluation. 
 
     training     evaluations of all phases; null if one is unknown
     phases       the same by phase
-    pairs        evaluations of the teacher for pairs/, 0 if the student was not trained on pairs; null if unknown
-    inherited    the same two numbers of each student that it started from or learned from, and of theirs
+    pairs        evaluations for the pairs that it trained on, 0 if it needs none; null if unknown
+    inherited    the same two numbers of each student that it started from, learned from or has pairs of, and of theirs
 
-Sums count everything once: a workspace has one pairs/, so at most one entry counts it. Training the teacher is not included.
+Sums count everything once: at most one entry counts the teacher's pairs. Training the teacher is not included.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from beeline import counting
 from beeline.config import NetworkConfig, PhaseConfig, ProbeNetworkConfig, StudentConfig
-from beeline.files.names import PAIRS, STUDENTS
+from beeline.files.names import STUDENTS, TEACHER, pairs_folder
 from pipeline.model_folders import require_probe
 from pipeline.records import PAIRS_DONE, cost_in, evaluations_of, success_in
 from pipeline.storage import Folder
@@ -39,7 +39,7 @@ def training_cost(place: Folder, recipe: str, student: StudentConfig, network: N
         return round(counting.step_evaluations(network, probe, phase.objective) * phase.iterations * student.batch_size)
 
     def of_pairs() -> int:
-        done = success_in(place / PAIRS, PAIRS_DONE)
+        done = success_in(place / pairs_folder(student.pairs), PAIRS_DONE)
         assert done is not None
         return int(done["evaluations"])
 
@@ -49,10 +49,11 @@ def training_cost(place: Folder, recipe: str, student: StudentConfig, network: N
     phases = {name: known(f"phase {name!r}", of_phase, phase) for name, phase in student.running.items()}
     needs, counts = student.needs(), list(phases.values())
     inherited: dict[str, dict[str, Any]] = {}
-    for model in (student.start, *needs.models):
+    makers = (student.pairs,) if needs.pairs else ()
+    for model in dict.fromkeys((student.start, *makers, *needs.models)):
         if model.startswith(f"{STUDENTS}/"):
             _add(inherited, model, known(made_by(model), cost_in, place / made_by(model)))
-    _count_pairs_once(inherited, counted=needs.pairs)
+    _count_pairs_once(inherited, counted=needs.pairs and student.pairs == TEACHER)
     return {
         "training": None if None in counts else sum(count for count in counts if count is not None),
         "phases": phases,

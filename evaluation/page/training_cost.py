@@ -59,7 +59,7 @@ class Student:
 
 def training_cost(place: Folder, models: Sequence[Model], metric: str, teacher: Figure | None) -> TrainingCost | None:
     """Every student by its training cost; None if no student has a record of it. `teacher` is the teacher's best figure."""
-    students = [_student(place, model, metric) for model in models[1:] if not model.is_average]
+    students = [student_of(place, model, metric) for model in models[1:] if not model.is_average]
     if all(student.total is None for student in students):
         return None
     students.sort(key=lambda student: (student.rank(metric), student.model.number))
@@ -68,7 +68,7 @@ def training_cost(place: Folder, models: Sequence[Model], metric: str, teacher: 
     )
 
 
-def _student(place: Folder, model: Model, metric: str) -> Student:
+def student_of(place: Folder, model: Model, metric: str) -> Student:
     """Read a student's record. A model published after an earlier phase cost that phase and those before it."""
     _, name, *part = model.name.split("/")
     cost = cost_in(place / student_folder(name))

@@ -117,9 +117,9 @@ def test_reflow(run: Run, trained: Path, tmp_path: Path) -> None:
     """Pairs of a student are in its folder, equal samples of it, and another student trains on them."""
     workspace = tmp_path / "ws"
     shutil.copytree(trained, workspace)
-    place, kept = ("digits", "--workspace", workspace), files(trained / "pairs", "part-*")
+    place, kept = ("digits_methods", "--workspace", workspace), files(trained / "pairs", "part-*")
     short = ["--student.workers.count", "1", "--student.batch-size", "16"]
-    run("trainers/train_lmm.py", *place, "--student", "rf", *short, "--student.phases.flow.iterations", "4")
+    run("trainers/train_lmm.py", *place, "--student", "rf", *short, "--student.phases.training.iterations", "4")
     reflow = [*TINY_PAIRS, "--pairs.model", "students/rf", "--pairs.num-steps", "3"]
     made = run("pipeline/gen_pairs.py", *place, *reflow)
     assert "students/rf/pairs: 0 of 6 shards exist (0.00 GB); 300 of 300 pairs are left, 5 evaluations each" in made.stdout
@@ -131,7 +131,7 @@ def test_reflow(run: Run, trained: Path, tmp_path: Path) -> None:
     assert files(workspace / "pairs", "part-*") == kept
     checked = run("pipeline/verify_pairs.py", *place, "--verify.model", "students/rf", "--verify.resample", "2")
     assert "6 shards are intact" in checked.stdout
-    distilled = ["--student", "kd", *short, "--student.phases.distillation.iterations", "4"]
+    distilled = ["--student", "kd", *short, "--student.phases.training.iterations", "4"]
     run("trainers/train_lmm.py", *place, *distilled, "--student.init", "students/rf", "--student.pairs", "students/rf")
     plan = json.loads((workspace / "students/kd/plan.json").read_text())
     assert plan["student"]["pairs"] == "students/rf"

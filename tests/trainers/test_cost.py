@@ -88,6 +88,13 @@ def test_phases_and_pairs(place: Folder) -> None:
     assert cost_in(place / "students/tried") == found
 
 
+def test_pairs_of_a_student_count_in_addition_to_those_that_made_it(place: Folder) -> None:
+    write(place, "base", KD)
+    finished(place, "students/base/pairs", {"pairs": {}}, {}, pairs=10, shards=1, evaluations=70)
+    found = cost(place, student(DistillationConfig(num_steps=4), pairs="students/base"))
+    assert (found["pairs"], found["inherited"]) == (70, {"students/base": {"training": 300, "pairs": 4000}})
+
+
 def test_the_probe_of_the_workspace_is_counted(tmp_path: Path) -> None:
     """Also with dropout, which counts as nothing."""
     place = small.workspace(tmp_path / "ws")  # its pairs have no record of their evaluations

@@ -21,7 +21,7 @@ from trainers.log import read_log
 
 KD = [
     "--student", "kd",
-    "--student.phases.distillation.iterations", "600",
+    "--student.phases.training.iterations", "600",
     "--student.batch-size", "16",
     "--student.checkpoint-every", "100",
     "--student.log-every", "50",
@@ -133,8 +133,8 @@ def test_weights_that_diverge_end_the_run_with_one_message(run: Run, trained: Pa
     shutil.copytree(trained, workspace)
     done = run(
         "trainers/train_lmm.py", "digits_methods", "--workspace", workspace, "--student", "kd", "--student.batch-size", "16",
-        "--student.phases.distillation.iterations", "300", "--student.phases.distillation.optimizer.lr", "1e30",
-        "--student.phases.distillation.optimizer.warmup", "0", ok=False,
+        "--student.phases.training.iterations", "300", "--student.phases.training.optimizer.lr", "1e30",
+        "--student.phases.training.optimizer.warmup", "0", ok=False,
     )  # fmt: skip
     assert re.search("^error: kd: the gradients of 100 steps in a row", done.stderr, re.MULTILINE)
     assert done.stderr.count("error: ") == 1

@@ -20,7 +20,7 @@ from evaluation.page.training_cost import TrainingCost, short, training_cost
 from pipeline.records import cost_in
 from pipeline.storage import Folder
 
-STUDENTS = RECIPES["digits"](0).students
+STUDENTS = RECIPES["digits_methods"](0).students | RECIPES["digits"](0).students
 METRIC = "fd_probe_1797"
 LEVEL, GAMMA = ("0,0.821", 2, [0, 0.821]), ("0,0.821 gamma 0.5", 2, [0, 0.821])
 KD = {"training": 96_000, "phases": {"distillation": 96_000}, "pairs": 87_500, "inherited": {}}
