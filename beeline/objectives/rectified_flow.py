@@ -28,6 +28,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch._subclasses.fake_tensor import is_fake
 
+from beeline.augmentation import mirrored
 from beeline.objectives import Batch, Context, Needs, Objective, ObjectiveConfig, lines
 from beeline.objectives.distances import DISTANCES, DistanceSettings, Kind
 from beeline.objectives.learner import Learner
@@ -53,6 +54,8 @@ class RectifiedFlowConfig(DistanceSettings, ObjectiveConfig):
     coupling: Literal["independent", "ot"] = added("independent")
     """Noise of real images. "ot" pairs each rank's micro-batch by optimal transport, for a conditional student within classes.
     The assignment runs on the CPU of each rank, in milliseconds for some hundred images."""
+    flip: bool = added(False)
+    """Mirror real images at random, for data without a preferred side."""
     times: Literal["uniform", "u_shaped"] = added("uniform")
     """Distribution of t. "u_shaped": density proportional to e^(4 t) + e^(4 (1 - t))."""
     distance: Kind = added("l2")
@@ -64,6 +67,7 @@ class RectifiedFlowConfig(DistanceSettings, ObjectiveConfig):
         super().__post_init__()
         fits = self.data == "images" or self.coupling == "independent"
         self.require(fits, "coupling", "'independent', because pairs are coupled already")
+        self.require(not self.flip or self.data == "images", "flip", "False, because the noise of a pair fits its image alone")
 
     def needs(self) -> Needs:
         """Pairs or real images; the feature network of the distance."""
@@ -85,7 +89,7 @@ class RectifiedFlowConfig(DistanceSettings, ObjectiveConfig):
 
     def representative(self) -> RectifiedFlowConfig:
         """Replace settings that do not affect the cost by defaults."""
-        return dataclasses.replace(self, num_steps=18, coupling="independent", times="uniform", pixel_weight=0.0)
+        return dataclasses.replace(self, num_steps=18, coupling="independent", flip=False, times="uniform", pixel_weight=0.0)
 
 
 class RectifiedFlow(Objective):
@@ -114,10 +118,11 @@ class RectifiedFlow(Objective):
             assert batch.x1 is not None
             return batch.noise, batch.x1, batch.labels
         assert batch.real is not None
-        noise = torch.randn(batch.real.shape, generator=generator, device=batch.real.device)
+        images = mirrored(batch.real, generator) if self.config.flip else batch.real
+        noise = torch.randn(images.shape, generator=generator, device=images.device)
         if self.config.coupling == "ot":
-            noise = noise[transport(noise, batch.real, batch.real_labels)]
-        return noise, batch.real, batch.real_labels
+            noise = noise[transport(noise, images, batch.real_labels)]
+        return noise, images, batch.real_labels
 
     def _losses(self, images: torch.Tensor, x1: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """The loss of each row, (B,), of predictions `images` and images `x1` (B, C, H, W) at `t` (B,)."""

@@ -13,6 +13,7 @@ from dataclasses import replace
 
 from beeline.config import Recipe
 from beeline.errors import BeelineError, plain
+from beeline.recipes.cifar10_methods import cifar10_methods
 from beeline.recipes.cifar10_small import cifar10_small
 from beeline.recipes.digits import digits
 from beeline.recipes.digits_methods import digits_methods
@@ -23,6 +24,7 @@ RECIPES: dict[str, Callable[[int], Recipe]] = {
     "digits": digits,
     "digits_methods": digits_methods,
     "cifar10": cifar10,
+    "cifar10_methods": cifar10_methods,
     "cifar10_small": cifar10_small,
     "cifar10_uncond": cifar10_uncond,
     "afhqv2": afhqv2,
