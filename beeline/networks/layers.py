@@ -6,7 +6,7 @@ Parameter names follow EDM's state dicts (Karras et al. 2022, appendix F), so re
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,9 @@ from torch import nn
 from torch.nn import functional as F
 
 Init = Callable[[torch.Tensor, int, int], None]
+Extra = Mapping[str, torch.Tensor]
+"""Inputs that only some networks have, by name: "to" (B,), c_noise of a second noise level; "guidance" (B,), a weight."""
+NOTHING: Extra = {}
 
 
 def xavier(gain: float = 1.0) -> Init:
@@ -221,8 +224,8 @@ class PositionalEmbedding(nn.Module):
         return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
-class LevelEmbedding(nn.Module):
-    """Embedding of a second noise level, added to that of the first: (B,) to (B, out_channels). It is 0 at the start of
+class ExtraEmbedding(nn.Module):
+    """Embedding of an additional number, added to that of the noise level: (B,) to (B, out_channels). It is 0 at the start of
     training, so that a network with it starts as the one without."""
 
     def __init__(self, channels: int, out_channels: int, *, init: Init) -> None:

@@ -23,7 +23,7 @@ from beeline.denoiser import Denoiser
 from beeline.errors import BeelineError
 from beeline.objectives.lines import Line
 from beeline.schedule import SIGMA_MIN, check_steps, edm_sigmas
-from beeline.settings import STEPS, Index, Positive, Settings, Some, Steps
+from beeline.settings import STEPS, Amount, Index, Positive, Settings, Some, Steps, added
 
 Fresh = Callable[[], torch.Tensor]
 Step = int | float
@@ -134,6 +134,8 @@ class FewStep(Settings):
     """Line whose points the student was trained on (beeline.objectives.lines)."""
     trained_steps: Some[Index] | None = None
     """Indices that the student was trained on; None for all noise levels. SOT trains on some."""
+    guidance: Amount = added(0.0)
+    """Weight of guidance, for students that take it; another can be asked for."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -211,11 +213,12 @@ def few_step(
     sigmas = [*how.sigmas(steps), 0.0]
     noise = latents.to(torch.float64)
     jumps = isinstance(denoiser, Denoiser) and denoiser.takes_second_level
+    always: dict[str, Any] = {"guidance": torch.tensor(how.guidance)} if how.guidance else {}
 
     def predict(x: torch.Tensor, sigma: float, to: float | None = None) -> torch.Tensor:
         level = torch.full((len(x),), sigma, device=x.device)
-        options: dict[str, Any] = {"to": torch.full((len(x),), to, device=x.device)} if jumps and to is not None else {}
-        return denoiser(x.to(torch.float32), level, labels, **options).to(torch.float64)
+        options = {"to": torch.full((len(x),), to, device=x.device)} if jumps and to is not None else {}
+        return denoiser(x.to(torch.float32), level, labels, **always, **options).to(torch.float64)
 
     def new(n: int) -> torch.Tensor:
         if fresh is None:
