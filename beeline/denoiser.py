@@ -36,6 +36,7 @@ class Denoiser(nn.Module):
         self.img_channels = img_channels
         self.label_dim = label_dim
         self.network_config: NetworkConfig | None = None  # the config that `checkpoint.build` used
+        self.guess: Denoiser | None = None  # frozen network that makes the first guess, for networks with `guess`
         self.few_step: FewStep | None = None  # set on students: allowed sampling
         self.levels: tuple[float, ...] | None = None  # set on calibrated teachers: noise levels of the Adams solver
 
@@ -84,14 +85,16 @@ class Denoiser(nn.Module):
         augment_labels: torch.Tensor | None = None,
         to: torch.Tensor | None = None,
         guidance: torch.Tensor | None = None,
+        guess: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Denoise images `x` (B, C, H, W) at noise levels `sigma` (B,) or (); returns float32 (B, C, H, W).
 
         `labels`: None, class indices (B,) or one-hot (B, K). `augment_labels` (B, A) are for training with non-leaking
         augmentation; omit them when sampling. `to` (B,) or (), at least 0, is the level at which a flow map's jump ends. Only
         networks with `second_level` accept it; its default is `sigma`. `guidance` (B,) or () is the weight of guidance. Only
-        networks with `guidance` accept it; its default is 0, the unguided model. Raises ValueError for other shapes, missing
-        labels, or sigma <= 0.
+        networks with `guidance` accept it; its default is 0, the unguided model. `guess` (B, C, H, W) is the first guess of a
+        trajectory, the output of the network `guess` at its start. Only networks with `guess` accept it; by default it is
+        computed here, as if the trajectory started at `x`. Raises ValueError for other shapes, missing labels, or sigma <= 0.
         """
         self.check_input(x)
         known = sigma.device.type == "cpu" and not is_fake(sigma) and not torch.compiler.is_compiling()
@@ -107,6 +110,12 @@ class Denoiser(nn.Module):
         c_out = sigma * self.sigma_data / total
         c_noise = (sigma.log() / 4).flatten().expand(len(x))
         extra = self._extra(sigma, len(x), to, guidance)
+        if self.guess is not None:
+            with torch.no_grad():
+                first = self.guess(x, sigma.flatten(), one_hot) if guess is None else guess.to(x)
+            extra["guess"] = first / self.sigma_data
+        elif guess is not None:
+            raise ValueError("a guess was given, but the network has no input for it; build it with guess")
         inputs = (x / total, c_noise, one_hot, augment_labels)
         raw = self.model(*inputs, extra) if extra else self.model(*inputs)
         return c_skip * x + c_out * raw.to(torch.float32)

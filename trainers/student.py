@@ -71,11 +71,12 @@ def start_from(init: Denoiser, *, needs: Needs = PLAIN, dropout: float = 0.0, ne
 
     A student never gets augmentation labels: the weights of that input would have no gradient, which DDP refuses.
     The network gets the additional inputs of `needs`, and loses others. The last layer of a new input is 0, so that the
-    student starts as `init`.
+    student starts as `init`. The frozen network that makes a guess is `init`, or that of `init`.
     """
     assert init.network_config is not None
     student = build(dataclasses.replace(init.network_config, dropout=dropout, augment_dim=0, **needs.inputs))
-    if new:
-        return student.train()
-    student.load_state_dict(student.state_dict() | {k: v for k, v in init.state_dict().items() if k in student.state_dict()})
+    weights = {} if new else init.state_dict()
+    if student.guess is not None and init.guess is None:  # the model to start from makes the guess
+        weights |= {f"guess.{name}": tensor for name, tensor in init.state_dict().items()}
+    student.load_state_dict(student.state_dict() | {k: v for k, v in weights.items() if k in student.state_dict()})
     return student.train()

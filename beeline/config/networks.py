@@ -27,6 +27,8 @@ class NetworkConfig(Settings):
     """Adds an input for a second noise level, where a jump ends; for flow maps."""
     guidance: bool = added(False)
     """Adds an input for a weight of guidance, for guided distillation."""
+    guess: bool = added(False)
+    """Adds an input for a first guess of the image, and the frozen network that makes it; for constant acceleration flow."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

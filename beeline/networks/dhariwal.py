@@ -44,6 +44,7 @@ class DhariwalUNet(nn.Module):
         dropout: float = 0.10,
         second_level: bool = False,
         guidance: bool = False,
+        guess: bool = False,
     ) -> None:
         super().__init__()
         emb_channels = model_channels * channel_mult_emb
@@ -74,12 +75,13 @@ class DhariwalUNet(nn.Module):
 
         self.map_to = ExtraEmbedding(model_channels, emb_channels, init=third) if second_level else None
         self.map_guidance = ExtraEmbedding(model_channels, emb_channels, init=third) if guidance else None
+        width = model_channels * channel_mult[0]
+        self.map_guess = Conv2d(in_channels, width, 3, init=zero) if guess else None
 
         shape = Shape(
             img_resolution=img_resolution, in_channels=in_channels, model_channels=model_channels, channel_mult=channel_mult,
             num_blocks=num_blocks, attn_resolutions=attn_resolutions,
         )  # fmt: skip
-        width = model_channels * channel_mult[0]
         self.enc, skips = encoder(shape, style, width=width, weights=weights)
         self.dec = decoder(shape, style, skips, every_block=True)
         self.out_norm = GroupNorm(width, eps=1e-5)
@@ -123,11 +125,12 @@ class DhariwalUNet(nn.Module):
         for name, embedding in (("to", self.map_to), ("guidance", self.map_guidance)):
             if embedding is not None and name in extra:
                 emb = emb + embedding(extra[name])
+        guess = 0 if self.map_guess is None or "guess" not in extra else self.map_guess(extra["guess"])
         emb = F.silu(emb)
 
         skips = []
         for block in self.enc.values():
-            x = block(x, emb) if isinstance(block, UNetBlock) else block(x)
+            x = block(x, emb) if isinstance(block, UNetBlock) else block(x) + guess
             skips.append(x)
         for block in self.dec.values():
             assert isinstance(block, UNetBlock)

@@ -22,6 +22,7 @@ from beeline.networks.layers import (
     PositionalEmbedding,
     UNetBlock,
     xavier,
+    zeros,
 )
 from beeline.networks.unet import Shape, decoder, encoder
 
@@ -46,6 +47,7 @@ class SongUNet(nn.Module):
         dropout: float = 0.10,
         second_level: bool = False,
         guidance: bool = False,
+        guess: bool = False,
         embedding_type: str = "positional",
         channel_mult_noise: int = 1,
         encoder_type: str = "standard",
@@ -82,6 +84,7 @@ class SongUNet(nn.Module):
 
         self.map_to = ExtraEmbedding(noise_channels, emb_channels, init=init) if second_level else None
         self.map_guidance = ExtraEmbedding(noise_channels, emb_channels, init=init) if guidance else None
+        self.map_guess = Conv2d(in_channels, model_channels, 3, init=zeros) if guess else None
 
         shape = Shape(
             img_resolution=img_resolution, in_channels=in_channels, model_channels=model_channels, channel_mult=channel_mult,
@@ -145,6 +148,7 @@ class SongUNet(nn.Module):
         for name, embedding in (("to", self.map_to), ("guidance", self.map_guidance)):
             if embedding is not None and name in extra:
                 emb = emb + embedding(extra[name])
+        guess = 0 if self.map_guess is None or "guess" not in extra else self.map_guess(extra["guess"])
         emb = F.silu(emb)
 
         skips, aux = [], x
@@ -152,7 +156,7 @@ class SongUNet(nn.Module):
             if name.endswith("aux_residual"):
                 x = skips[-1] = aux = (x + block(aux)) * math.sqrt(0.5)
             else:
-                x = block(x, emb) if isinstance(block, UNetBlock) else block(x)
+                x = block(x, emb) if isinstance(block, UNetBlock) else block(x) + guess
                 skips.append(x)
         for block in list(self.dec.values())[:-1]:
             if isinstance(block, UNetBlock):

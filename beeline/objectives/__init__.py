@@ -43,11 +43,13 @@ class Needs:
     """A student whose network takes a second noise level, `to`."""
     guidance: bool = False
     """A student whose network takes a weight of guidance, `guidance`."""
+    guess: bool = False
+    """A student whose network takes a first guess. The network that makes it is `init`, frozen."""
 
     @property
     def inputs(self) -> dict[str, bool]:
         """The additional inputs of the student's network, as settings of NetworkConfig."""
-        return {"second_level": self.second_level, "guidance": self.guidance}
+        return {"second_level": self.second_level, "guidance": self.guidance, "guess": self.guess}
 
     def __or__(self, other: Needs) -> Needs:
         """The combined needs of two phases."""

@@ -20,6 +20,8 @@ from beeline.sampling.adams import adams
 from beeline.sampling.few_step import RuleName, Step, few_step, parse_steps, write_steps
 from beeline.sampling.solvers import Solver, evaluations, solve
 
+GUESS = "guess"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Sampling:
@@ -34,6 +36,8 @@ class Sampling:
     steps: tuple[Step, ...] | None = None
     rule: RuleName | None = None
     """Sampling rule for `steps`; None for the student's own."""
+    guess: bool = False
+    """Whether the student makes a first guess, with an evaluation of its own (FewStep.guess)."""
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sampling) and self.label == other.label
@@ -44,14 +48,14 @@ class Sampling:
     @property
     def nfe(self) -> int:
         """Network evaluations per image."""
-        return evaluations(self.solver, self.num_steps) if self.steps is None else len(self.steps)
+        return evaluations(self.solver, self.num_steps) if self.steps is None else len(self.steps) + self.guess
 
     @property
     def label(self) -> str:
-        """Name in tables and metrics.json: "heun 18", "0,8", "0,0.821" or "0,8 fresh_noise"."""
+        """Name in tables and metrics.json: "heun 18", "0,8", "0,0.821", "0,8 fresh_noise"; "0,8 guess" with a guess."""
         if self.steps is None:
             return f"{self.solver} {self.num_steps}"
-        return " ".join([write_steps(self.steps), *([self.rule] if self.rule else [])])
+        return " ".join([write_steps(self.steps), *([self.rule] if self.rule else []), *[GUESS] * self.guess])
 
     @property
     def slug(self) -> str:
@@ -82,7 +86,9 @@ class Sampling:
                 (num_steps,) = map(int, rest)
                 sampling = Sampling(solver=cast(Solver, first), num_steps=num_steps)
             else:
-                sampling = Sampling(steps=parse_steps(first), rule=" ".join(rest) or None)
+                guess = rest[-1:] == [GUESS]
+                rule = " ".join(rest[:-1] if guess else rest) or None
+                sampling = Sampling(steps=parse_steps(first), rule=rule, guess=guess)
         except (ValueError, BeelineError) as error:
             raise ValueError(f"{label!r:.60} is not the label of a sampling") from error
         if sampling.label != label or sampling.nfe < 1:
@@ -174,11 +180,12 @@ def generate(
 ) -> torch.Tensor:
     """`n` images, float32 (n, C, H, W) in [-1, 1]; image i depends on (seed, i) and its label alone.
 
-    Students: `steps`, one evaluation each (indices into the schedule, or noise levels as floats: (0, 0.821)), and a sampling
-    `rule` other than the student's own. Teachers, and students that follow an ODE: `solver` "heun" (2 num_steps - 1
-    evaluations), "euler" (num_steps), or "calibrated" (one for each level that beeline.calibrate found; `num_steps` is
-    ignored). The default is one step for students and "heun" for teachers. Models that take it: weight of `guidance`, 0 for
-    none; the default is the student's own. A conditional model without `labels` takes class i mod K for image i.
+    Students: `steps`, one evaluation each, and one for the first guess of a student that makes one (indices into the schedule,
+    or noise levels as floats: (0, 0.821)), and a sampling `rule` other than the student's own. Teachers, and students that
+    follow an ODE: `solver` "heun" (2 num_steps - 1 evaluations), "euler" (num_steps), or "calibrated" (one for each level that
+    beeline.calibrate found; `num_steps` is ignored). The default is one step for students and "heun" for teachers. Models that
+    take it: weight of `guidance`, 0 for none; the default is the student's own. A conditional model without `labels` takes
+    class i mod K for image i.
     """
     if labels is None and model.label_dim:
         labels = torch.arange(n) % model.label_dim

@@ -38,6 +38,8 @@ def prepare(
         options: dict[str, Any] = {"triton.cudagraphs": True} if on_gpu else {"freezing": True}
         network = cast(nn.Module, torch.compile(network, dynamic=False, options=options))
     prepared.model = _Network(network, dtype, batch_size)
+    if prepared.guess is not None:
+        prepared.guess = prepare(prepared.guess, precision=precision, compiled=compiled, batch_size=batch_size)
     return prepared
 
 
@@ -65,6 +67,8 @@ class _Network(nn.Module):
             augment_labels = None if augment_labels is None else _filled(augment_labels, missing)
             extra = {name: _filled(value, missing) for name, value in extra.items()}
         x = x.to(self.dtype, memory_format=torch.channels_last)
+        if "guess" in extra:
+            extra = {**extra, "guess": extra["guess"].to(self.dtype, memory_format=torch.channels_last)}
         return self.network(x, noise_labels, labels, augment_labels, extra)[:size]
 
 
