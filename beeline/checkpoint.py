@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from beeline.files.names import CONFIG, SOLVER, WEIGHTS
 from beeline.networks.blueprint import Shapes, mismatch, shapes_of
 from beeline.networks.dhariwal import DhariwalUNet
 from beeline.networks.songunet import SongUNet
+from beeline.objectives import Needs
 from beeline.sampling.adams import check_levels
 from beeline.sampling.few_step import FewStep
 
@@ -52,6 +54,8 @@ def build(config: NetworkConfig) -> Denoiser:
         network = SongUNet(**arguments, **(ncsnpp if kind == "ncsnpp" else {}))
     model = Denoiser(network, img_resolution=config.img_resolution, img_channels=channels, label_dim=config.label_dim)
     model.network_config = config
+    if config.guess:
+        model.guess = build(replace(config, dropout=0.0, **Needs().inputs)).requires_grad_(False)
     return model
 
 

@@ -26,7 +26,7 @@ from beeline.denoiser import Denoiser
 from beeline.features.backbones import build_backbone
 from beeline.features.measuring import MEASURING, PROBES, MeasuringProbe, build_measuring
 from beeline.features.probe import Probe
-from beeline.objectives import Batch, Context, Objective, ObjectiveConfig
+from beeline.objectives import Batch, Context, Needs, Objective, ObjectiveConfig
 from beeline.objectives.derivative import Derivative
 from beeline.objectives.learner import Learner
 
@@ -70,9 +70,7 @@ def phase_flops(network: NetworkConfig, probe: ProbeNetworkConfig, objective: Ob
 def step_evaluations(network: NetworkConfig, probe: ProbeNetworkConfig, objective: ObjectiveConfig) -> float:
     """Cost of a training step of `objective` in evaluations of the student's network, per image: `phase_flops` in units of one
     evaluation. A forward pass of the student counts 1 and its backward pass 2; everything else counts by its FLOPs."""
-    return phase_flops(network, probe, objective) / evaluation(
-        replace(network, dropout=0.0, second_level=objective.needs().second_level)
-    )
+    return phase_flops(network, probe, objective) / evaluation(replace(network, dropout=0.0, **objective.needs().inputs))
 
 
 def phase_bytes(network: NetworkConfig, probe: ProbeNetworkConfig, objective: ObjectiveConfig) -> tuple[int, int]:
@@ -124,8 +122,8 @@ def _modules(network: NetworkConfig, probe: ProbeNetworkConfig, config: Objectiv
     """The student, a frozen model (the teacher's network) and the feature networks of the phase, by name."""
     names = config.needs().features
     features = {name: _probe(probe, network.img_channels) if name == "probe" else build_backbone(name) for name in names}
-    student = build(replace(network, second_level=config.needs().second_level))
-    return {STUDENT: student, FROZEN: build(replace(network, second_level=False))} | features
+    student = build(replace(network, **config.needs().inputs))
+    return {STUDENT: student, FROZEN: build(replace(network, **Needs().inputs))} | features
 
 
 def _objective(modules: dict[str, Any], config: ObjectiveConfig) -> Objective:

@@ -36,6 +36,7 @@ class Denoiser(nn.Module):
         self.img_channels = img_channels
         self.label_dim = label_dim
         self.network_config: NetworkConfig | None = None  # the config that `checkpoint.build` used
+        self.guess: Denoiser | None = None  # frozen network that makes the first guess, for networks with `guess`
         self.few_step: FewStep | None = None  # set on students: allowed sampling
         self.levels: tuple[float, ...] | None = None  # set on calibrated teachers: noise levels of the Adams solver
 
@@ -44,9 +45,27 @@ class Denoiser(nn.Module):
         """Return whether the network has an input for a second noise level."""
         return self.network_config is not None and self.network_config.second_level
 
-    def _c_noise_of(self, to: torch.Tensor | None, sigma: torch.Tensor, batch: int) -> torch.Tensor:
-        to = sigma if to is None else to.to(device=sigma.device, dtype=torch.float32)
-        return (to.clamp_min(SIGMA_MIN).log() / 4).flatten().expand(batch)
+    @property
+    def takes_guidance(self) -> bool:
+        """Return whether the network has an input for a weight of guidance."""
+        return self.network_config is not None and self.network_config.guidance
+
+    def _extra(
+        self, sigma: torch.Tensor, batch: int, to: torch.Tensor | None, guidance: torch.Tensor | None
+    ) -> dict[str, torch.Tensor]:
+        """The network's additional inputs, with defaults for those that are not given."""
+        if to is not None and not self.takes_second_level:
+            raise ValueError("a second noise level was given, but the network has no input for it; build it with second_level")
+        if guidance is not None and not self.takes_guidance:
+            raise ValueError("a weight of guidance was given, but the network has no input for it; build it with guidance")
+        extra = {}
+        if self.takes_second_level:
+            to = sigma if to is None else to.to(sigma)
+            extra["to"] = to.clamp_min(SIGMA_MIN).log().flatten().expand(batch) / 4
+        if self.takes_guidance:
+            weight = sigma.new_zeros(batch) if guidance is None else guidance.to(sigma)
+            extra["guidance"] = weight.flatten().expand(batch)
+        return extra
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -65,13 +84,17 @@ class Denoiser(nn.Module):
         labels: torch.Tensor | None = None,
         augment_labels: torch.Tensor | None = None,
         to: torch.Tensor | None = None,
+        guidance: torch.Tensor | None = None,
+        guess: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Denoise images `x` (B, C, H, W) at noise levels `sigma` (B,) or (); returns float32 (B, C, H, W).
 
         `labels`: None, class indices (B,) or one-hot (B, K). `augment_labels` (B, A) are for training with non-leaking
         augmentation; omit them when sampling. `to` (B,) or (), at least 0, is the level at which a flow map's jump ends. Only
-        networks with `second_level` accept it; its default is `sigma`. Raises ValueError for other shapes, missing labels, or
-        sigma <= 0.
+        networks with `second_level` accept it; its default is `sigma`. `guidance` (B,) or () is the weight of guidance. Only
+        networks with `guidance` accept it; its default is 0, the unguided model. `guess` (B, C, H, W) is the first guess of a
+        trajectory, the output of the network `guess` at its start. Only networks with `guess` accept it; by default it is
+        computed here, as if the trajectory started at `x`. Raises ValueError for other shapes, missing labels, or sigma <= 0.
         """
         self.check_input(x)
         known = sigma.device.type == "cpu" and not is_fake(sigma) and not torch.compiler.is_compiling()
@@ -80,14 +103,19 @@ class Denoiser(nn.Module):
             if not 0 < low <= high < float("inf"):
                 raise ValueError(f"sigma lies in {low} ... {high}; expected finite noise levels above 0")
         x = x.to(torch.float32)
-        if to is not None and not self.takes_second_level:
-            raise ValueError("a second noise level was given, but the network has no input for it; build it with second_level")
         sigma = sigma.to(device=x.device, dtype=torch.float32).reshape(-1, 1, 1, 1)
         one_hot = as_one_hot(labels, self.label_dim, len(x), x.device)
         total = (sigma**2 + self.sigma_data**2).sqrt()
         c_skip = self.sigma_data**2 / total**2
         c_out = sigma * self.sigma_data / total
         c_noise = (sigma.log() / 4).flatten().expand(len(x))
+        extra = self._extra(sigma, len(x), to, guidance)
+        if self.guess is not None:
+            with torch.no_grad():
+                first = self.guess(x, sigma.flatten(), one_hot) if guess is None else guess.to(x)
+            extra["guess"] = first / self.sigma_data
+        elif guess is not None:
+            raise ValueError("a guess was given, but the network has no input for it; build it with guess")
         inputs = (x / total, c_noise, one_hot, augment_labels)
-        raw = self.model(*inputs, self._c_noise_of(to, sigma, len(x))) if self.takes_second_level else self.model(*inputs)
+        raw = self.model(*inputs, extra) if extra else self.model(*inputs)
         return c_skip * x + c_out * raw.to(torch.float32)

@@ -240,7 +240,7 @@ def unpublished(stage: Stage, name: str, samplings: Sequence[Sampling], few_step
     sampled, None for a teacher. Reads the workspace and writes nothing."""
     published = results.measured(stage.folder)
     # Students of single levels mean nothing at other levels.
-    straight = few_step is None or few_step.trained_steps is None
+    straight = few_step is None or (few_step.trained_steps is None and not few_step.guess)
     left = [sampling for sampling in samplings if sampling.label not in published]
     return Measurement(name, stage, left, straight)
 

@@ -36,7 +36,7 @@ def samplings_of(few_step: FewStep | None, config: EvaluateConfig, *, levels: in
         return [teacher_sampling(nfe, config.solver) for nfe in dict.fromkeys(config.nfe)]
     steps = [few_step.check(parse_steps(text)) for text in config.steps]
     rule = None if config.rule in ("trained", few_step.rule) else config.rule
-    return list(dict.fromkeys(Sampling(steps=schedule, rule=rule) for schedule in steps))
+    return list(dict.fromkeys(Sampling(steps=schedule, rule=rule, guess=few_step.guess) for schedule in steps))
 
 
 def teacher_sampling(nfe: int, solver: str = "auto") -> Sampling:

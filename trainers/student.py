@@ -14,11 +14,14 @@ from beeline.config.student import SCRATCH
 from beeline.denoiser import Denoiser
 from beeline.errors import BeelineError
 from beeline.noise import stream_seed
+from beeline.objectives import Needs
 from pipeline.model_folders import require_model
 from pipeline.storage import Folder
 from trainers import loop
 from trainers.training import Training
 from trainers.validation import Validation
+
+PLAIN = Needs()
 
 
 def student_training(
@@ -37,7 +40,7 @@ def student_training(
         torch.manual_seed(stream_seed(config.seed, "student"))
         model, _ = require_model(workspace, config.start, recipe)
         new = config.init == SCRATCH
-        student = start_from(model, second_level=config.needs().second_level, dropout=config.dropout, new=new)
+        student = start_from(model, needs=config.needs(), dropout=config.dropout, new=new)
         return student.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
     validation = None
@@ -62,18 +65,18 @@ def check_phases(config: StudentConfig) -> None:
         )
 
 
-def start_from(init: Denoiser, *, second_level: bool = False, dropout: float = 0.0, new: bool = False) -> Denoiser:
+def start_from(init: Denoiser, *, needs: Needs = PLAIN, dropout: float = 0.0, new: bool = False) -> Denoiser:
     """A student with the network and the weights of `init`, or with `new` weights, ready to train, without the augmentation
     input.
 
     A student never gets augmentation labels: the weights of that input would have no gradient, which DDP refuses.
-    `second_level` adds or removes the input for a second noise level. The last layer of a new input is 0, so that the
-    student starts as `init`.
+    The network gets the additional inputs of `needs`, and loses others. The last layer of a new input is 0, so that the
+    student starts as `init`. The frozen network that makes a guess is `init`, or that of `init`.
     """
     assert init.network_config is not None
-    changes = {"dropout": dropout, "augment_dim": 0, "second_level": second_level}
-    student = build(dataclasses.replace(init.network_config, **changes))
-    if new:
-        return student.train()
-    student.load_state_dict(student.state_dict() | {k: v for k, v in init.state_dict().items() if k in student.state_dict()})
+    student = build(dataclasses.replace(init.network_config, dropout=dropout, augment_dim=0, **needs.inputs))
+    weights = {} if new else init.state_dict()
+    if student.guess is not None and init.guess is None:  # the model to start from makes the guess
+        weights |= {f"guess.{name}": tensor for name, tensor in init.state_dict().items()}
+    student.load_state_dict(student.state_dict() | {k: v for k, v in weights.items() if k in student.state_dict()})
     return student.train()

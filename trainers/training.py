@@ -61,6 +61,8 @@ class Training:
         self.averages = [copy.deepcopy(self.model).eval().requires_grad_(False) for _ in config.half_lives]
         if config.compiled:
             compile_trunk(self.model)
+            if self.model.guess is not None:
+                compile_trunk(self.model.guess)
         self.pairs = self.images = self.validation = None
         if needs.pairs:
             assert pairs is not None

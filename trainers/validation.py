@@ -33,7 +33,7 @@ BATCH = 256
 
 def sampling_of(few_step: FewStep | None) -> Sampling:
     """The sampling of a model in training: the levels that a student is trained on, or one step; Heun's 18 for a teacher."""
-    return Sampling() if few_step is None else Sampling(steps=few_step.trained_steps or (0,))
+    return Sampling() if few_step is None else Sampling(steps=few_step.trained_steps or (0,), guess=few_step.guess)
 
 
 class Validation:

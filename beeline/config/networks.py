@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Annotated, Literal
 
-from beeline.settings import Channels, Classes, Divisible, Range, Seed, Settings, ShareBelow1, Side, Some
+from beeline.settings import Channels, Classes, Divisible, Range, Seed, Settings, ShareBelow1, Side, Some, added
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,6 +25,10 @@ class NetworkConfig(Settings):
     dropout: ShareBelow1 = 0.0
     second_level: bool = False
     """Adds an input for a second noise level, where a jump ends; for flow maps."""
+    guidance: bool = added(False)
+    """Adds an input for a weight of guidance, for guided distillation."""
+    guess: bool = added(False)
+    """Adds an input for a first guess of the image, and the frozen network that makes it; for constant acceleration flow."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -11,10 +11,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from beeline.networks.layers import (
+    NOTHING,
     BlockStyle,
     Conv2d,
+    Extra,
+    ExtraEmbedding,
     GroupNorm,
-    LevelEmbedding,
     Linear,
     PositionalEmbedding,
     UNetBlock,
@@ -41,6 +43,8 @@ class DhariwalUNet(nn.Module):
         attn_resolutions: Sequence[int] = (32, 16, 8),
         dropout: float = 0.10,
         second_level: bool = False,
+        guidance: bool = False,
+        guess: bool = False,
     ) -> None:
         super().__init__()
         emb_channels = model_channels * channel_mult_emb
@@ -69,13 +73,15 @@ class DhariwalUNet(nn.Module):
             self.map_label = Linear(label_dim, emb_channels, init=kaiming(0.0), bias=False)
             nn.init.normal_(self.map_label.weight)  # Kaiming-normal times sqrt(label_dim): unit variance
 
-        self.map_to = LevelEmbedding(model_channels, emb_channels, init=third) if second_level else None
+        self.map_to = ExtraEmbedding(model_channels, emb_channels, init=third) if second_level else None
+        self.map_guidance = ExtraEmbedding(model_channels, emb_channels, init=third) if guidance else None
+        width = model_channels * channel_mult[0]
+        self.map_guess = Conv2d(in_channels, width, 3, init=zero) if guess else None
 
         shape = Shape(
             img_resolution=img_resolution, in_channels=in_channels, model_channels=model_channels, channel_mult=channel_mult,
             num_blocks=num_blocks, attn_resolutions=attn_resolutions,
         )  # fmt: skip
-        width = model_channels * channel_mult[0]
         self.enc, skips = encoder(shape, style, width=width, weights=weights)
         self.dec = decoder(shape, style, skips, every_block=True)
         self.out_norm = GroupNorm(width, eps=1e-5)
@@ -93,13 +99,13 @@ class DhariwalUNet(nn.Module):
         noise_labels: torch.Tensor,
         labels: torch.Tensor | None,
         augment_labels: torch.Tensor | None = None,
-        to_labels: torch.Tensor | None = None,
+        extra: Extra = NOTHING,
     ) -> torch.Tensor:
         """Map x (B, C, H, W), noise_labels (B,) = c_noise(sigma) and labels, one-hot (B, K) or None, to (B, C_out, H, W).
 
-        `to_labels` (B,) = c_noise of a second noise level, for a network with `second_level`.
+        `extra` holds the network's additional inputs by name; those that it lacks are ignored.
         """
-        return self.out_conv(self.trunk(x, noise_labels, labels, augment_labels, to_labels))
+        return self.out_conv(self.trunk(x, noise_labels, labels, augment_labels, extra))
 
     def trunk(
         self,
@@ -107,7 +113,7 @@ class DhariwalUNet(nn.Module):
         noise_labels: torch.Tensor,
         labels: torch.Tensor | None,
         augment_labels: torch.Tensor | None = None,
-        to_labels: torch.Tensor | None = None,
+        extra: Extra = NOTHING,
     ) -> torch.Tensor:
         """Compute everything before the output convolution, at which two losses are compared. Training compiles this part."""
         emb = self.map_noise(noise_labels)
@@ -116,13 +122,15 @@ class DhariwalUNet(nn.Module):
         emb = self.map_layer1(F.silu(self.map_layer0(emb)))
         if self.map_label is not None and labels is not None:
             emb = emb + self.map_label(labels)
-        if self.map_to is not None and to_labels is not None:
-            emb = emb + self.map_to(to_labels)
+        for name, embedding in (("to", self.map_to), ("guidance", self.map_guidance)):
+            if embedding is not None and name in extra:
+                emb = emb + embedding(extra[name])
+        guess = 0 if self.map_guess is None or "guess" not in extra else self.map_guess(extra["guess"])
         emb = F.silu(emb)
 
         skips = []
         for block in self.enc.values():
-            x = block(x, emb) if isinstance(block, UNetBlock) else block(x)
+            x = block(x, emb) if isinstance(block, UNetBlock) else block(x) + guess
             skips.append(x)
         for block in self.dec.values():
             assert isinstance(block, UNetBlock)

@@ -6,7 +6,7 @@ Parameter names follow EDM's state dicts (Karras et al. 2022, appendix F), so re
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,10 @@ from torch import nn
 from torch.nn import functional as F
 
 Init = Callable[[torch.Tensor, int, int], None]
+Extra = Mapping[str, torch.Tensor]
+"""Inputs that only some networks have, by name: "to" (B,), c_noise of a second noise level; "guidance" (B,), a weight;
+"guess" (B, C, H, W), an image."""
+NOTHING: Extra = {}
 
 
 def xavier(gain: float = 1.0) -> Init:
@@ -44,10 +48,11 @@ class Linear(nn.Linear):
         with torch.no_grad():
             init(self.weight, in_features, out_features)
             if bias:
-                (init_bias or _zero)(self.bias, in_features, out_features)
+                (init_bias or zeros)(self.bias, in_features, out_features)
 
 
-def _zero(tensor: torch.Tensor, fan_in: int, fan_out: int) -> None:
+def zeros(tensor: torch.Tensor, fan_in: int, fan_out: int) -> None:
+    """Initialise with 0."""
     nn.init.zeros_(tensor)
 
 
@@ -86,7 +91,7 @@ class Conv2d(nn.Module):
             fan_in, fan_out = in_channels * kernel**2, out_channels * kernel**2
             with torch.no_grad():
                 init(self.weight, fan_in, fan_out)
-                (init_bias or _zero)(self.bias, fan_in, fan_out)
+                (init_bias or zeros)(self.bias, fan_in, fan_out)
         if up or down:
             taps = torch.as_tensor(resample_filter, dtype=torch.float32)
             self.register_buffer("resample_filter", (taps.outer(taps) / taps.sum() ** 2)[None, None])
@@ -221,15 +226,15 @@ class PositionalEmbedding(nn.Module):
         return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
-class LevelEmbedding(nn.Module):
-    """Embedding of a second noise level, added to that of the first: (B,) to (B, out_channels). It is 0 at the start of
+class ExtraEmbedding(nn.Module):
+    """Embedding of an additional number, added to that of the noise level: (B,) to (B, out_channels). It is 0 at the start of
     training, so that a network with it starts as the one without."""
 
     def __init__(self, channels: int, out_channels: int, *, init: Init) -> None:
         super().__init__()
         self.sinusoids = PositionalEmbedding(channels, endpoint=True)
         self.layer0 = Linear(channels, out_channels, init=init)
-        self.layer1 = Linear(out_channels, out_channels, init=_zero)
+        self.layer1 = Linear(out_channels, out_channels, init=zeros)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.layer1(F.silu(self.layer0(self.sinusoids(x))))

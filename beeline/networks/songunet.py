@@ -11,15 +11,18 @@ from torch import nn
 from torch.nn import functional as F
 
 from beeline.networks.layers import (
+    NOTHING,
     BlockStyle,
     Conv2d,
+    Extra,
+    ExtraEmbedding,
     FourierEmbedding,
     GroupNorm,
-    LevelEmbedding,
     Linear,
     PositionalEmbedding,
     UNetBlock,
     xavier,
+    zeros,
 )
 from beeline.networks.unet import Shape, decoder, encoder
 
@@ -43,6 +46,8 @@ class SongUNet(nn.Module):
         attn_resolutions: Sequence[int] = (16,),
         dropout: float = 0.10,
         second_level: bool = False,
+        guidance: bool = False,
+        guess: bool = False,
         embedding_type: str = "positional",
         channel_mult_noise: int = 1,
         encoder_type: str = "standard",
@@ -77,7 +82,9 @@ class SongUNet(nn.Module):
         self.map_layer0 = Linear(noise_channels, emb_channels, init=init)
         self.map_layer1 = Linear(emb_channels, emb_channels, init=init)
 
-        self.map_to = LevelEmbedding(noise_channels, emb_channels, init=init) if second_level else None
+        self.map_to = ExtraEmbedding(noise_channels, emb_channels, init=init) if second_level else None
+        self.map_guidance = ExtraEmbedding(noise_channels, emb_channels, init=init) if guidance else None
+        self.map_guess = Conv2d(in_channels, model_channels, 3, init=zeros) if guess else None
 
         shape = Shape(
             img_resolution=img_resolution, in_channels=in_channels, model_channels=model_channels, channel_mult=channel_mult,
@@ -114,13 +121,13 @@ class SongUNet(nn.Module):
         noise_labels: torch.Tensor,
         labels: torch.Tensor | None,
         augment_labels: torch.Tensor | None = None,
-        to_labels: torch.Tensor | None = None,
+        extra: Extra = NOTHING,
     ) -> torch.Tensor:
         """x (B, C, H, W), noise_labels (B,) = c_noise(sigma), labels one-hot (B, K) or None, to (B, C_out, H, W).
 
-        `to_labels` (B,) = c_noise of a second noise level, for a network with `second_level`.
+        `extra` holds the network's additional inputs by name; those that it lacks are ignored.
         """
-        return self._last_conv(self.trunk(x, noise_labels, labels, augment_labels, to_labels))
+        return self._last_conv(self.trunk(x, noise_labels, labels, augment_labels, extra))
 
     def trunk(
         self,
@@ -128,7 +135,7 @@ class SongUNet(nn.Module):
         noise_labels: torch.Tensor,
         labels: torch.Tensor | None,
         augment_labels: torch.Tensor | None = None,
-        to_labels: torch.Tensor | None = None,
+        extra: Extra = NOTHING,
     ) -> torch.Tensor:
         """All but the output convolution, which two losses are compared at: what training compiles."""
         emb = self.map_noise(noise_labels)
@@ -138,8 +145,10 @@ class SongUNet(nn.Module):
         if self.map_augment is not None and augment_labels is not None:
             emb = emb + self.map_augment(augment_labels)
         emb = self.map_layer1(F.silu(self.map_layer0(emb)))
-        if self.map_to is not None and to_labels is not None:
-            emb = emb + self.map_to(to_labels)
+        for name, embedding in (("to", self.map_to), ("guidance", self.map_guidance)):
+            if embedding is not None and name in extra:
+                emb = emb + embedding(extra[name])
+        guess = 0 if self.map_guess is None or "guess" not in extra else self.map_guess(extra["guess"])
         emb = F.silu(emb)
 
         skips, aux = [], x
@@ -147,7 +156,7 @@ class SongUNet(nn.Module):
             if name.endswith("aux_residual"):
                 x = skips[-1] = aux = (x + block(aux)) * math.sqrt(0.5)
             else:
-                x = block(x, emb) if isinstance(block, UNetBlock) else block(x)
+                x = block(x, emb) if isinstance(block, UNetBlock) else block(x) + guess
                 skips.append(x)
         for block in list(self.dec.values())[:-1]:
             if isinstance(block, UNetBlock):

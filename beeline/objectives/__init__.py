@@ -41,6 +41,15 @@ class Needs:
     """Frozen feature networks by name, "probe" or a pretrained backbone: `Context.features`."""
     second_level: bool = False
     """A student whose network takes a second noise level, `to`."""
+    guidance: bool = False
+    """A student whose network takes a weight of guidance, `guidance`."""
+    guess: bool = False
+    """A student whose network takes a first guess. The network that makes it is `init`, frozen."""
+
+    @property
+    def inputs(self) -> dict[str, bool]:
+        """The additional inputs of the student's network, as settings of NetworkConfig."""
+        return {"second_level": self.second_level, "guidance": self.guidance, "guess": self.guess}
 
     def __or__(self, other: Needs) -> Needs:
         """The combined needs of two phases."""
@@ -50,7 +59,7 @@ class Needs:
             noise=self.noise or other.noise,
             models=tuple(dict.fromkeys((*self.models, *other.models))),
             features=tuple(dict.fromkeys((*self.features, *other.features))),
-            second_level=self.second_level or other.second_level,
+            **{name: needed or other.inputs[name] for name, needed in self.inputs.items()},
         )
 
 

@@ -8,6 +8,9 @@ at the point y. The student learns the denoiser output whose Euler step from t t
 
 The weight is the truncated SNR of their section 4. After the round, the rule "line" makes the student's M steps. One round is
 one phase of a student with `phase_switch` "restart"; `rounds` lists them.
+
+With `guidance_max`, the models take a weight of guidance (guided.py). Each row gets a random one, the same for teacher and
+student (Meng et al. 2023, section 3.2).
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from beeline.augmentation import mirrored
 from beeline.config.training import PhaseConfig
 from beeline.objectives import Batch, Context, Needs, Objective, ObjectiveConfig, lines
 from beeline.objectives.distances import DISTANCES, DistanceSettings
+from beeline.objectives.guided import GuidanceSettings
 from beeline.objectives.learner import Learner
 from beeline.objectives.optimizer import OptimizerConfig
 from beeline.sampling.few_step import FewStep
@@ -33,7 +37,7 @@ from beeline.settings import Steps
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ProgressiveConfig(DistanceSettings, ObjectiveConfig):
+class ProgressiveConfig(DistanceSettings, GuidanceSettings, ObjectiveConfig):
     """One round of progressive distillation."""
 
     steps: Steps
@@ -58,15 +62,18 @@ class ProgressiveConfig(DistanceSettings, ObjectiveConfig):
 
     def needs(self) -> Needs:
         """Real images; the feature network of the distance."""
-        return Needs(images=True, features=self.distance_features)
+        return Needs(images=True, features=self.distance_features, guidance=self.guidance_max > 0)
 
     def sampling(self) -> FewStep:
         """Sampling in the steps of this round, or in a part of them."""
-        return FewStep(num_steps=self.num_steps, rule="line", line="ve", trained_steps=self.trained_steps)
+        return FewStep(
+            num_steps=self.num_steps, rule="line", line="ve", trained_steps=self.trained_steps, guidance=self.guidance
+        )
 
     def about(self) -> str:
         """Describe the objective, like "progressive distillation to 4 steps, pixel distance (L2)"."""
-        return f"progressive distillation to {self.steps} step{'s' * (self.steps > 1)}, {DISTANCES[self.distance]}"
+        guided = ", guided" if self.guidance_max else ""
+        return f"progressive distillation to {self.steps} step{'s' * (self.steps > 1)}{guided}, {DISTANCES[self.distance]}"
 
     def build(self, context: Context) -> Progressive:
         """Build the objective. Its teacher is the student's average at this moment."""
@@ -74,7 +81,8 @@ class ProgressiveConfig(DistanceSettings, ObjectiveConfig):
 
     def representative(self) -> ProgressiveConfig:
         """Replace levels and weights by values that do not affect the cost."""
-        return dataclasses.replace(self, steps=1, num_steps=2, flip=False, pixel_weight=0.0)
+        weights = {"guidance_max": float(self.guidance_max > 0), "guidance": 0.0}
+        return dataclasses.replace(self, steps=1, num_steps=2, flip=False, pixel_weight=0.0, **weights)
 
 
 class Progressive(Objective):
@@ -97,12 +105,17 @@ class Progressive(Objective):
         start = stride * torch.randint(config.steps, (batch.size,), generator=generator, device=device)
         t, u, s = (levels[start + ahead] for ahead in (0, stride // 2, stride))
         x = lines.point(images, torch.randn(images.shape, generator=generator, device=device), t, "ve")
+        inputs = (None, None, config.draw_weights(batch.size, generator)) if config.guidance_max else ()
+
+        def teacher(x: torch.Tensor, sigma: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+            return self.teacher(x, sigma, labels, *inputs)
+
         with student.autocast():
-            halfway = ode_step(self.teacher, x, t, u, labels, solver=config.solver)
-            end = ode_step(self.teacher, halfway, u, s, labels, solver=config.solver)
+            halfway = ode_step(teacher, x, t, u, labels, solver=config.solver)
+            end = ode_step(teacher, halfway, u, s, labels, solver=config.solver)
         from_, to = t.reshape(-1, 1, 1, 1), s.reshape(-1, 1, 1, 1)
         target = (from_ * end - to * x) / (from_ - to)
-        loss = (t.pow(-2).clamp_min(1) * self._distance(student(x, t, labels), target)).mean()
+        loss = (t.pow(-2).clamp_min(1) * self._distance(student(x, t, labels, *inputs), target)).mean()
         (batch.weight * loss).backward()
         return {"progressive": loss.detach()}
 

@@ -7,6 +7,7 @@ few_step.py). All functions return float32 images (B, C, H, W), nominally in [-1
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import cast, get_args
 
@@ -18,6 +19,8 @@ from beeline.noise import stream_seed, unit_noise
 from beeline.sampling.adams import adams
 from beeline.sampling.few_step import RuleName, Step, few_step, parse_steps, write_steps
 from beeline.sampling.solvers import Solver, evaluations, solve
+
+GUESS = "guess"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -33,6 +36,8 @@ class Sampling:
     steps: tuple[Step, ...] | None = None
     rule: RuleName | None = None
     """Sampling rule for `steps`; None for the student's own."""
+    guess: bool = False
+    """Whether the student makes a first guess, with an evaluation of its own (FewStep.guess)."""
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sampling) and self.label == other.label
@@ -43,14 +48,14 @@ class Sampling:
     @property
     def nfe(self) -> int:
         """Network evaluations per image."""
-        return evaluations(self.solver, self.num_steps) if self.steps is None else len(self.steps)
+        return evaluations(self.solver, self.num_steps) if self.steps is None else len(self.steps) + self.guess
 
     @property
     def label(self) -> str:
-        """Name in tables and metrics.json: "heun 18", "0,8", "0,0.821" or "0,8 fresh_noise"."""
+        """Name in tables and metrics.json: "heun 18", "0,8", "0,0.821", "0,8 fresh_noise"; "0,8 guess" with a guess."""
         if self.steps is None:
             return f"{self.solver} {self.num_steps}"
-        return " ".join([write_steps(self.steps), *([self.rule] if self.rule else [])])
+        return " ".join([write_steps(self.steps), *([self.rule] if self.rule else []), *[GUESS] * self.guess])
 
     @property
     def slug(self) -> str:
@@ -81,7 +86,9 @@ class Sampling:
                 (num_steps,) = map(int, rest)
                 sampling = Sampling(solver=cast(Solver, first), num_steps=num_steps)
             else:
-                sampling = Sampling(steps=parse_steps(first), rule=" ".join(rest) or None)
+                guess = rest[-1:] == [GUESS]
+                rule = " ".join(rest[:-1] if guess else rest) or None
+                sampling = Sampling(steps=parse_steps(first), rule=rule, guess=guess)
         except (ValueError, BeelineError) as error:
             raise ValueError(f"{label!r:.60} is not the label of a sampling") from error
         if sampling.label != label or sampling.nfe < 1:
@@ -95,15 +102,25 @@ def slug_of(label: str) -> str:
 
 
 def sample(
-    model: Denoiser, indices: Sequence[int], labels: torch.Tensor | None, sampling: Sampling, *, seed: int
+    model: Denoiser,
+    indices: Sequence[int],
+    labels: torch.Tensor | None,
+    sampling: Sampling,
+    *,
+    seed: int,
+    guidance: float | None = None,
 ) -> torch.Tensor:
-    """Images (n, C, H, W) from the noise of (seed, indices), on the model's device; `labels` (n,) or one-hot (n, K)."""
+    """Images (n, C, H, W) from the noise of (seed, indices), on the model's device; `labels` (n,) or one-hot (n, K).
+    `guidance` as `sample_from` takes it."""
     device = next(model.parameters()).device
 
     def noise(which_seed: int) -> torch.Tensor:
         return torch.from_numpy(unit_noise(which_seed, indices, model.image_shape)).to(device)
 
-    return sample_from(model, noise(seed), labels, sampling, fresh=lambda n: noise(stream_seed(seed, "fresh", n)))
+    def fresh(number: int) -> torch.Tensor:
+        return noise(stream_seed(seed, "fresh", number))
+
+    return sample_from(model, noise(seed), labels, sampling, fresh=fresh, guidance=guidance)
 
 
 @torch.inference_mode()
@@ -114,26 +131,33 @@ def sample_from(
     sampling: Sampling,
     *,
     fresh: Callable[[int], torch.Tensor] | None = None,
+    guidance: float | None = None,
 ) -> torch.Tensor:
     """Images (n, C, H, W) from unit-variance noise `latents` (n, C, H, W); `fresh` as `few_step` takes it.
 
-    Raises BeelineError for steps, rules or levels that the model does not have.
+    `guidance`: weight of guidance, by default the student's own. Raises BeelineError for steps, rules, levels or guidance that
+    the model does not have.
     """
+    how = model.few_step
+    if guidance is None:
+        guidance = 0.0 if how is None else how.guidance
+    if guidance and not model.takes_guidance:
+        raise BeelineError(f"guidance {guidance:g} was given, but this model takes no weight of guidance; leave it out")
     if sampling.steps is not None:
-        how = model.few_step
         if how is None:
             raise BeelineError("steps were given, but this model is a teacher; use solver= and num_steps= instead")
-        how = dataclasses.replace(how, rule=sampling.rule) if sampling.rule else how
+        how = dataclasses.replace(how, rule=sampling.rule or how.rule, guidance=guidance)
         return few_step(model, latents, labels, steps=sampling.steps, how=how, fresh=fresh)
-    if model.few_step is not None:
-        model.few_step.check_solver()
+    if how is not None:
+        how.check_solver()
     if sampling.rule is not None:
         raise BeelineError(f"the rule {sampling.rule!r} was given, but this model is sampled by a solver, without rules")
     if sampling.solver == "calibrated":
         if model.levels is None:
             raise BeelineError("this model has no calibrated levels; find them with: python -m beeline.calibrate FOLDER")
         return adams(model, latents, labels, levels=model.levels)
-    return solve(model, latents, labels, solver=sampling.solver, num_steps=sampling.num_steps)
+    denoiser = functools.partial(model, guidance=torch.tensor(guidance)) if guidance else model
+    return solve(denoiser, latents, labels, solver=sampling.solver, num_steps=sampling.num_steps)
 
 
 def batches(count: int, size: int) -> Iterator[range]:
@@ -151,15 +175,17 @@ def generate(
     rule: str | None = None,
     solver: Solver | None = None,
     num_steps: int = 18,
+    guidance: float | None = None,
     batch_size: int = 256,
 ) -> torch.Tensor:
     """`n` images, float32 (n, C, H, W) in [-1, 1]; image i depends on (seed, i) and its label alone.
 
-    Students: `steps`, one evaluation each (indices into the schedule, or noise levels as floats: (0, 0.821)), and a sampling
-    `rule` other than the student's own. Teachers, and students that follow an ODE: `solver` "heun" (2 num_steps - 1
-    evaluations), "euler" (num_steps), or "calibrated" (one for each level that beeline.calibrate found; `num_steps` is
-    ignored). The default is one step for students and "heun" for teachers. A conditional model without `labels` takes class
-    i mod K for image i.
+    Students: `steps`, one evaluation each, and one for the first guess of a student that makes one (indices into the schedule,
+    or noise levels as floats: (0, 0.821)), and a sampling `rule` other than the student's own. Teachers, and students that
+    follow an ODE: `solver` "heun" (2 num_steps - 1 evaluations), "euler" (num_steps), or "calibrated" (one for each level that
+    beeline.calibrate found; `num_steps` is ignored). The default is one step for students and "heun" for teachers. Models that
+    take it: weight of `guidance`, 0 for none; the default is the student's own. A conditional model without `labels` takes
+    class i mod K for image i.
     """
     if labels is None and model.label_dim:
         labels = torch.arange(n) % model.label_dim
@@ -171,7 +197,7 @@ def generate(
         raise ValueError("steps and a solver were given; choose one")
     sampling = Sampling(solver=solver or "heun", num_steps=num_steps, steps=None if steps is None else tuple(steps), rule=rule)
     parts = [
-        sample(model, rows, None if labels is None else labels[rows.start : rows.stop], sampling, seed=seed)
+        sample(model, rows, None if labels is None else labels[rows.start : rows.stop], sampling, seed=seed, guidance=guidance)
         for rows in batches(n, batch_size)
     ]
     return torch.cat(parts).clamp(-1, 1) if parts else torch.empty(0, *model.image_shape)

@@ -21,9 +21,10 @@ import torch
 
 from beeline.denoiser import Denoiser
 from beeline.errors import BeelineError
+from beeline.objectives import curves
 from beeline.objectives.lines import Line
 from beeline.schedule import SIGMA_MIN, check_steps, edm_sigmas
-from beeline.settings import STEPS, Index, Positive, Settings, Some, Steps
+from beeline.settings import STEPS, Amount, Index, Positive, Settings, Some, Steps, added
 
 Fresh = Callable[[], torch.Tensor]
 Step = int | float
@@ -93,7 +94,25 @@ def gamma_sampling(
     return reached + gamma * following * fresh() if gamma * following else reached
 
 
-RULES: dict[str, Rule] = {"same_noise": same_noise, "line": line, "fresh_noise": fresh_noise}
+def acceleration(
+    predict: Predict,
+    x: torch.Tensor,
+    sigma: float,
+    following: float,
+    *,
+    noise: torch.Tensor,
+    fresh: Fresh,
+    guess: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Move along a curve of constant acceleration, which starts towards the first guess (CAF)."""
+    if guess is None:
+        raise BeelineError("the rule 'acceleration' needs a student that makes a first guess (CAF); choose another rule")
+    image = predict(x, sigma, 0.0)
+    return curves.move(x, image, guess, noise, sigma, following) if following else image
+
+
+ACCELERATION = "acceleration"
+RULES: dict[str, Rule] = {"same_noise": same_noise, "line": line, "fresh_noise": fresh_noise, ACCELERATION: acceleration}
 """Rules by name. In addition, "gamma <value>", for example "gamma 0.5", is `gamma_sampling`."""
 GAMMA = "gamma "
 
@@ -134,6 +153,10 @@ class FewStep(Settings):
     """Line whose points the student was trained on (beeline.objectives.lines)."""
     trained_steps: Some[Index] | None = None
     """Indices that the student was trained on; None for all noise levels. SOT trains on some."""
+    guidance: Amount = added(0.0)
+    """Weight of guidance, for students that take it; another can be asked for."""
+    guess: bool = added(False)
+    """Whether the student makes a first guess at the start of a trajectory, which costs one more evaluation."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -203,7 +226,8 @@ def few_step(
     how: FewStep,
     fresh: Callable[[int], torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """Draw images, float32 (B, C, H, W), from unit-variance noise `latents` (B, C, H, W): one evaluation per entry of `steps`.
+    """Draw images, float32 (B, C, H, W), from unit-variance noise `latents` (B, C, H, W): one evaluation per entry of `steps`,
+    after one for the first guess of a student that makes one.
 
     `fresh(n)` returns unit-variance noise (B, C, H, W) for the n-th transition, for rules that need it.
     """
@@ -211,11 +235,12 @@ def few_step(
     sigmas = [*how.sigmas(steps), 0.0]
     noise = latents.to(torch.float64)
     jumps = isinstance(denoiser, Denoiser) and denoiser.takes_second_level
+    always: dict[str, Any] = {"guidance": torch.tensor(how.guidance)} if how.guidance else {}
 
     def predict(x: torch.Tensor, sigma: float, to: float | None = None) -> torch.Tensor:
         level = torch.full((len(x),), sigma, device=x.device)
-        options: dict[str, Any] = {"to": torch.full((len(x),), to, device=x.device)} if jumps and to is not None else {}
-        return denoiser(x.to(torch.float32), level, labels, **options).to(torch.float64)
+        options = {"to": torch.full((len(x),), to, device=x.device)} if jumps and to is not None else {}
+        return denoiser(x.to(torch.float32), level, labels, **always, **options).to(torch.float64)
 
     def new(n: int) -> torch.Tensor:
         if fresh is None:
@@ -223,6 +248,11 @@ def few_step(
         return fresh(n).to(torch.float64)
 
     x, rule = noise * sigmas[0], rule_of(how.rule)
+    if isinstance(denoiser, Denoiser) and denoiser.guess is not None:
+        guess = denoiser.guess(x.to(torch.float32), torch.full((len(x),), sigmas[0], device=x.device), labels)
+        always["guess"] = guess
+        if rule is acceleration:
+            rule = functools.partial(acceleration, guess=guess.to(torch.float64))
     for n in range(len(steps)):
         x = rule(predict, x, sigmas[n], sigmas[n + 1], noise=noise, fresh=lambda n=n: new(n))
     return x.to(torch.float32)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from beeline.denoiser import Denoiser
-from beeline.networks.layers import Conv2d, GroupNorm
+from beeline.networks.layers import NOTHING, Conv2d, Extra, GroupNorm
 
 Precision = Literal["fp32", "bf16", "fp16"]
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -38,6 +38,8 @@ def prepare(
         options: dict[str, Any] = {"triton.cudagraphs": True} if on_gpu else {"freezing": True}
         network = cast(nn.Module, torch.compile(network, dynamic=False, options=options))
     prepared.model = _Network(network, dtype, batch_size)
+    if prepared.guess is not None:
+        prepared.guess = prepare(prepared.guess, precision=precision, compiled=compiled, batch_size=batch_size)
     return prepared
 
 
@@ -54,7 +56,7 @@ class _Network(nn.Module):
         noise_labels: torch.Tensor,
         labels: torch.Tensor | None,
         augment_labels: torch.Tensor | None = None,
-        to_labels: torch.Tensor | None = None,
+        extra: Extra = NOTHING,
     ) -> torch.Tensor:
         """Same arguments and result as the network, for any batch up to `batch_size`."""
         size = len(x)
@@ -63,9 +65,11 @@ class _Network(nn.Module):
             x, noise_labels = _filled(x, missing), _filled(noise_labels, missing)
             labels = None if labels is None else _filled(labels, missing)
             augment_labels = None if augment_labels is None else _filled(augment_labels, missing)
-            to_labels = None if to_labels is None else _filled(to_labels, missing)
+            extra = {name: _filled(value, missing) for name, value in extra.items()}
         x = x.to(self.dtype, memory_format=torch.channels_last)
-        return self.network(x, noise_labels, labels, augment_labels, to_labels)[:size]
+        if "guess" in extra:
+            extra = {**extra, "guess": extra["guess"].to(self.dtype, memory_format=torch.channels_last)}
+        return self.network(x, noise_labels, labels, augment_labels, extra)[:size]
 
 
 def _filled(tensor: torch.Tensor, missing: int) -> torch.Tensor:

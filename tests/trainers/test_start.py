@@ -14,7 +14,7 @@ from methods import ConsistencyConfig, JumpConfig
 from beeline.checkpoint import build
 from beeline.config import StudentConfig, from_dict, to_dict
 from beeline.errors import SettingError
-from beeline.objectives import ObjectiveConfig
+from beeline.objectives import Needs, ObjectiveConfig
 from beeline.recipes import RECIPES
 from cluster.steps import steps
 from pipeline.storage import Folder
@@ -75,7 +75,7 @@ def test_new_weights_are_those_of_a_new_network() -> None:
     for parameter in teacher.parameters():
         torch.nn.init.normal_(parameter, 0, 0.1)
     torch.manual_seed(3)
-    student = start_from(teacher, new=True, second_level=True, dropout=0.2)
+    student = start_from(teacher, new=True, needs=Needs(second_level=True), dropout=0.2)
     torch.manual_seed(3)
     wanted = build(replace(small.NETWORK, second_level=True, dropout=0.2))
     assert equal(dict(student.state_dict()), dict(wanted.state_dict()))

@@ -23,7 +23,7 @@ from beeline.checkpoint import build, dump
 from beeline.config import OptimizerConfig, StudentConfig, to_dict
 from beeline.errors import BeelineError
 from beeline.noise import stream_seed, unit_noise
-from beeline.objectives import ObjectiveConfig
+from beeline.objectives import Needs, ObjectiveConfig
 from beeline.objectives.kd import DistillationConfig
 from beeline.objectives.lmm import LinesMatchingConfig
 from beeline.objectives.progressive import Progressive, ProgressiveConfig, rounds
@@ -147,7 +147,7 @@ def test_a_second_level_is_added_and_dropped() -> None:
     teacher = build(small.NETWORK).eval()
     for parameter in teacher.parameters():
         torch.nn.init.normal_(parameter, 0, 0.05)
-    student = start_from(teacher, second_level=True)
+    student = start_from(teacher, needs=Needs(second_level=True))
     assert student.takes_second_level
     assert student.network_config == replace(small.NETWORK, second_level=True)
     x, sigma, labels = torch.randn(4, 1, 8, 8), torch.full((4,), 3.0), torch.arange(4)
