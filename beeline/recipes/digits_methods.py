@@ -106,7 +106,7 @@ def _methods() -> dict[str, dict[str, Any]]:
         "pd": {"phases": halved, "ema_half_lives": (10.0,)},
         "boot": _phases((250, BootConfig(num_steps=9, solver="heun")), warmup=30) | {"ema_half_lives": (25.0,)},
         "imm": _phases((375, IMMConfig())),
-        "shortcut": _phases((330, ShortcutConfig())),
+        "shortcut": _phases((330, ShortcutConfig(bootstrap=0.25))),
     }
 
 
