@@ -73,6 +73,29 @@ class Denoiser(nn.Module):
         networks with `second_level` accept it; its default is `sigma`. Raises ValueError for other shapes, missing labels, or
         sigma <= 0.
         """
+        total, inputs = self._inputs(x, sigma, labels, augment_labels, to)
+        x, sigma = x.to(torch.float32), sigma.to(device=x.device, dtype=torch.float32).reshape(-1, 1, 1, 1)
+        c_skip = self.sigma_data**2 / total**2
+        c_out = sigma * self.sigma_data / total
+        return c_skip * x + c_out * self.model(*inputs).to(torch.float32)
+
+    def bottleneck(self, x: torch.Tensor, sigma: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+        """Compute the features (B, C', H', W') at the end of the network's encoder, for arguments as in `forward`. Takes about
+        half of its time. Discriminators classify these features."""
+        encode = self.model.encode
+        assert callable(encode)
+        _, inputs = self._inputs(x, sigma, labels, None, None)
+        return encode(*inputs)[0]
+
+    def _inputs(
+        self,
+        x: torch.Tensor,
+        sigma: torch.Tensor,
+        labels: torch.Tensor | None,
+        augment_labels: torch.Tensor | None,
+        to: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor | None, ...]]:
+        """Check the arguments of `forward`. Returns 1 / c_in, (B, 1, 1, 1) or (1, 1, 1, 1), and the network's inputs."""
         self.check_input(x)
         known = sigma.device.type == "cpu" and not is_fake(sigma) and not torch.compiler.is_compiling()
         if known and sigma.numel():  # on a GPU this check would force a synchronisation
@@ -85,9 +108,6 @@ class Denoiser(nn.Module):
         sigma = sigma.to(device=x.device, dtype=torch.float32).reshape(-1, 1, 1, 1)
         one_hot = as_one_hot(labels, self.label_dim, len(x), x.device)
         total = (sigma**2 + self.sigma_data**2).sqrt()
-        c_skip = self.sigma_data**2 / total**2
-        c_out = sigma * self.sigma_data / total
         c_noise = (sigma.log() / 4).flatten().expand(len(x))
         inputs = (x / total, c_noise, one_hot, augment_labels)
-        raw = self.model(*inputs, self._c_noise_of(to, sigma, len(x))) if self.takes_second_level else self.model(*inputs)
-        return c_skip * x + c_out * raw.to(torch.float32)
+        return total, (*inputs, self._c_noise_of(to, sigma, len(x))) if self.takes_second_level else inputs

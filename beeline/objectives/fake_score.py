@@ -20,7 +20,8 @@ import abc
 import copy
 import dataclasses
 import itertools
-from typing import Literal
+from collections.abc import Sequence
+from typing import Literal, TypeVar
 
 import torch
 
@@ -72,6 +73,22 @@ class FakeScoreSettings(Settings):
         return FewStep(num_steps=count, levels=self.start_levels, rule=rule, trained_steps=tuple(range(count)))
 
 
+S = TypeVar("S", bound=FakeScoreSettings)
+
+
+def equally_costly(settings: S) -> S:
+    """Replace the settings above that do not affect the cost of a step by defaults. For `representative`."""
+    return dataclasses.replace(
+        settings,
+        start_levels=tuple(range(len(settings.start_levels), 0, -1)),
+        levels="karras",
+        span=(0.0, 0.8),
+        fake_optimizer=OptimizerConfig(),
+        fake_levels="lognormal",
+        fake_start="student",
+    )
+
+
 class ScoreDistillation(Objective, abc.ABC):
     """Training step of methods with a fake score. Subclasses define the student's gradient, and may extend the critic."""
 
@@ -88,6 +105,10 @@ class ScoreDistillation(Objective, abc.ABC):
 
         `images` is a leaf that requires gradients. Its classes are `batch.labels`.
         """
+
+    def draw(self, student: Learner, batch: Batch, generator: torch.Generator, *, gradients: bool) -> torch.Tensor:
+        """Draw the student's images (B, C, H, W), with `gradients` to the student. Subclasses may add rows for `gradient`."""
+        return generate(student, batch, self.settings.start_levels, generator, gradients=gradients)
 
     def teach(
         self, critic: Learner, images: torch.Tensor, batch: Batch, generator: torch.Generator
@@ -108,14 +129,15 @@ class ScoreDistillation(Objective, abc.ABC):
         """Compute gradients. Figures: "fake" (L_f), mean and standard deviation of the images, and those of `gradient`."""
         assert critic is not None
         learns = self.turns(batch.step).student
-        images = generate(student, batch, self.settings.start_levels, generator, gradients=learns)
+        images = self.draw(student, batch, generator, gradients=learns)
         fixed = images.detach()
-        figures = {"image_mean": fixed.mean(), "image_std": fixed.std()}
+        own = fixed[: batch.size]
+        figures = {"image_mean": own.mean(), "image_std": own.std()}
         if learns:
             gradient, more = self.gradient(critic, fixed.clone().requires_grad_(), batch, generator)
             images.backward(batch.weight * gradient)
             figures |= more
-        loss, more = self.teach(critic, fixed, batch, generator)
+        loss, more = self.teach(critic, own, batch, generator)
         (batch.weight * loss).backward()
         return {name: value.detach() for name, value in (figures | more).items()}
 
@@ -141,28 +163,34 @@ def fake_score(context: Context, *, start: Literal["teacher", "student"]) -> Den
 
 
 def generate(
-    student: Learner, batch: Batch, levels: tuple[float, ...], generator: torch.Generator, *, gradients: bool
+    student: Learner, batch: Batch, levels: Sequence[float], generator: torch.Generator, *, gradients: bool
 ) -> torch.Tensor:
-    """Draw the student's images (B, C, H, W) of classes `batch.labels` from the batch's noise.
+    """Draw the student's images (B, C, H, W) of classes `batch.labels` from the batch's noise, with `gradients` or without."""
+    x, sigma = simulated_inputs(student, batch, levels, generator)
+    with torch.set_grad_enabled(gradients):
+        return student(x, sigma, batch.labels)
 
-    With several `levels` each has an equal share of the rows. Their inputs are simulated: the student runs through the levels
-    before, without gradients, as the sampling rule "fresh_noise" does. With `gradients` the last call has gradients.
+
+def simulated_inputs(
+    student: Learner, batch: Batch, levels: Sequence[float], generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs (B, C, H, W) of the student and their `levels` (B,), each for an equal share of the rows.
+
+    For later levels the student first runs through those before, without gradients, as the sampling rule "fresh_noise" does.
+    A row's level depends on the row and the step only: random ones would make the host wait for the device.
     """
     noise, labels, count = batch.noise, batch.labels, len(levels)
     assert noise is not None
     last = sorted(((row * count // batch.size + batch.step) % count for row in range(batch.size)), reverse=True)
-    x = levels[0] * noise
-    sigma = torch.full((batch.size,), levels[0], device=noise.device)
+    x, sigma = levels[0] * noise, torch.full((batch.size,), levels[0], device=noise.device)
     for step, following in enumerate(levels[1:]):
-        rows = sum(level > step for level in last)  # the first rows are those that go on
-        classes = None if labels is None else labels[:rows]
+        rows = sum(level > step for level in last)  # the first rows go on
         if rows:
-            images = student.target(x[:rows], sigma[:rows], classes)
+            images = student.target(x[:rows], sigma[:rows], None if labels is None else labels[:rows])
             fresh = torch.randn(images.shape, generator=generator, device=images.device)
             x = torch.cat([images + max(following**2 - SIGMA_MIN**2, 0.0) ** 0.5 * fresh, x[rows:]])
             sigma = torch.cat([torch.full_like(sigma[:rows], following), sigma[rows:]])
-    with torch.set_grad_enabled(gradients):
-        return student(x, sigma, labels)
+    return x, sigma
 
 
 def draw_levels(count: int, law: LevelLaw, span: tuple[float, float], generator: torch.Generator) -> torch.Tensor:
