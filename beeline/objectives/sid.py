@@ -1,10 +1,9 @@
 """Score identity distillation (SiD, SiDA; Zhou et al. 2024, 2025) and score implicit matching (SIM; Luo et al. 2024).
 
 The student makes an image y from noise. Noisy images x = y + s n have a score, which the fake score f learns (fake_score.py).
-That
-of the data is known to the teacher T. Both are denoisers. The two scores differ by v / s^2, with v = T(x; s) - f(x; s). The student
-minimises a distance between them, in a form that needs only the two denoisers. T and f are frozen there, and gradients flow
-through x into both. Summed over pixels, with a = mean |y - T| per image, a constant:
+That of the data is known to the teacher T. Both are denoisers. The two scores differ by v / s^2, with v = T(x; s) - f(x; s).
+The student minimises a distance between them, in a form that needs only the two denoisers. T and f are frozen there, and
+gradients flow through x into both. Summed over pixels, with a = mean |y - T| per image, a constant:
 
     SiD    v . ((T - y) - alpha v) / a           (Zhou et al. 2024, algorithm 1)
     SIM    v . (f - y) / sqrt(|v|^2 + c^2)       (Luo et al. 2024, theorem 3.1, for the pseudo-Huber distance)
@@ -162,19 +161,19 @@ class ScoreMatching(ScoreDistillation):
         return gradient, {"gap": (real - fake).square().mean().sqrt(), "a": error_scale(images, real).mean()}
 
 
-class SiDA(ScoreDistillation):
+class SiDA(ScoreMatching):
     """Training step of SiDA."""
 
     def __init__(self, config: SiDAConfig, context: Context) -> None:
         super().__init__(config, context)
-        self.config = config
+        self.sida = config
         self.critic = JudgingEncoder(fake_score(context, start=config.fake_start))
 
     def gradient(
         self, critic: Learner, images: torch.Tensor, batch: Batch, generator: torch.Generator
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Gradient with respect to `images`, and the figures "gap", "a" and "adversarial"."""
-        config, labels = self.config, batch.labels
+        config, labels = self.sida, batch.labels
         x, sigma = noisy(images, config.levels, config.span, generator)
         real = self.teacher(x, sigma, labels)
         fake, logits = critic.frozen((x, sigma, labels), (x, sigma, labels))
@@ -193,14 +192,14 @@ class SiDA(ScoreDistillation):
         """
         assert batch.real is not None
         labels = batch.labels
-        x, sigma = noisy(images, self.config.fake_levels, (0.0, 1.0), generator)
-        real = mirrored(batch.real, generator) if self.config.flip else batch.real
+        x, sigma = noisy(images, self.sida.fake_levels, (0.0, 1.0), generator)
+        real = mirrored(batch.real, generator) if self.sida.flip else batch.real
         classes = None if labels is None or batch.real_labels is None else torch.cat([labels, batch.real_labels])
         judged = torch.cat([x, real + (x - images)]), torch.cat([sigma, sigma]), classes
         denoised, logits = critic((x, sigma, labels), judged)
         fake = denoising_loss(denoised, images, sigma)
         loss = (F.softplus(logits[: batch.size]).mean() + F.softplus(-logits[batch.size :]).mean()) / 2
-        weight = self.config.critic_weight / images[0].numel() * (1 / sigma**2 + 1 / Denoiser.sigma_data**2).mean()
+        weight = self.sida.critic_weight / images[0].numel() * (1 / sigma**2 + 1 / Denoiser.sigma_data**2).mean()
         return fake + weight * loss, {"fake": fake, "critic": loss}
 
 

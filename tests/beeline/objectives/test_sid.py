@@ -19,6 +19,7 @@ from beeline.checkpoint import build
 from beeline.config import OptimizerConfig, ProbeNetworkConfig
 from beeline.denoiser import Denoiser
 from beeline.errors import SettingError
+from beeline.networks.songunet import SongUNet
 from beeline.objectives import Batch, Context, Needs
 from beeline.objectives.learner import Learner
 from beeline.objectives.sid import JudgingEncoder, ScoreMatchingConfig, SiDAConfig, SiDConfig, SIMConfig, sid, sim
@@ -135,7 +136,7 @@ def test_a_student_of_gaussians_becomes_the_data(config: ScoreMatchingConfig, st
     objective = config.build(
         Context(image_shape=(1, 2, 2), num_classes=0, models={"teacher": teacher_of_gaussians}, features={}, average=student)  # pyright: ignore[reportArgumentType]
     )
-    generator = torch.Generator().manual_seed(0)
+    generator, figures = torch.Generator().manual_seed(0), {}
     for step in range(40):
         noise = torch.randn(256, 1, 2, 2, generator=generator)
         rows = Batch(size=256, step=step, total=40, noise=noise)
@@ -222,7 +223,8 @@ def test_gradients_are_those_of_the_formula(config: ScoreMatchingConfig, network
 def bottleneck(model: Denoiser, x: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
     """The output of the last block of the encoder, caught by a hook."""
     caught: list[torch.Tensor] = []
-    block = list(model.model.enc.values())[-1]  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
+    assert isinstance(model.model, SongUNet)
+    block = list(model.model.enc.values())[-1]
     with block.register_forward_hook(lambda module, inputs, output: caught.append(output)):
         model(x, s)
     return caught[0]
