@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -96,6 +96,31 @@ class Denoiser(nn.Module):
         trajectory, the output of the network `guess` at its start. Only networks with `guess` accept it; by default it is
         computed here, as if the trajectory started at `x`. Raises ValueError for other shapes, missing labels, or sigma <= 0.
         """
+        total, inputs = self._inputs(x, sigma, labels, augment_labels, to, guidance, guess)
+        x, sigma = x.to(torch.float32), sigma.to(device=x.device, dtype=torch.float32).reshape(-1, 1, 1, 1)
+        c_skip = self.sigma_data**2 / total**2
+        c_out = sigma * self.sigma_data / total
+        return c_skip * x + c_out * self.model(*inputs).to(torch.float32)
+
+    def bottleneck(self, x: torch.Tensor, sigma: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+        """Compute the features (B, C', H', W') at the end of the network's encoder, for arguments as in `forward`. Takes about
+        half of its time. Discriminators classify these features."""
+        encode = self.model.encode
+        assert callable(encode)
+        _, inputs = self._inputs(x, sigma, labels)
+        return encode(*inputs)[0]
+
+    def _inputs(
+        self,
+        x: torch.Tensor,
+        sigma: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        augment_labels: torch.Tensor | None = None,
+        to: torch.Tensor | None = None,
+        guidance: torch.Tensor | None = None,
+        guess: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, tuple[Any, ...]]:
+        """Check the arguments of `forward`. Returns 1 / c_in, (B, 1, 1, 1) or (1, 1, 1, 1), and the network's inputs."""
         self.check_input(x)
         known = sigma.device.type == "cpu" and not is_fake(sigma) and not torch.compiler.is_compiling()
         if known and sigma.numel():  # on a GPU this check would force a synchronisation
@@ -106,8 +131,6 @@ class Denoiser(nn.Module):
         sigma = sigma.to(device=x.device, dtype=torch.float32).reshape(-1, 1, 1, 1)
         one_hot = as_one_hot(labels, self.label_dim, len(x), x.device)
         total = (sigma**2 + self.sigma_data**2).sqrt()
-        c_skip = self.sigma_data**2 / total**2
-        c_out = sigma * self.sigma_data / total
         c_noise = (sigma.log() / 4).flatten().expand(len(x))
         extra = self._extra(sigma, len(x), to, guidance)
         if self.guess is not None:
@@ -117,5 +140,4 @@ class Denoiser(nn.Module):
         elif guess is not None:
             raise ValueError("a guess was given, but the network has no input for it; build it with guess")
         inputs = (x / total, c_noise, one_hot, augment_labels)
-        raw = self.model(*inputs, extra) if extra else self.model(*inputs)
-        return c_skip * x + c_out * raw.to(torch.float32)
+        return total, (*inputs, extra) if extra else inputs

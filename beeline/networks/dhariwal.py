@@ -116,6 +116,22 @@ class DhariwalUNet(nn.Module):
         extra: Extra = NOTHING,
     ) -> torch.Tensor:
         """Compute everything before the output convolution, at which two losses are compared. Training compiles this part."""
+        x, skips, emb = self.encode(x, noise_labels, labels, augment_labels, extra)
+        for block in self.dec.values():
+            assert isinstance(block, UNetBlock)
+            x = block(torch.cat([x, skips.pop()], dim=1) if x.shape[1] != block.in_channels else x, emb)
+        return F.silu(self.out_norm(x))
+
+    def encode(
+        self,
+        x: torch.Tensor,
+        noise_labels: torch.Tensor,
+        labels: torch.Tensor | None,
+        augment_labels: torch.Tensor | None = None,
+        extra: Extra = NOTHING,
+    ) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
+        """Compute the encoder: the bottleneck (B, C', H', W'), the skip connections, the last of which is the bottleneck, and
+        the embedding (B, E) of levels and labels."""
         emb = self.map_noise(noise_labels)
         if self.map_augment is not None and augment_labels is not None:
             emb = emb + self.map_augment(augment_labels)
@@ -132,7 +148,4 @@ class DhariwalUNet(nn.Module):
         for block in self.enc.values():
             x = block(x, emb) if isinstance(block, UNetBlock) else block(x) + guess
             skips.append(x)
-        for block in self.dec.values():
-            assert isinstance(block, UNetBlock)
-            x = block(torch.cat([x, skips.pop()], dim=1) if x.shape[1] != block.in_channels else x, emb)
-        return F.silu(self.out_norm(x))
+        return x, skips, emb

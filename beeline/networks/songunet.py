@@ -138,6 +138,24 @@ class SongUNet(nn.Module):
         extra: Extra = NOTHING,
     ) -> torch.Tensor:
         """All but the output convolution, which two losses are compared at: what training compiles."""
+        x, skips, emb = self.encode(x, noise_labels, labels, augment_labels, extra)
+        for block in list(self.dec.values())[:-1]:
+            if isinstance(block, UNetBlock):
+                x = block(torch.cat([x, skips.pop()], dim=1) if x.shape[1] != block.in_channels else x, emb)
+            else:
+                x = block(x)
+        return F.silu(x)
+
+    def encode(
+        self,
+        x: torch.Tensor,
+        noise_labels: torch.Tensor,
+        labels: torch.Tensor | None,
+        augment_labels: torch.Tensor | None = None,
+        extra: Extra = NOTHING,
+    ) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
+        """The encoder: the bottleneck (B, C', H', W'), the skip connections, the last of which is the bottleneck, and the
+        embedding (B, E) of levels and labels."""
         emb = self.map_noise(noise_labels)
         emb = emb.reshape(len(emb), 2, -1).flip(1).reshape(emb.shape)  # released weights expect [sin, cos]
         if self.map_label is not None and labels is not None:
@@ -158,12 +176,7 @@ class SongUNet(nn.Module):
             else:
                 x = block(x, emb) if isinstance(block, UNetBlock) else block(x) + guess
                 skips.append(x)
-        for block in list(self.dec.values())[:-1]:
-            if isinstance(block, UNetBlock):
-                x = block(torch.cat([x, skips.pop()], dim=1) if x.shape[1] != block.in_channels else x, emb)
-            else:
-                x = block(x)
-        return F.silu(x)
+        return x, skips, emb
 
 
 def _check(embedding_type: str, encoder_type: str, decoder_type: str) -> None:
