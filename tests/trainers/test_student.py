@@ -24,6 +24,8 @@ from beeline.config import OptimizerConfig, StudentConfig, to_dict
 from beeline.errors import BeelineError
 from beeline.noise import stream_seed, unit_noise
 from beeline.objectives import Needs, ObjectiveConfig
+from beeline.objectives.dmd import DMD2Config, DMDConfig
+from beeline.objectives.fake_score import ScoreDistillation
 from beeline.objectives.kd import DistillationConfig
 from beeline.objectives.lmm import LinesMatchingConfig
 from beeline.objectives.progressive import Progressive, ProgressiveConfig, rounds
@@ -384,6 +386,30 @@ def test_a_figures_mean_is_over_the_steps_that_had_it(make: Make) -> None:
 
 def test_taking_turns_is_resumed_from_any_step(make: Make) -> None:
     resumed_from_every_step(make, alone(MatchingConfig(), iterations=10, ema_half_lives=(3.0, 30.0)))
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        DMD2Config(fake_steps=2, fake_optimizer=OptimizerConfig(lr=1e-2)),
+        DMDConfig(start_levels=(20.0, 1.0), fake_optimizer=OptimizerConfig(lr=1e-2)),
+    ],
+    ids=["DMD2", "DMD"],
+)
+def test_a_fake_score_is_in_checkpoints(make: Make, objective: DMDConfig | DMD2Config) -> None:
+    """Resumed from turns of both networks and of the fake score alone. The teacher stays as it is."""
+    settings = alone(objective, iterations=5, ema_half_lives=(3.0, 30.0))
+    task, _ = resumed_from_every_step(make, settings)
+    assert isinstance(task.objective, ScoreDistillation)
+    assert task.critic is not None
+    assert any(name.startswith("critic.") for name in kept(task))
+    fresh, _ = make(settings, name="fresh")
+    assert isinstance(fresh.objective, ScoreDistillation)
+    assert fresh.critic is not None
+    for name, tensor in fresh.objective.teacher.state_dict().items():
+        assert torch.equal(task.objective.teacher.state_dict()[name], tensor)
+    started, learned = (model.state_dict() for model in (fresh.critic.model, task.critic.model))
+    assert not any(torch.equal(learned[name], tensor) for name, tensor in started.items() if name.endswith("conv0.weight"))
 
 
 def test_three_phases(make: Make) -> None:

@@ -125,6 +125,22 @@ def test_last_layer_makes_the_output(make_denoiser: Callable[..., Denoiser], kin
     assert torch.equal(network(x, torch.zeros(1), None).amax(dim=(2, 3)), network(x, torch.zeros(1), None).amin(dim=(2, 3)))
 
 
+@pytest.mark.parametrize("kind", ["ddpmpp", "ncsnpp", "adm"])
+def test_the_bottleneck_is_the_end_of_the_encoder(make_denoiser: Callable[..., Denoiser], kind: str) -> None:
+    model = make_denoiser(kind=kind)
+    x, sigma = torch.randn(2, 2, 8, 8), torch.tensor([0.5, 5.0])
+    seen: list[torch.Tensor] = []
+    blocks = model.model.get_submodule("dec")
+    blocks.get_submodule("4x4_in0").register_forward_pre_hook(lambda block, inputs: seen.append(inputs[0]))
+    model(x, sigma)
+    features = model.bottleneck(x, sigma)
+    assert features.shape == (2, 32, 4, 4)
+    assert torch.equal(features, seen[0])
+    for parameter in blocks.parameters():
+        parameter.zero_()
+    assert torch.equal(model.bottleneck(x, sigma), features)
+
+
 @pytest.mark.parametrize("kwargs", [{"embedding_type": "other"}, {"encoder_type": "skip"}, {"decoder_type": "skip"}])
 def test_unknown_variants_are_refused(kwargs: dict[str, str]) -> None:
     with pytest.raises(ValueError, match="expected"):
