@@ -233,15 +233,13 @@ def test_networks_count_relative_to_their_spread_and_micro_batches_by_their_weig
     batch = Batch(size=10, step=0, total=1, weight=0.25, noise=torch.zeros(10, 1, 8, 8))
     objective = config.build(made)
     figures = objective.backward(cast(Learner, lambda *_: images), None, batch, torch.Generator())
-    real, terms = torch.cat(list(made.images())), []
-    for network in made.features.values():
-        probe = cast(Probe, network)
-        theirs, ours = probe.features(real).double(), probe.features(images).double()
-        known = memory(theirs.numpy())
-        d2 = of(ours, known)
-        terms.append(d2 / theirs.T.cov().trace())
-    assert float(figures["frechet_vgg16"]) == pytest.approx(float(d2.detach()), rel=1e-4)
-    (expected,) = torch.autograd.grad(0.25 * torch.stack(terms).mean(), images)
+    real, terms = torch.cat(list(made.images())), {}
+    for name, network in made.features.items():
+        theirs, ours = (cast(Probe, network).features(x).double() for x in (real, images))
+        d2 = of(ours, memory(theirs.numpy()))
+        assert float(figures[f"frechet_{name}"]) == pytest.approx(float(d2.detach()), rel=1e-4)
+        terms[name] = d2 / theirs.T.cov().trace()
+    (expected,) = torch.autograd.grad(0.25 * torch.stack(list(terms.values())).mean(), images)
     assert images.grad is not None
     torch.testing.assert_close(images.grad, expected, rtol=1e-3, atol=1e-6)
 
