@@ -175,7 +175,7 @@ def _schedules(recipe: Recipe, sampling: FewStep | None) -> tuple[str, ...]:
 def _inputs(student: StudentConfig) -> tuple[str, ...]:
     """Return the steps whose results the training of a student reads."""
     needs = student.needs()
-    read = {IMAGES: needs.images, PROBE: "probe" in needs.features, pairs_folder(student.pairs): needs.pairs}
+    read = {IMAGES: needs.image_folder, PROBE: "probe" in needs.features, pairs_folder(student.pairs): needs.pairs}
     return (*(name for name, wanted in read.items() if wanted), *map(made_by, (*needs.models, student.start)))
 
 

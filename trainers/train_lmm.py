@@ -48,10 +48,10 @@ def train_lmm(workspace: str, recipe: tyro.conf.Suppress[str], student: StudentC
     if pairs is not None:
         check_pairs(student, pairs, init)
     check_resolution(student, init.img_resolution)
-    if needs.images or student.validate_every:
+    if needs.image_folder or student.validate_every:
         images = require(place, IMAGES, recipe)
         check_fits(place, images, init.network_config, student.start)
-    if needs.images:
+    if needs.image_folder:
         plan["images"] = fingerprint(images)
     plan["models_sha256"] = {name: require_model(place, name, recipe)[1] for name in needs.models}
     plan["features_sha256"] = {name: require_features(place, name, recipe)[1] for name in needs.features}

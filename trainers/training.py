@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -26,10 +26,13 @@ from beeline.objectives.learner import GRAD_NORM, SKIPPED, Learner, compile_trun
 from beeline.pixels import to_float
 from beeline.sampling.inference import DTYPES, prepare
 from pipeline.model_folders import publish_model, require_features, require_model
+from pipeline.reader import ShardReader
 from pipeline.storage import Folder
 from pipeline.training_log import CRITIC_GRAD_NORM, PHASE
 from trainers import loop
 from trainers.validation import Validation
+
+READ = 512  # real images read at once for statistics
 
 
 class Training:
@@ -64,6 +67,7 @@ class Training:
             if self.model.guess is not None:
                 compile_trunk(self.model.guess)
         self.pairs = self.images = self.validation = None
+        self.images_plan = images
         if needs.pairs:
             assert pairs is not None
             made_by = config.pairs if isinstance(config, StudentConfig) else TEACHER
@@ -117,6 +121,7 @@ class Training:
                 models=models,
                 features=features,
                 average=self.averages[0],
+                images=self._real_images,
             )
         )
         self.critic: Learner | None = None
@@ -180,6 +185,16 @@ class Training:
             micro_batch = Batch(size=len(part), step=local, total=self.phase.iterations, weight=weight, **tensors)
             batches.append((micro_batch, len(batches) + 1 == self.config.accumulate))
         return batches
+
+    def _real_images(self) -> Iterator[torch.Tensor]:
+        """This rank's share of all real images, in batches of at most READ images: `Context.images`."""
+        assert self.needs.all_images
+        assert self.images_plan is not None
+        reader = ShardReader(self.workspace / IMAGES, self.images_plan["images"], self.config.seed)
+        start, size = self.session.share(reader.count, 0)
+        for first in range(start, start + size, READ):
+            rows = reader.batch(first, min(READ, start + size - first))
+            yield torch.from_numpy(to_float(rows["image"])).to(self.session.device)
 
     def _fresh(self, indices: range) -> dict[str, np.ndarray]:
         """Noise that no pair uses, a function of (seed, position in the stream of rows), with labels chosen as for pairs."""

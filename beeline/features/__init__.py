@@ -63,6 +63,11 @@ class Frozen:
         return self._taps(images.to(self.dtype, memory_format=torch.channels_last))
 
 
+def pooled(network: FeatureNetwork, images: torch.Tensor) -> torch.Tensor:
+    """Compute feature vectors (B, D), float32, of images (B, C, H, W): the network's last tap, averaged over space."""
+    return network.taps(images)[-1].float().mean(dim=(2, 3))
+
+
 def resized(images: torch.Tensor, side: int) -> torch.Tensor:
     """Resize images (B, C, H, W) bilinearly to `side` pixels; unchanged if `side` is 0 or their own size."""
     if side in (0, images.shape[-1]):

@@ -113,12 +113,17 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     if a.mean.shape != b.mean.shape:
         raise ValueError(f"features have {a.mean.size} and {b.mean.size} dimensions; they must come from the same network")
     s1, s2 = a.covariance, b.covariance
-    try:  # the eigenvalues of S1 S2 are those of the symmetric L^T S2 L, S1 = L L^T: much cheaper than sqrtm
-        root = scipy.linalg.cholesky(s1, lower=True)
-    except np.linalg.LinAlgError:  # singular: fewer samples than dimensions, or a dead feature
-        values, vectors = scipy.linalg.eigh(s1)
-        root = vectors * np.sqrt(values.clip(0))
-    eigenvalues = scipy.linalg.eigvalsh(root.T @ s2 @ root)
+    factor = root(s1)  # the eigenvalues of S1 S2 are those of the symmetric L^T S2 L: much cheaper than sqrtm
+    eigenvalues = scipy.linalg.eigvalsh(factor.T @ s2 @ factor)
     covmean_trace = np.sqrt(eigenvalues.clip(0)).sum()
     delta = a.mean - b.mean
     return float(delta @ delta + np.trace(s1) + np.trace(s2) - 2 * covmean_trace)
+
+
+def root(covariance: np.ndarray) -> np.ndarray:
+    """Compute L (D, D) with L L^T = `covariance` (D, D)."""
+    try:
+        return scipy.linalg.cholesky(covariance, lower=True)
+    except np.linalg.LinAlgError:  # singular: fewer samples than dimensions, or a dead feature
+        values, vectors = scipy.linalg.eigh(covariance)
+        return vectors * np.sqrt(values.clip(0))

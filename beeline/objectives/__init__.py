@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -33,6 +33,8 @@ class Needs:
     """Noise-image pairs: `Batch.noise`, `x1`, `labels`."""
     images: bool = False
     """Real images: `Batch.real`, `real_labels`."""
+    all_images: bool = False
+    """All real images, for statistics: `Context.images`."""
     noise: bool = False
     """Fresh noise and labels, for methods without pairs: `Batch.noise`, `labels`."""
     models: tuple[str, ...] = ()
@@ -51,11 +53,17 @@ class Needs:
         """The additional inputs of the student's network, as settings of NetworkConfig."""
         return {"second_level": self.second_level, "guidance": self.guidance, "guess": self.guess}
 
+    @property
+    def image_folder(self) -> bool:
+        """Whether training reads images/."""
+        return self.images or self.all_images
+
     def __or__(self, other: Needs) -> Needs:
         """The combined needs of two phases."""
         return Needs(
             pairs=self.pairs or other.pairs,
             images=self.images or other.images,
+            all_images=self.all_images or other.all_images,
             noise=self.noise or other.noise,
             models=tuple(dict.fromkeys((*self.models, *other.models))),
             features=tuple(dict.fromkeys((*self.features, *other.features))),
@@ -78,6 +86,9 @@ class Context:
     average: Denoiser
     """The student's first average. The trainer updates it after each step: use it as a target, or copy it to make a target
     with another decay."""
+    images: Callable[[], Iterable[torch.Tensor]] = tuple
+    """With `Needs.all_images`, reads this rank's share of the real images, each once: float32 (n, C, H, W) in [-1, 1], on the
+    device. Ranks must merge what they compute. No images where only shapes or FLOPs are computed."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -26,10 +26,13 @@ from beeline.noise import stream_seed, unit_noise
 from beeline.objectives import Needs, ObjectiveConfig
 from beeline.objectives.dmd import DMD2Config, DMDConfig
 from beeline.objectives.fake_score import ScoreDistillation
+from beeline.objectives.fd_loss import FrechetLoss, FrechetLossConfig
 from beeline.objectives.kd import DistillationConfig
 from beeline.objectives.lmm import LinesMatchingConfig
 from beeline.objectives.progressive import Progressive, ProgressiveConfig, rounds
+from beeline.pixels import to_float
 from beeline.recipes import RECIPES
+from pipeline.reader import some_images
 from pipeline.storage import Folder
 from trainers import checkpoints, loop, sizes
 from trainers.log import LOG, read_log
@@ -332,6 +335,33 @@ def test_target_networks_and_learned_weightings_are_in_checkpoints(make: Make, w
     assert (float(task.objective.log_weight.detach()) != 0) == weighted
     average, target = (model.state_dict() for model in (task.averages[0], task.objective.target))
     assert not all(torch.equal(average[name], tensor) for name, tensor in target.items())
+
+
+@pytest.mark.parametrize("settings", [{"queue": 20}, {"decay": 0.5}])
+def test_statistics_of_features_are_in_checkpoints(make: Make, settings: dict[str, Any]) -> None:
+    ours = alone(FrechetLossConfig(**settings), iterations=3, accumulate=2, ema_half_lives=(3.0, 30.0))
+    task, _ = resumed_from_every_step(make, ours)
+    assert isinstance(task.objective, FrechetLoss)
+    assert float(task.objective.memories.get_buffer("probe.weight")) > 6
+
+
+def stored_images(task: Training) -> torch.Tensor:
+    """All images of images/, in order."""
+    plan = small.plans(task.workspace)["images"]["images"]
+    return torch.from_numpy(to_float(some_images(task.workspace / "images", plan, small.COUNT)[0]))
+
+
+@pytest.mark.parametrize("ranks", [1, 5])
+def test_the_ranks_read_every_real_image_once(make: Make, monkeypatch: pytest.MonkeyPatch, ranks: int) -> None:
+    monkeypatch.setattr("trainers.training.READ", 7)
+    task, session = make(alone(FrechetLossConfig()), name="images")
+    parts: list[torch.Tensor] = []
+    for rank in range(ranks):
+        session.rank, session.world_size = rank, ranks
+        parts += list(task._real_images())
+    images, wanted = torch.cat(parts), stored_images(task)
+    assert max(map(len, parts)) <= 7
+    assert sorted(map(float, images.double().sum(dim=(1, 2, 3)))) == sorted(map(float, wanted.double().sum(dim=(1, 2, 3))))
 
 
 def test_a_learned_weighting_follows_its_gradient(make: Make) -> None:
