@@ -38,7 +38,6 @@ from beeline.objectives.fake_score import (
     denoising_loss,
     equally_costly,
     error_scale,
-    fake_score,
     noisy,
 )
 from beeline.objectives.learner import Learner
@@ -167,7 +166,8 @@ class SiDA(ScoreMatching):
     def __init__(self, config: SiDAConfig, context: Context) -> None:
         super().__init__(config, context)
         self.sida = config
-        self.critic = JudgingEncoder(fake_score(context, start=config.fake_start))
+        assert isinstance(self.critic, Denoiser)
+        self.critic = JudgingEncoder(self.critic)
 
     def gradient(
         self, critic: Learner, images: torch.Tensor, batch: Batch, generator: torch.Generator

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -222,7 +222,7 @@ def test_gradients_are_those_of_the_formula(config: ScoreMatchingConfig, network
 
 def bottleneck(model: Denoiser, x: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
     """The output of the last block of the encoder, caught by a hook."""
-    caught: list[torch.Tensor] = []
+    caught: list[Any] = []
     assert isinstance(model.model, SongUNet)
     block = list(model.model.enc.values())[-1]
     with block.register_forward_hook(lambda module, inputs, output: caught.append(output)):
