@@ -80,9 +80,10 @@ def test_the_gradient_is_that_of_the_closed_form_and_of_differences() -> None:
     assert float((ours * direction).sum()) == pytest.approx(float(slope), rel=1e-6)
 
 
-def test_it_scales_with_the_features() -> None:
-    x, known, larger = features(12), memory(), memory(1000 * REAL)
-    assert float(of(1000 * x, larger)) == pytest.approx(1e6 * float(of(x, known)), rel=1e-6)
+@pytest.mark.parametrize("scale", [1e-3, 1e3])
+def test_it_scales_with_the_features(scale: float) -> None:
+    x, known, scaled = features(12), memory(), memory(scale * REAL)
+    assert float(of(scale * x, scaled)) == pytest.approx(scale**2 * float(of(x, known)), rel=1e-6)
 
 
 def test_a_root() -> None:
