@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -33,6 +35,8 @@ class GaussianMap(Denoiser):
         labels: torch.Tensor | None = None,
         augment_labels: torch.Tensor | None = None,
         to: torch.Tensor | None = None,
+        *_: Any,
+        **__: Any,
     ) -> torch.Tensor:
         x, t = x.double(), sigma.double().reshape(-1, 1, 1, 1)
         s = t if to is None else to.double().reshape(-1, 1, 1, 1)

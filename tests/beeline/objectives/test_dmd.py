@@ -42,7 +42,14 @@ class Gaussian(Denoiser):
         self.mean = nn.Parameter(torch.tensor(mean, dtype=torch.float64))
 
     def forward(
-        self, x: torch.Tensor, sigma: torch.Tensor, labels: Any = None, augment_labels: Any = None, to: Any = None
+        self,
+        x: torch.Tensor,
+        sigma: torch.Tensor,
+        labels: Any = None,
+        augment_labels: Any = None,
+        to: Any = None,
+        *_: Any,
+        **__: Any,
     ) -> torch.Tensor:
         s2, v = sigma.double().reshape(-1, 1, 1, 1) ** 2, self.std**2
         return (v * x + s2 * self.mean) / (v + s2)
@@ -57,7 +64,14 @@ class Generator(Denoiser):
         self.mean = nn.Parameter(torch.tensor(mean, dtype=torch.float64))
 
     def forward(
-        self, x: torch.Tensor, sigma: torch.Tensor, labels: Any = None, augment_labels: Any = None, to: Any = None
+        self,
+        x: torch.Tensor,
+        sigma: torch.Tensor,
+        labels: Any = None,
+        augment_labels: Any = None,
+        to: Any = None,
+        *_: Any,
+        **__: Any,
     ) -> torch.Tensor:
         return self.std * x / sigma.double().reshape(-1, 1, 1, 1) + self.mean
 
