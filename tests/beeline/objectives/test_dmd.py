@@ -317,7 +317,7 @@ def test_the_discriminator_learns_from_real_and_generated_images() -> None:
     sigma = torch.full((8,), 0.1)
     made = objective.draw(Learner(student, ADAM), batch, seeded(), gradients=False)
     real, fake = (critic.model(None, (x, sigma, batch.labels))[1] for x in (batch.real, made))
-    assert float(real.min()) > 0 > float(fake.max())
+    assert float(real.detach().min()) > 0 > float(fake.detach().max())
 
 
 CONFIGS: dict[str, DMDConfig | DMD2Config] = {
@@ -345,7 +345,8 @@ def test_steps_through_networks(name: str, labels: bool, precision: Any) -> None
         assert all(value.ndim == 0 and bool(value.isfinite()) and not value.requires_grad for value in figures.values())
         if objective.turns(step).student:
             assert {"gap", "a"} < figures.keys()
-            assert learner.update(step, 4)["grad_norm"] > 0
+            norm = learner.update(step, 4)["grad_norm"]
+            assert norm > 0 or step == 0  # f starts as T, so that the first gap is 0
         assert critic.update(step, 4)["grad_norm"] > 0
     assert not same(objective.critic.state_dict(), fake)
     assert not same(student.state_dict(), before[0])
