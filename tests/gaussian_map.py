@@ -33,6 +33,8 @@ class GaussianMap(Denoiser):
         labels: torch.Tensor | None = None,
         augment_labels: torch.Tensor | None = None,
         to: torch.Tensor | None = None,
+        guidance: torch.Tensor | None = None,
+        guess: torch.Tensor | None = None,
     ) -> torch.Tensor:
         x, t = x.double(), sigma.double().reshape(-1, 1, 1, 1)
         s = t if to is None else to.double().reshape(-1, 1, 1, 1)

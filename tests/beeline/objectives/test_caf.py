@@ -41,7 +41,7 @@ class Guess(Denoiser):
         super().__init__(nn.Identity(), img_resolution=2, img_channels=1, label_dim=0)
         self.calls = 0
 
-    def forward(self, x: torch.Tensor, sigma: torch.Tensor, labels: torch.Tensor | None = None, *rest: Any) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, sigma: torch.Tensor, *rest: Any, **options: Any) -> torch.Tensor:
         self.calls += 1
         return GUESSED * x / sigma.reshape(-1, 1, 1, 1)
 

@@ -62,7 +62,14 @@ class GaussianMap(Denoiser):
         self.double()
 
     def forward(
-        self, x: torch.Tensor, sigma: torch.Tensor, labels: Any = None, augment_labels: Any = None, to: Any = None
+        self,
+        x: torch.Tensor,
+        sigma: torch.Tensor,
+        labels: Any = None,
+        augment_labels: Any = None,
+        to: Any = None,
+        *_: Any,
+        **__: Any,
     ) -> torch.Tensor:
         t, s = (level.double().reshape(-1, 1, 1, 1) for level in (sigma, sigma if to is None else to))
         same = s == t

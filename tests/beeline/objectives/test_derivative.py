@@ -91,7 +91,14 @@ def test_the_path_of_a_gaussian_is_known() -> None:
 
     class Gaussian(Denoiser):
         def forward(
-            self, x: torch.Tensor, sigma: torch.Tensor, labels: Any = None, augment_labels: Any = None, to: Any = None
+            self,
+            x: torch.Tensor,
+            sigma: torch.Tensor,
+            labels: Any = None,
+            augment_labels: Any = None,
+            to: Any = None,
+            *_: Any,
+            **__: Any,
         ) -> torch.Tensor:
             return 0.25 * x / (0.25 + sigma.reshape(-1, 1, 1, 1) ** 2)
 

@@ -39,7 +39,14 @@ class Gaussian(Denoiser):
         self.error = nn.Parameter(torch.tensor(error, dtype=torch.float64))
 
     def forward(
-        self, x: torch.Tensor, sigma: torch.Tensor, labels: Any = None, augment_labels: Any = None, to: Any = None
+        self,
+        x: torch.Tensor,
+        sigma: torch.Tensor,
+        labels: Any = None,
+        augment_labels: Any = None,
+        to: Any = None,
+        *_: Any,
+        **__: Any,
     ) -> torch.Tensor:
         t = shaped(sigma)
         spread = (SD**2 + t**2).sqrt()
@@ -60,7 +67,14 @@ class Smooth(Denoiser):
         return self.model(torch.cat([x.flatten(1), level], 1)).reshape(x.shape)
 
     def forward(
-        self, x: torch.Tensor, sigma: torch.Tensor, labels: Any = None, augment_labels: Any = None, to: Any = None
+        self,
+        x: torch.Tensor,
+        sigma: torch.Tensor,
+        labels: Any = None,
+        augment_labels: Any = None,
+        to: Any = None,
+        *_: Any,
+        **__: Any,
     ) -> torch.Tensor:
         angle = (sigma.to(x.dtype) / SD).atan()
         x = x * shaped(angle).cos()
@@ -74,7 +88,14 @@ class Ideal(Denoiser):
         super().__init__(nn.Identity(), img_resolution=2, img_channels=1, label_dim=0)
 
     def forward(
-        self, x: torch.Tensor, sigma: torch.Tensor, labels: Any = None, augment_labels: Any = None, to: Any = None
+        self,
+        x: torch.Tensor,
+        sigma: torch.Tensor,
+        labels: Any = None,
+        augment_labels: Any = None,
+        to: Any = None,
+        *_: Any,
+        **__: Any,
     ) -> torch.Tensor:
         return SD**2 * x / (SD**2 + shaped(sigma) ** 2)
 

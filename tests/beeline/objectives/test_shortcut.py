@@ -31,7 +31,14 @@ class Map(Denoiser):
         self.error = nn.Parameter(torch.tensor(error, dtype=torch.float64))
 
     def forward(
-        self, x: torch.Tensor, sigma: torch.Tensor, labels: Any = None, augment_labels: Any = None, to: Any = None
+        self,
+        x: torch.Tensor,
+        sigma: torch.Tensor,
+        labels: Any = None,
+        augment_labels: Any = None,
+        to: Any = None,
+        *_: Any,
+        **__: Any,
     ) -> torch.Tensor:
         t, s = (level.double().reshape(-1, 1, 1, 1) for level in (sigma, sigma if to is None else to))
         velocity = s >= t * (1 - 1e-9)
