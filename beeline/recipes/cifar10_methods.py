@@ -14,17 +14,17 @@ from typing import Any
 from beeline.config import OptimizerConfig, PhaseConfig, Recipe, StudentConfig
 from beeline.config.student import SCRATCH
 from beeline.objectives import ObjectiveConfig
-from beeline.objectives.ayf import AlignYourFlowConfig
-from beeline.objectives.boot import BootConfig
-from beeline.objectives.consistency import ConsistencyConfig
-from beeline.objectives.ctm import CTMConfig
-from beeline.objectives.imm import IMMConfig
 from beeline.objectives.lmm import LinesMatchingConfig
-from beeline.objectives.meanflow import MeanFlowConfig
-from beeline.objectives.progressive import ProgressiveConfig, rounds
+from beeline.objectives.maps.ayf import AlignYourFlowConfig
+from beeline.objectives.maps.boot import BootConfig
+from beeline.objectives.maps.consistency import ConsistencyConfig
+from beeline.objectives.maps.ctm import CTMConfig
+from beeline.objectives.maps.imm import IMMConfig
+from beeline.objectives.maps.meanflow import MeanFlowConfig
+from beeline.objectives.maps.progressive import ProgressiveConfig, rounds
+from beeline.objectives.maps.scm import SCMConfig
+from beeline.objectives.maps.shortcut import ShortcutConfig
 from beeline.objectives.rectified_flow import RectifiedFlowConfig
-from beeline.objectives.scm import SCMConfig
-from beeline.objectives.shortcut import ShortcutConfig
 from beeline.recipes.published import cifar10
 
 

@@ -21,8 +21,8 @@ import torch
 
 from beeline.denoiser import Denoiser
 from beeline.errors import BeelineError
-from beeline.objectives import curves
 from beeline.objectives.lines import Line
+from beeline.objectives.maps import curves
 from beeline.schedule import SIGMA_MIN, check_steps, edm_sigmas
 from beeline.settings import STEPS, Amount, Index, Positive, Settings, Some, Steps, added
 

@@ -11,7 +11,7 @@ from beeline.errors import BeelineError
 from beeline.objectives import ObjectiveConfig
 from beeline.objectives.kd import DistillationConfig
 from beeline.objectives.lmm import LinesMatchingConfig
-from beeline.objectives.progressive import ProgressiveConfig, rounds
+from beeline.objectives.maps.progressive import ProgressiveConfig, rounds
 from beeline.objectives.rectified_flow import RectifiedFlowConfig
 from beeline.recipes import RECIPES
 from beeline.sampling.few_step import FewStep

@@ -24,12 +24,12 @@ from beeline.config import OptimizerConfig, StudentConfig, to_dict
 from beeline.errors import BeelineError
 from beeline.noise import stream_seed, unit_noise
 from beeline.objectives import Needs, ObjectiveConfig
-from beeline.objectives.dmd import DMD2Config, DMDConfig
-from beeline.objectives.fake_score import ScoreDistillation
 from beeline.objectives.fd_loss import FrechetLoss, FrechetLossConfig
 from beeline.objectives.kd import DistillationConfig
 from beeline.objectives.lmm import LinesMatchingConfig
-from beeline.objectives.progressive import Progressive, ProgressiveConfig, rounds
+from beeline.objectives.maps.progressive import Progressive, ProgressiveConfig, rounds
+from beeline.objectives.scores.dmd import DMD2Config, DMDConfig
+from beeline.objectives.scores.fake_score import ScoreDistillation
 from beeline.pixels import to_float
 from beeline.recipes import RECIPES
 from pipeline.reader import some_images

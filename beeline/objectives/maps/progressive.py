@@ -27,8 +27,8 @@ from beeline.augmentation import mirrored
 from beeline.config.training import PhaseConfig
 from beeline.objectives import Batch, Context, Needs, Objective, ObjectiveConfig, lines
 from beeline.objectives.distances import DISTANCES, DistanceSettings
-from beeline.objectives.guided import GuidanceSettings
 from beeline.objectives.learner import Learner
+from beeline.objectives.maps.guided import GuidanceSettings
 from beeline.objectives.optimizer import OptimizerConfig
 from beeline.sampling.few_step import FewStep
 from beeline.sampling.solvers import ode_step

@@ -17,8 +17,8 @@ from typing import Annotated, Literal
 import torch
 
 from beeline.objectives import Batch, Context, Needs, Objective, ObjectiveConfig, lines
-from beeline.objectives.flow_map import jump
 from beeline.objectives.learner import Learner
+from beeline.objectives.maps.flow_map import jump
 from beeline.objectives.perceptual import l2
 from beeline.sampling.few_step import FewStep
 from beeline.schedule import SIGMA_MAX, SIGMA_MIN

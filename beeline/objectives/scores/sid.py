@@ -32,7 +32,8 @@ from torch.nn import functional as F
 from beeline.augmentation import mirrored
 from beeline.denoiser import Denoiser
 from beeline.objectives import Batch, Context, Needs, ObjectiveConfig
-from beeline.objectives.fake_score import (
+from beeline.objectives.learner import Learner
+from beeline.objectives.scores.fake_score import (
     FakeScoreSettings,
     ScoreDistillation,
     denoising_loss,
@@ -40,7 +41,6 @@ from beeline.objectives.fake_score import (
     error_scale,
     noisy,
 )
-from beeline.objectives.learner import Learner
 from beeline.settings import Amount, Positive, Share
 
 Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]

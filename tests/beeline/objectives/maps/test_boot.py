@@ -15,8 +15,8 @@ from beeline import counting
 from beeline.checkpoint import build
 from beeline.config import OptimizerConfig, ProbeNetworkConfig
 from beeline.objectives import Batch, Context, Needs
-from beeline.objectives.boot import BootConfig
 from beeline.objectives.learner import Learner
+from beeline.objectives.maps.boot import BootConfig
 from beeline.sampling.few_step import few_step
 from beeline.sampling.solvers import ode_step, solve
 from beeline.schedule import SIGMA_MAX, edm_sigmas

@@ -16,9 +16,9 @@ from beeline.config import OptimizerConfig
 from beeline.denoiser import Denoiser
 from beeline.errors import BeelineError, SettingError
 from beeline.objectives import Batch, Context
-from beeline.objectives.dmd import DMDConfig
-from beeline.objectives.fake_score import denoising_loss, draw_levels, error_scale, fake_score, noisy, simulated_inputs
 from beeline.objectives.learner import Learner
+from beeline.objectives.scores.dmd import DMDConfig
+from beeline.objectives.scores.fake_score import denoising_loss, draw_levels, error_scale, fake_score, noisy, simulated_inputs
 from beeline.sampling.few_step import few_step
 from beeline.sampling.inference import prepare
 

@@ -22,7 +22,7 @@ from beeline.errors import SettingError
 from beeline.networks.songunet import SongUNet
 from beeline.objectives import Batch, Context, Needs
 from beeline.objectives.learner import Learner
-from beeline.objectives.sid import JudgingEncoder, ScoreMatchingConfig, SiDAConfig, SiDConfig, SIMConfig, sid, sim
+from beeline.objectives.scores.sid import JudgingEncoder, ScoreMatchingConfig, SiDAConfig, SiDConfig, SIMConfig, sid, sim
 from beeline.sampling.few_step import FewStep
 
 DATA, LEVEL = 1.0, 0.8  # standard deviations of the images and of the noise

@@ -17,8 +17,8 @@ import torch
 
 from beeline.denoiser import Denoiser
 from beeline.objectives import Batch, Context, Needs, Objective, ObjectiveConfig, lines
-from beeline.objectives.flow_map import jump
 from beeline.objectives.learner import Learner
+from beeline.objectives.maps.flow_map import jump
 from beeline.sampling.few_step import FewStep
 from beeline.schedule import SIGMA_MAX, SIGMA_MIN
 from beeline.settings import Positive, Range, Size, Steps

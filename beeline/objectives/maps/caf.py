@@ -17,10 +17,11 @@ import dataclasses
 import torch
 
 from beeline.denoiser import Denoiser
-from beeline.objectives import Batch, Context, Needs, Objective, ObjectiveConfig, curves
+from beeline.objectives import Batch, Context, Needs, Objective, ObjectiveConfig
 from beeline.objectives.adversarial import AdversarialSettings
 from beeline.objectives.distances import DISTANCES, DistanceSettings
 from beeline.objectives.learner import Learner
+from beeline.objectives.maps import curves
 from beeline.objectives.optimizer import OptimizerConfig
 from beeline.sampling.few_step import ACCELERATION, FewStep
 from beeline.schedule import SIGMA_MAX, SIGMA_MIN, edm_sigmas

@@ -9,7 +9,7 @@ import torch
 from gaussian_map import GaussianMap, data, scale
 
 from beeline.errors import SettingError
-from beeline.objectives.flow_map import LevelPairSettings, jump, regression, residual, to_level, to_tau
+from beeline.objectives.maps.flow_map import LevelPairSettings, jump, regression, residual, to_level, to_tau
 
 T = torch.tensor([0.003, 0.2, 1.0, 7.0, 80.0], dtype=torch.float64)
 S = torch.tensor([0.0, 0.05, 1.0, 0.4, 2.0], dtype=torch.float64)

@@ -15,9 +15,9 @@ from beeline import counting
 from beeline.checkpoint import build
 from beeline.config import OptimizerConfig, ProbeNetworkConfig
 from beeline.objectives import Batch, Context, Needs
-from beeline.objectives.flow_map import jump
-from beeline.objectives.imm import IMM, IMMConfig, mmd
 from beeline.objectives.learner import Learner
+from beeline.objectives.maps.flow_map import jump
+from beeline.objectives.maps.imm import IMM, IMMConfig, mmd
 
 
 def test_the_mmd_of_equal_sets_is_0() -> None:

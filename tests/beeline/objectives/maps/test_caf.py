@@ -16,11 +16,12 @@ from beeline.checkpoint import build, dump, load, write_model
 from beeline.config import EvaluateConfig, OptimizerConfig, ProbeNetworkConfig, to_dict
 from beeline.denoiser import Denoiser
 from beeline.errors import BeelineError
-from beeline.objectives import Batch, Context, Needs, curves
-from beeline.objectives.caf import AccelerationConfig
+from beeline.objectives import Batch, Context, Needs
 from beeline.objectives.ema import ema_update
 from beeline.objectives.learner import Learner
 from beeline.objectives.lines import point
+from beeline.objectives.maps import curves
+from beeline.objectives.maps.caf import AccelerationConfig
 from beeline.sampling import Sampling, generate
 from beeline.sampling.few_step import FewStep, few_step
 from beeline.sampling.inference import prepare

@@ -25,11 +25,12 @@ import torch
 from torch import nn
 
 from beeline.augmentation import mirrored
-from beeline.objectives import Batch, Context, Needs, Objective, ObjectiveConfig, flow_map, lines
+from beeline.objectives import Batch, Context, Needs, Objective, ObjectiveConfig, lines
 from beeline.objectives.adversarial import AdversarialSettings, balanced_gradient, last_layer
 from beeline.objectives.derivative import STEP, Derivative
-from beeline.objectives.flow_map import LevelPairSettings, Normal
 from beeline.objectives.learner import Learner
+from beeline.objectives.maps import flow_map
+from beeline.objectives.maps.flow_map import LevelPairSettings, Normal
 from beeline.objectives.optimizer import OptimizerConfig
 from beeline.sampling.few_step import FewStep
 from beeline.schedule import SIGMA_MAX, SIGMA_MIN

@@ -16,10 +16,11 @@ import dataclasses
 import torch
 
 from beeline.augmentation import mirrored
-from beeline.objectives import Batch, Context, Needs, Objective, ObjectiveConfig, flow_map, lines
+from beeline.objectives import Batch, Context, Needs, Objective, ObjectiveConfig, lines
 from beeline.objectives.derivative import Derivative
-from beeline.objectives.flow_map import LevelPairSettings
 from beeline.objectives.learner import Learner
+from beeline.objectives.maps import flow_map
+from beeline.objectives.maps.flow_map import LevelPairSettings
 from beeline.sampling.few_step import FewStep
 from beeline.settings import Share, Steps
 

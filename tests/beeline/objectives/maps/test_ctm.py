@@ -22,11 +22,12 @@ from beeline.denoiser import Denoiser
 from beeline.errors import SettingError
 from beeline.features import Frozen
 from beeline.features.probe import Probe
-from beeline.objectives import Batch, Context, Needs, ctm
+from beeline.objectives import Batch, Context, Needs
 from beeline.objectives.adversarial import last_layer
-from beeline.objectives.ctm import CTM, CTMConfig
 from beeline.objectives.discriminator import DiscriminatorConfig
 from beeline.objectives.learner import Learner
+from beeline.objectives.maps import ctm
+from beeline.objectives.maps.ctm import CTM, CTMConfig
 from beeline.objectives.perceptual import perceptual
 from beeline.sampling.solvers import ode_step
 from beeline.schedule import edm_sigmas

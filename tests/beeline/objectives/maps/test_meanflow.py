@@ -10,7 +10,7 @@ from small import NETWORK
 
 from beeline import counting
 from beeline.objectives import Needs
-from beeline.objectives.meanflow import MeanFlowConfig
+from beeline.objectives.maps.meanflow import MeanFlowConfig
 
 WIDE = MeanFlowConfig(t_normal=(0.0, 1.5), s_normal=(-1.0, 1.5), top=0.1, zero=0.2, power=0.0, derivative="jvp")
 

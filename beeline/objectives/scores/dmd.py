@@ -34,7 +34,8 @@ from beeline.denoiser import Denoiser
 from beeline.networks.layers import GroupNorm
 from beeline.objectives import Batch, Context, Needs, ObjectiveConfig
 from beeline.objectives.distances import DISTANCES, DistanceSettings
-from beeline.objectives.fake_score import (
+from beeline.objectives.learner import Learner
+from beeline.objectives.scores.fake_score import (
     FakeScoreSettings,
     LevelLaw,
     ScoreDistillation,
@@ -44,7 +45,6 @@ from beeline.objectives.fake_score import (
     noisy,
     simulated_inputs,
 )
-from beeline.objectives.learner import Learner
 from beeline.settings import Amount, Positive, Steps
 
 Divergence = Literal["reverse_kl", "kl", "js", "jeffreys", "hellinger", "softened", "neyman"]

@@ -17,9 +17,9 @@ from beeline.config import NetworkConfig, OptimizerConfig, ProbeNetworkConfig, t
 from beeline.denoiser import Denoiser
 from beeline.errors import BeelineError, SettingError
 from beeline.objectives import Batch, Context, Needs, Objective
-from beeline.objectives.guided import GuidedConfig
 from beeline.objectives.learner import Learner
-from beeline.objectives.progressive import ProgressiveConfig
+from beeline.objectives.maps.guided import GuidedConfig
+from beeline.objectives.maps.progressive import ProgressiveConfig
 from beeline.sampling import Sampling, generate
 from beeline.sampling.few_step import few_step
 from beeline.sampling.inference import prepare

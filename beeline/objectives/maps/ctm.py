@@ -33,8 +33,8 @@ from beeline.objectives import Batch, Context, Needs, Objective, ObjectiveConfig
 from beeline.objectives.adversarial import AdversarialSettings, balance, last_layer
 from beeline.objectives.distances import DISTANCES, DistanceSettings, Kind
 from beeline.objectives.ema import ema_update
-from beeline.objectives.flow_map import column, jump
 from beeline.objectives.learner import Learner
+from beeline.objectives.maps.flow_map import column, jump
 from beeline.objectives.optimizer import OptimizerConfig
 from beeline.objectives.perceptual import l2
 from beeline.sampling.few_step import FewStep

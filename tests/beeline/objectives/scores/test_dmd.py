@@ -22,9 +22,9 @@ from beeline.config import OptimizerConfig, ProbeNetworkConfig
 from beeline.denoiser import Denoiser
 from beeline.errors import SettingError
 from beeline.objectives import Batch, Context
-from beeline.objectives.dmd import DMD, DMD2, WEIGHTS, DMD2Config, DMDConfig, balanced_weights
-from beeline.objectives.fake_score import error_scale, noisy
 from beeline.objectives.learner import Learner
+from beeline.objectives.scores.dmd import DMD, DMD2, WEIGHTS, DMD2Config, DMDConfig, balanced_weights
+from beeline.objectives.scores.fake_score import error_scale, noisy
 
 ADAM = OptimizerConfig(lr=1e-3, clip=0.0)
 SD, STD, MEAN = 0.5, 0.3, 0.2

@@ -15,9 +15,9 @@ from beeline.config import OptimizerConfig
 from beeline.denoiser import Denoiser
 from beeline.errors import SettingError
 from beeline.objectives import Needs
-from beeline.objectives.ayf import AlignYourFlowConfig, end_rate
 from beeline.objectives.discriminator import DiscriminatorConfig
 from beeline.objectives.learner import Learner
+from beeline.objectives.maps.ayf import AlignYourFlowConfig, end_rate
 
 EMD = AlignYourFlowConfig(r=1.0, normalisation=None, derivative="jvp")
 LMD = AlignYourFlowConfig(equation="lmd", normalisation=None)

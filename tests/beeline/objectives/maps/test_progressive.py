@@ -17,7 +17,7 @@ from beeline.config import OptimizerConfig, PhaseConfig, ProbeNetworkConfig, Stu
 from beeline.errors import SettingError
 from beeline.objectives import Batch, Context
 from beeline.objectives.learner import Learner
-from beeline.objectives.progressive import Progressive, ProgressiveConfig, rounds
+from beeline.objectives.maps.progressive import Progressive, ProgressiveConfig, rounds
 from beeline.sampling.few_step import few_step
 from beeline.sampling.solvers import solve
 from beeline.schedule import edm_sigmas

@@ -20,9 +20,9 @@ from beeline.errors import SettingError
 from beeline.features import Frozen
 from beeline.features.probe import Probe
 from beeline.objectives import Batch, Context, Needs
-from beeline.objectives.consistency import ConsistencyConfig, draw_indices, ect_following, lognormal_law
 from beeline.objectives.discriminator import DiscriminatorConfig
 from beeline.objectives.learner import Learner
+from beeline.objectives.maps.consistency import ConsistencyConfig, draw_indices, ect_following, lognormal_law
 from beeline.objectives.perceptual import pseudo_huber
 from beeline.schedule import edm_sigmas
 

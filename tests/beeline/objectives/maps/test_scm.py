@@ -20,7 +20,7 @@ from beeline.errors import SettingError
 from beeline.objectives import Batch, Context, Needs
 from beeline.objectives.derivative import rate
 from beeline.objectives.learner import Learner
-from beeline.objectives.scm import SCMConfig, tangent
+from beeline.objectives.maps.scm import SCMConfig, tangent
 
 PLAIN = SCMConfig(normalisation=None, weight="uniform", learned_weight=False, derivative="jvp")
 ADAM = OptimizerConfig(lr=1e-3)

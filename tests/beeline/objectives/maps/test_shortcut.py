@@ -18,7 +18,7 @@ from beeline.config import OptimizerConfig, ProbeNetworkConfig
 from beeline.denoiser import Denoiser
 from beeline.objectives import Batch, Context, Needs
 from beeline.objectives.learner import Learner
-from beeline.objectives.shortcut import Shortcut, ShortcutConfig
+from beeline.objectives.maps.shortcut import Shortcut, ShortcutConfig
 
 SD = 0.5
 

@@ -18,8 +18,8 @@ from beeline.denoiser import Denoiser
 from beeline.features import Frozen
 from beeline.features.probe import Probe
 from beeline.objectives import Batch, Context
-from beeline.objectives.consistency import ConsistencyConfig
 from beeline.objectives.learner import Learner
+from beeline.objectives.maps.consistency import ConsistencyConfig
 from beeline.objectives.perceptual import l2
 from beeline.sampling.solvers import ode_step
 from beeline.schedule import edm_sigmas

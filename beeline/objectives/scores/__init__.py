@@ -1,0 +1,1 @@
+"""Score distillation: one file per family, and the fake score that they share."""
