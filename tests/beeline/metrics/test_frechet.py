@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from beeline.files.arrays import pack
-from beeline.metrics.frechet import Moments, Statistics, frechet_distance, merge
+from beeline.metrics.frechet import Moments, Statistics, frechet_distance, merge, root
 
 
 def features(seed: int, n: int, d: int) -> np.ndarray:
@@ -23,8 +23,8 @@ def features(seed: int, n: int, d: int) -> np.ndarray:
 
 def reference(x: np.ndarray, y: np.ndarray) -> float:
     """Compute Heusel et al.'s formula directly."""
-    root = np.real(scipy.linalg.sqrtm(np.cov(x.T) @ np.cov(y.T)))
-    return float(((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(np.cov(x.T) + np.cov(y.T) - 2 * root))
+    product_root = np.real(scipy.linalg.sqrtm(np.cov(x.T) @ np.cov(y.T)))
+    return float(((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(np.cov(x.T) + np.cov(y.T) - 2 * product_root))
 
 
 def symmetric_reference(x: np.ndarray, y: np.ndarray) -> float:
@@ -143,3 +143,9 @@ def test_edms_reference_files() -> None:
             Moments.from_npz(pack({"mu": np.full(3, mean), "sigma": np.diag(np.full(3, covariance))}))
     with pytest.raises(ValueError, match=r"not an \.npz file"):
         Moments.from_npz(data[:50])
+
+
+def test_a_root_of_a_singular_covariance() -> None:
+    for covariance in (np.diag([1.0, 4.0]), np.diag([1.0, 0.0, 2.0]), np.ones((3, 3))):
+        factor = root(covariance)
+        np.testing.assert_allclose(factor @ factor.T, covariance, atol=1e-12)

@@ -20,7 +20,7 @@ from beeline.config import OptimizerConfig, ProbeNetworkConfig
 from beeline.errors import BeelineError, SettingError
 from beeline.features import FeatureNetwork
 from beeline.features.probe import Probe
-from beeline.metrics.frechet import Statistics, frechet_distance, root
+from beeline.metrics.frechet import Statistics, frechet_distance
 from beeline.objectives import Batch, Context, Needs, fd_loss
 from beeline.objectives.fd_loss import FrechetLoss, FrechetLossConfig, Memory, distance, sums_of
 from beeline.objectives.learner import Learner
@@ -84,12 +84,6 @@ def test_the_gradient_is_that_of_the_closed_form_and_of_differences() -> None:
 def test_it_scales_with_the_features(scale: float) -> None:
     x, known, scaled = features(12), memory(), memory(scale * REAL)
     assert float(of(scale * x, scaled)) == pytest.approx(scale**2 * float(of(x, known)), rel=1e-6)
-
-
-def test_a_root() -> None:
-    for covariance in (np.cov(REAL.T), np.diag([1.0, 0.0, 2.0])):
-        factor = root(covariance)
-        np.testing.assert_allclose(factor @ factor.T, covariance, atol=1e-12)
 
 
 def test_a_generator_converges_to_the_moments_of_the_data() -> None:
