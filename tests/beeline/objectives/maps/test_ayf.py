@@ -111,7 +111,7 @@ def test_the_rate_of_the_end(precision: Literal["fp32", "bf16"], make_denoiser: 
     def at(u: float) -> torch.Tensor:
         level, total = t.double().reshape(-1, 1, 1, 1), (t.double() ** 2 + 0.25).sqrt().reshape(-1, 1, 1, 1)
         end = (s.double().log() + u) / 4
-        return 0.5 * level / total * raw(x.double() / total, t.double().log() / 4, labels.double(), None, end)
+        return 0.5 * level / total * raw(x.double() / total, t.double().log() / 4, labels.double(), None, {"to": end})
 
     with torch.no_grad():
         expected = ((at(1e-4) - at(-1e-4)) / 2e-4).float()
