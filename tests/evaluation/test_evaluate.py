@@ -234,7 +234,7 @@ def test_few_evaluations_of_a_teacher_are_euler() -> None:
     ]
     with pytest.raises(BeelineError, match="nfe 16 is not possible with solver"):
         teacher_sampling(16)
-    with pytest.raises(BeelineError, match="not indices separated by commas"):
+    with pytest.raises(BeelineError, match="not indices or noise levels separated by commas"):
         parse_steps("0;8")
 
 
