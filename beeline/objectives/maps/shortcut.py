@@ -71,7 +71,8 @@ class Shortcut(Objective):
         """Add the gradients of the loss. Figures: "velocity" and "steps", the losses of the two parts of the batch."""
         assert batch.real is not None
         real, labels = batch.real, batch.real_labels
-        count = max(1, round(self.config.bootstrap * batch.size))  # networks take no empty batches
+        share = self.config.bootstrap
+        count = max(1, round(share * batch.size)) if share else 0  # small micro-batches, too, have a row of it
         t, m, s, small = self._draw_steps(count, generator)
         u = torch.rand(batch.size - count, generator=generator, device=real.device)
         tau = SIGMA_MIN + (END - SIGMA_MIN) * u
@@ -80,7 +81,7 @@ class Shortcut(Objective):
         images = student(x, sigma, labels, None, torch.cat([s, sigma[count:]]))
         with torch.no_grad():
             first, last = (None if labels is None else labels[part] for part in (slice(count), slice(count, None)))
-            halves = self.two_steps(student, x[:count], (t, m, s), small, first)
+            halves = self.two_steps(student, x[:count], (t, m, s), small, first) if count else x[:0]
             flow = real[count:] if self.teacher is None else self.teacher(x[count:], sigma[count:], last)
         errors = l2(images, torch.cat([halves, flow])) * ((1 + sigma) / sigma) ** 2
         loss = errors.mean()
