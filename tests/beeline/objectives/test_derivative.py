@@ -51,7 +51,8 @@ def test_it_is_the_derivative(kind: str, derivative: Derivative, error: float) -
         shaped, total = level.reshape(-1, 1, 1, 1), (level**2 + 0.25).sqrt().reshape(-1, 1, 1, 1)
         moved = x.double() + u * velocity.double()
         one_hot = torch.nn.functional.one_hot(labels, 4).double()
-        raw = exact.model(moved / total, level.log() / 4, one_hot, None, to.double().clamp_min(0.002).log() / 4)
+        end = {"to": to.double().clamp_min(0.002).log() / 4}
+        raw = exact.model(moved / total, level.log() / 4, one_hot, None, end)
         return 0.25 / total**2 * moved + 0.5 * shaped / total * raw
 
     with torch.no_grad():
