@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import ray
-from harness import Head
+from harness import ROOT, Head
 
 from cluster.run_pipeline import run_together
 from cluster.steps import Step
@@ -17,9 +18,8 @@ from cluster.steps import Step
 
 @pytest.fixture
 def joined(head: Head) -> Iterator[None]:
-    ray.init(
-        address=head.address, log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": str(Path(__file__).parents[2])}}
-    )
+    path = os.pathsep.join((str(ROOT), str(Path(__file__).parent)))  # Ray's processes import this module
+    ray.init(address=head.address, log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": path}})
     yield
     ray.shutdown()
 
