@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import os
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,8 +18,8 @@ from cluster.steps import Step
 
 @pytest.fixture
 def joined(head: Head) -> Iterator[None]:
-    path = os.pathsep.join((str(ROOT), str(Path(__file__).parent)))  # Ray's processes import this module
-    ray.init(address=head.address, log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": path}})
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # Ray's processes cannot import a test
+    ray.init(address=head.address, log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}})
     yield
     ray.shutdown()
 
