@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import ray
 from harness import ROOT, Head
+from ray import cloudpickle
 
 from cluster.run_pipeline import run_together
 from cluster.steps import Step
@@ -18,7 +19,7 @@ from cluster.steps import Step
 
 @pytest.fixture
 def joined(head: Head) -> Iterator[None]:
-    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # Ray's processes cannot import a test
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])  # Ray's processes cannot import a test
     ray.init(address=head.address, log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}})
     yield
     ray.shutdown()
