@@ -45,7 +45,7 @@ def plan_in(folder: Folder, layout: Any) -> dict[str, Any] | None:
 
 
 def cost_in(folder: Folder) -> dict[str, Any] | None:
-    """What the training in a student's folder cost; None if its _SUCCESS does not say it. Raises BeelineError as `success_in`
+    """Record of the training cost in a student's folder; None if its _SUCCESS has none. Raises BeelineError as `success_in`
     does."""
     cost = (success_in(folder, {f"{COST}?": COST_LAYOUT}) or {}).get(COST)
     if cost is None:

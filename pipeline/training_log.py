@@ -22,7 +22,7 @@ IMAGES_PER_S, DATA_WAIT, PEAK_MB = "images_per_s", "data_wait", "peak_mb"  # dat
 SECONDS = "seconds"  # since the run started or resumed
 CRITIC_GRAD_NORM = f"critic_{GRAD_NORM}"
 COLUMNS = (STEP, PHASE, SKIPPED, GRAD_NORM, CRITIC_GRAD_NORM, IMAGES_PER_S, DATA_WAIT, PEAK_MB, SECONDS)
-"""What the training loop adds to a row. Other columns are figures of the objective or of a validation."""
+"""Columns that the training loop adds to a row. Other columns are figures of the objective or of a validation."""
 LAYOUT = {STEP: 0, f"{PHASE}?": float, f"{SECONDS}?": float, f"{DATA_WAIT}?": float, f"{SKIPPED}?": 0}
 REMOVE = "remove it to leave its curves out"
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
+from closed_form import ClosedForm
 from torch import nn
-
-from beeline.denoiser import Denoiser
 
 STD = 0.5
 """Standard deviation of the data, N(0, STD^2) in each pixel."""
@@ -18,28 +15,18 @@ def scale(t: torch.Tensor) -> torch.Tensor:
     return (STD**2 + t**2).sqrt()
 
 
-class GaussianMap(Denoiser):
+class GaussianMap(ClosedForm):
     """g(x, t, s) of the exact map plus `deviation` times three functions that change its size and its shape in t and s.
 
     From x_s = x scale(s) / scale(t) and the jump's definition, g = x STD^2 (t + s) / (scale(t) (t scale(s) + s scale(t))).
     """
 
     def __init__(self, deviation: tuple[float, float, float] = (0.0, 0.0, 0.0)) -> None:
-        super().__init__(nn.Identity(), img_resolution=1, img_channels=1, label_dim=0)
+        super().__init__()
         self.deviation = nn.Parameter(torch.tensor(deviation, dtype=torch.float64))
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        sigma: torch.Tensor,
-        labels: torch.Tensor | None = None,
-        augment_labels: torch.Tensor | None = None,
-        to: torch.Tensor | None = None,
-        *_: Any,
-        **__: Any,
-    ) -> torch.Tensor:
-        x, t = x.double(), sigma.double().reshape(-1, 1, 1, 1)
-        s = t if to is None else to.double().reshape(-1, 1, 1, 1)
+    def output(self, x: torch.Tensor, t: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+        x = x.double()
         exact = x * STD**2 * (t + s) / (scale(t) * (t * scale(s) + s * scale(t)))
         a, b, c = self.deviation
         return exact + x / scale(t) * (a + b * (t + 0.1).log() + c * s / (s + 1))

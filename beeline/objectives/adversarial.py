@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -35,6 +36,12 @@ class AdversarialSettings(Settings):
     def adversarial_features(self) -> tuple[str, ...]:
         """Feature networks that the discriminator needs."""
         return tuple(name for name in self.discriminator.networks if self.adversarial_weight and name != SCRATCH)
+
+    @property
+    def adversarial_cost(self) -> dict[str, Any]:
+        """The settings above, without differences that do not affect the cost of a step. For `representative`."""
+        discriminator = dataclasses.replace(self.discriminator, optimizer=OptimizerConfig())
+        return {"adversarial_weight": float(self.adversarial_weight > 0), "discriminator": discriminator}
 
     def build_adversary(self, context: Context) -> Adversary | None:
         """Build the adversarial term, None if its weight is 0."""

@@ -136,7 +136,7 @@ def distance(sums: Sums, factor: torch.Tensor) -> torch.Tensor:
 
 
 class Memory(nn.Module):
-    """What a loss knows in one feature network of `dimensions` D: real statistics, and earlier generated features."""
+    """Memory of the loss in one feature network of `dimensions` D: real statistics, and earlier generated features."""
 
     mean: torch.Tensor
     """mu_r, float64 (D,)"""

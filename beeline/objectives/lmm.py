@@ -19,7 +19,6 @@ from beeline.objectives import Batch, Context, Needs, Objective, ObjectiveConfig
 from beeline.objectives.adversarial import AdversarialSettings
 from beeline.objectives.distances import DISTANCES, DistanceSettings, Kind
 from beeline.objectives.learner import Learner
-from beeline.objectives.optimizer import OptimizerConfig
 from beeline.sampling.few_step import FewStep
 from beeline.settings import Index, Some, Steps
 
@@ -82,8 +81,7 @@ class LinesMatchingConfig(DistanceSettings, AdversarialSettings, ObjectiveConfig
             self,
             steps=None,
             pixel_weight=0.0,
-            adversarial_weight=float(self.adversarial_weight > 0),
-            discriminator=dataclasses.replace(self.discriminator, optimizer=OptimizerConfig()),
+            **self.adversarial_cost,
         )
 
 

@@ -31,7 +31,6 @@ from beeline.objectives.derivative import STEP, Derivative
 from beeline.objectives.learner import Learner
 from beeline.objectives.maps import flow_map
 from beeline.objectives.maps.flow_map import LevelPairSettings, Normal
-from beeline.objectives.optimizer import OptimizerConfig
 from beeline.sampling.few_step import FewStep
 from beeline.schedule import SIGMA_MAX, SIGMA_MIN
 from beeline.settings import Amount, ModelPath, Positive, Share, Steps, Whole
@@ -96,8 +95,7 @@ class AlignYourFlowConfig(LevelPairSettings, AdversarialSettings, ObjectiveConfi
             derivative=self.derivative,
             weak=self.weak,
             guidance=1.0 if self.weak is None else 2.0,
-            adversarial_weight=float(self.adversarial_weight > 0),
-            discriminator=dataclasses.replace(self.discriminator, optimizer=OptimizerConfig()),
+            **self.adversarial_cost,
         )
 
 

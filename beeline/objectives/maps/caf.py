@@ -22,7 +22,6 @@ from beeline.objectives.adversarial import AdversarialSettings
 from beeline.objectives.distances import DISTANCES, DistanceSettings
 from beeline.objectives.learner import Learner
 from beeline.objectives.maps import curves
-from beeline.objectives.optimizer import OptimizerConfig
 from beeline.sampling.few_step import ACCELERATION, FewStep
 from beeline.schedule import SIGMA_MAX, SIGMA_MIN, edm_sigmas
 from beeline.settings import Index, Some, Steps
@@ -67,8 +66,7 @@ class AccelerationConfig(DistanceSettings, AdversarialSettings, ObjectiveConfig)
             num_steps=18,
             steps=None,
             pixel_weight=0.0,
-            adversarial_weight=float(self.adversarial_weight > 0),
-            discriminator=dataclasses.replace(self.discriminator, optimizer=OptimizerConfig()),
+            **self.adversarial_cost,
         )
 
 

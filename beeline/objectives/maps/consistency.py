@@ -31,7 +31,6 @@ from beeline.objectives.adversarial import AdversarialSettings
 from beeline.objectives.distances import DISTANCES, Distance, DistanceSettings, Kind
 from beeline.objectives.ema import ema_update
 from beeline.objectives.learner import Learner
-from beeline.objectives.optimizer import OptimizerConfig
 from beeline.sampling.few_step import FewStep
 from beeline.sampling.solvers import ode_step
 from beeline.schedule import edm_sigmas
@@ -121,8 +120,7 @@ class ConsistencyConfig(DistanceSettings, AdversarialSettings, ObjectiveConfig):
             target_decay=0.5 * (self.target_decay > 0),
             distance=self.distance,
             resize=self.resize,
-            adversarial_weight=float(self.adversarial_weight > 0),
-            discriminator=dataclasses.replace(self.discriminator, optimizer=OptimizerConfig()),
+            **self.adversarial_cost,
         )
 
     def size(self, step: int, total: int) -> int:

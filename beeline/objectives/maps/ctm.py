@@ -35,7 +35,6 @@ from beeline.objectives.distances import DISTANCES, DistanceSettings, Kind
 from beeline.objectives.ema import ema_update
 from beeline.objectives.learner import Learner
 from beeline.objectives.maps.flow_map import column, jump
-from beeline.objectives.optimizer import OptimizerConfig
 from beeline.objectives.perceptual import l2
 from beeline.sampling.few_step import FewStep
 from beeline.sampling.solvers import ode_step
@@ -126,8 +125,7 @@ class CTMConfig(DistanceSettings, AdversarialSettings, ObjectiveConfig):
             zero=float(self.zero == 1),
             target_decay=0.999 if self.target_decay else 0.0,
             denoising_weight=float(self.denoising_weight > 0),
-            adversarial_weight=float(self.adversarial_weight > 0),
-            discriminator=dataclasses.replace(self.discriminator, optimizer=OptimizerConfig()),
+            **self.adversarial_cost,
         )
 
 

@@ -64,7 +64,7 @@ def gradient(config: RectifiedFlowConfig, exact: Any, batch: Batch) -> tuple[flo
 
 @pytest.mark.parametrize("times", ["uniform", "u_shaped"])
 def test_the_minimiser_on_real_images_is_the_denoiser(times: Any) -> None:
-    """Of N(0, SD^2) with independent noise, E[x1 | x] = x SD^2 / (SD^2 + sigma^2)."""
+    """The minimiser for data N(0, SD^2) with independent noise is E[x1 | x] = x SD^2 / (SD^2 + sigma^2)."""
     real = SD * torch.randn(400_000, 1, 1, 1, generator=torch.Generator().manual_seed(0))
     config = RectifiedFlowConfig(data="images", times=times)
     batch = Batch(size=len(real), step=0, total=1, real=real)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import small
 import torch
+from closed_form import ClosedForm
 from torch import nn
 
 from beeline import counting
@@ -52,27 +53,17 @@ def scaled(x: torch.Tensor, t: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
     return x * ((DATA**2 + s**2) / (DATA**2 + t**2)).sqrt()
 
 
-class GaussianMap(Denoiser):
+class GaussianMap(ClosedForm):
     """The flow map of Gaussian data, plus a 1x1 convolution that starts at `error`."""
 
     def __init__(self, error: float) -> None:
         network = nn.Conv2d(1, 1, 1, bias=False)
         nn.init.constant_(network.weight, error)
         network.last_layer = network.weight
-        super().__init__(network, img_resolution=4, img_channels=1, label_dim=0)
+        super().__init__(side=4, model=network)
         self.double()
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        sigma: torch.Tensor,
-        labels: Any = None,
-        augment_labels: Any = None,
-        to: Any = None,
-        *_: Any,
-        **__: Any,
-    ) -> torch.Tensor:
-        t, s = (level.double().reshape(-1, 1, 1, 1) for level in (sigma, sigma if to is None else to))
+    def output(self, x: torch.Tensor, t: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
         same = s == t
         ratio = torch.where(same, 0.0, s / t)
         exact = torch.where(same, x * DATA**2 / (DATA**2 + t**2), (scaled(x, t, s) - ratio * x) / (1 - ratio))

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import pytest
 import small
 import torch
+from closed_form import ClosedForm
 from torch import nn
 
 from beeline import counting
@@ -31,33 +32,23 @@ def shaped(sigma: torch.Tensor) -> torch.Tensor:
     return sigma.reshape(-1, 1, 1, 1)
 
 
-class Gaussian(Denoiser):
+class Gaussian(ClosedForm):
     """The consistency function of data N(0, SD^2), plus `error` times another function of x and sigma."""
 
     def __init__(self, error: float = 0.0) -> None:
-        super().__init__(nn.Identity(), img_resolution=2, img_channels=1, label_dim=0)
+        super().__init__(side=2)
         self.error = nn.Parameter(torch.tensor(error, dtype=torch.float64))
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        sigma: torch.Tensor,
-        labels: Any = None,
-        augment_labels: Any = None,
-        to: Any = None,
-        *_: Any,
-        **__: Any,
-    ) -> torch.Tensor:
-        t = shaped(sigma)
+    def output(self, x: torch.Tensor, t: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
         spread = (SD**2 + t**2).sqrt()
         return SD * x / spread + self.error * t * torch.tanh(x / spread) / (1 + t)
 
 
-class Smooth(Denoiser):
+class Smooth(ClosedForm):
     """A random smooth denoiser in float64: EDM's preconditioning around a perceptron on all pixels and ln sigma."""
 
     def __init__(self, seed: int) -> None:
-        super().__init__(nn.Identity(), img_resolution=2, img_channels=1, label_dim=0)
+        super().__init__(side=2)
         torch.manual_seed(seed)
         self.model = nn.Sequential(nn.Linear(5, 16), nn.Tanh(), nn.Linear(16, 4)).double()
 
@@ -66,38 +57,20 @@ class Smooth(Denoiser):
         level = (SD * angle.tan()).log().reshape(-1, 1) / 4
         return self.model(torch.cat([x.flatten(1), level], 1)).reshape(x.shape)
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        sigma: torch.Tensor,
-        labels: Any = None,
-        augment_labels: Any = None,
-        to: Any = None,
-        *_: Any,
-        **__: Any,
-    ) -> torch.Tensor:
-        angle = (sigma.to(x.dtype) / SD).atan()
-        x = x * shaped(angle).cos()
-        return shaped(angle).cos() * x - SD * shaped(angle).sin() * self.raw(x / SD, angle)
+    def output(self, x: torch.Tensor, t: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+        angle = (t / SD).atan()
+        x = x * angle.cos()
+        return angle.cos() * x - SD * angle.sin() * self.raw(x / SD, angle.flatten())
 
 
-class Ideal(Denoiser):
+class Ideal(ClosedForm):
     """The denoiser of data N(0, SD^2)."""
 
     def __init__(self) -> None:
-        super().__init__(nn.Identity(), img_resolution=2, img_channels=1, label_dim=0)
+        super().__init__(side=2)
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        sigma: torch.Tensor,
-        labels: Any = None,
-        augment_labels: Any = None,
-        to: Any = None,
-        *_: Any,
-        **__: Any,
-    ) -> torch.Tensor:
-        return SD**2 * x / (SD**2 + shaped(sigma) ** 2)
+    def output(self, x: torch.Tensor, t: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+        return SD**2 * x / (SD**2 + t**2)
 
 
 def images(count: int) -> Batch:

@@ -5,17 +5,17 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Literal
 
 import pytest
 import small
 import torch
+from closed_form import ClosedForm
 from torch import nn
 
 from beeline import counting
 from beeline.checkpoint import build
 from beeline.config import OptimizerConfig, ProbeNetworkConfig
-from beeline.denoiser import Denoiser
 from beeline.objectives import Batch, Context, Needs
 from beeline.objectives.learner import Learner
 from beeline.objectives.maps.shortcut import Shortcut, ShortcutConfig
@@ -23,24 +23,14 @@ from beeline.objectives.maps.shortcut import Shortcut, ShortcutConfig
 SD = 0.5
 
 
-class Map(Denoiser):
+class Map(ClosedForm):
     """The flow map of data N(0, SD^2) as a denoiser with a second level, plus `error` times another function."""
 
     def __init__(self, error: float = 0.0) -> None:
-        super().__init__(nn.Identity(), img_resolution=2, img_channels=1, label_dim=0)
+        super().__init__(side=2)
         self.error = nn.Parameter(torch.tensor(error, dtype=torch.float64))
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        sigma: torch.Tensor,
-        labels: Any = None,
-        augment_labels: Any = None,
-        to: Any = None,
-        *_: Any,
-        **__: Any,
-    ) -> torch.Tensor:
-        t, s = (level.double().reshape(-1, 1, 1, 1) for level in (sigma, sigma if to is None else to))
+    def output(self, x: torch.Tensor, t: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
         velocity = s >= t * (1 - 1e-9)
         s = torch.where(velocity, t / 2, s)
         reached = x * ((SD**2 + s**2) / (SD**2 + t**2)).sqrt()

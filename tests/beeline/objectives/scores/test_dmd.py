@@ -13,6 +13,7 @@ import pytest
 import small
 import torch
 import torch.distributed
+from closed_form import ClosedForm, Gaussian
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -33,47 +34,16 @@ NARROW = (0.35, 0.35 + 1e-9)
 PROBE = ProbeNetworkConfig(widths=(4,), strides=(1,))
 
 
-class Gaussian(Denoiser):
-    """The denoiser of data N(mean, std^2) in each pixel, in float64. Both are learnable."""
-
-    def __init__(self, std: float, mean: float = 0.0) -> None:
-        super().__init__(nn.Identity(), img_resolution=1, img_channels=1, label_dim=0)
-        self.std = nn.Parameter(torch.tensor(std, dtype=torch.float64))
-        self.mean = nn.Parameter(torch.tensor(mean, dtype=torch.float64))
-
-    def forward(
-        self,
-        x: torch.Tensor,
-        sigma: torch.Tensor,
-        labels: Any = None,
-        augment_labels: Any = None,
-        to: Any = None,
-        *_: Any,
-        **__: Any,
-    ) -> torch.Tensor:
-        s2, v = sigma.double().reshape(-1, 1, 1, 1) ** 2, self.std**2
-        return (v * x + s2 * self.mean) / (v + s2)
-
-
-class Generator(Denoiser):
+class Generator(ClosedForm):
     """y = std z + mean, of the input sigma z."""
 
     def __init__(self, std: float, mean: float) -> None:
-        super().__init__(nn.Identity(), img_resolution=1, img_channels=1, label_dim=0)
+        super().__init__()
         self.std = nn.Parameter(torch.tensor(std, dtype=torch.float64))
         self.mean = nn.Parameter(torch.tensor(mean, dtype=torch.float64))
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        sigma: torch.Tensor,
-        labels: Any = None,
-        augment_labels: Any = None,
-        to: Any = None,
-        *_: Any,
-        **__: Any,
-    ) -> torch.Tensor:
-        return self.std * x / sigma.double().reshape(-1, 1, 1, 1) + self.mean
+    def output(self, x: torch.Tensor, t: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+        return self.std * x / t + self.mean
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -219,7 +189,7 @@ PHI: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 @pytest.mark.parametrize("divergence", PHI)
 def test_weights_turn_the_gradient_into_that_of_another_divergence(divergence: Any) -> None:
-    """Of E phi(r) over generated images, on a grid of x = y + s n: gradients by std and mean are parallel."""
+    """Compare with E phi(r) over generated images, on a grid of x = y + s n: gradients by std and mean are parallel."""
     s = 0.4
     x = torch.linspace(-6, 6, 20_001, dtype=torch.float64)
     a, m = (torch.tensor(value, dtype=torch.float64, requires_grad=True) for value in (STD, MEAN))

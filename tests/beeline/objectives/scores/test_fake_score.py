@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import small
 import torch
-from torch import nn
+from closed_form import Gaussian
 
 from beeline.checkpoint import build
 from beeline.config import OptimizerConfig
@@ -24,28 +24,6 @@ from beeline.sampling.inference import prepare
 
 ADAM = OptimizerConfig(lr=1e-3)
 SD = 0.5
-
-
-class Gaussian(Denoiser):
-    """The denoiser of data N(mean, std^2) in each pixel, with learnable mean and std, in float64."""
-
-    def __init__(self, std: float, mean: float = 0.0) -> None:
-        super().__init__(nn.Identity(), img_resolution=1, img_channels=1, label_dim=0)
-        self.std = nn.Parameter(torch.tensor(std, dtype=torch.float64))
-        self.mean = nn.Parameter(torch.tensor(mean, dtype=torch.float64))
-
-    def forward(
-        self,
-        x: torch.Tensor,
-        sigma: torch.Tensor,
-        labels: Any = None,
-        augment_labels: Any = None,
-        to: Any = None,
-        *_: Any,
-        **__: Any,
-    ) -> torch.Tensor:
-        s2, v = sigma.double().reshape(-1, 1, 1, 1) ** 2, self.std**2
-        return (v * x + s2 * self.mean) / (v + s2)
 
 
 def seeded(seed: int = 0) -> torch.Generator:

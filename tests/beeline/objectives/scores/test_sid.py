@@ -95,7 +95,7 @@ def test_sim_for_small_differences_is_sid_with_alpha_1() -> None:
 
 
 def test_equal_scores_have_no_gradient() -> None:
-    """Of a student whose law is that of the data."""
+    """The gradient of a student whose law is that of the data is 0."""
     z, n, weights = quadrature()
     for loss in (lambda y, t: sid(y, t, t, 1.2), lambda y, t: sim(y, t, t, 0.1)):
         a = torch.tensor(DATA, dtype=torch.float64, requires_grad=True)
