@@ -4,7 +4,8 @@
 
 The workspaces must have measured in the same way: same real images, same measuring networks. A row holds a student, its
 figure at 1, 2 and 4 evaluations (of several samplings the one that is best on average), precision and recall at its fewest
-evaluations, and what its training cost in network evaluations for one image.
+evaluations, and what its training cost in network evaluations for one image. A dagger marks figures in features that the
+student's own loss used.
 """
 
 from __future__ import annotations
@@ -94,7 +95,9 @@ def _row(runs: Sequence[Student], metric: str) -> str:
     for count in COUNTS:
         best = _best(models, count, metric)
         labels += [best[0].sampler] if best else []
-        cells.append(NONE if best is None else f"{_over(best)}{'' if count == 1 else f' ({best[0].sampler})'}")
+        cells.append(
+            NONE if best is None else f"{_over(best)}{first.model.mark(metric)}{'' if count == 1 else f' ({best[0].sampler})'}"
+        )
     features = metric.partition("_")[2].rpartition("_")[0]
     for part in FIDELITY:
         names = [row.metric for row in first.model.figures if row.metric.startswith(part) and features in row.metric]

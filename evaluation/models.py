@@ -10,6 +10,7 @@ from typing import Any
 
 from beeline.config.student import BEST, half_life_of, student_folder
 from beeline.errors import BeelineError, reading
+from beeline.features.measuring import measuring_name
 from beeline.files.layout import check_layout
 from beeline.files.names import CONFIG, EVALUATION, STUDENTS, TEACHER
 from beeline.metrics.measures import FID, FRECHET, is_diversity
@@ -24,6 +25,7 @@ STUDENT = rf"{STUDENTS}/[\w-][\w.-]*(/[\w-][\w.-]*)?"  # matches a model's folde
 # Prefixes of the metrics that models are compared by, most preferred first.
 PREFERRED = (f"{FID}_", f"{FRECHET}_dinov2", f"{FRECHET}_probe", f"{FRECHET}_")
 LINES = f"{LinesMatchingConfig.__module__}:{LinesMatchingConfig.__qualname__}"
+SEEN = "†"  # marks figures in features that the student's own loss used
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,7 +77,8 @@ class Ingredients:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Model:
     """A measured model. `training` is the record of its training in a student's config.json, or {} without one. `iterations`
-    include those of the student it started from."""
+    include those of the student it started from. `features` are the measuring networks whose features its losses have used, and
+    those of the student it started from."""
 
     name: str
     figures: tuple[Figure, ...]
@@ -84,6 +87,7 @@ class Model:
     provenance: Mapping[str, Any]
     training: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     iterations: tuple[int, ...] = ()
+    features: frozenset[str] = frozenset()
     number: int = 0
 
     @property
@@ -117,6 +121,10 @@ class Model:
             half_life = half_life_of(part)
             return f"average of the weights, half-life {half_life} iterations" if half_life else "best validated weights"
         return str(self.training.get("method", ""))
+
+    def mark(self, metric: str) -> str:
+        """A mark for figures in features that a loss used: they do not measure the student independently. "" for others."""
+        return f" {SEEN}" if any(f"_{network}_" in f"_{metric}_" for network in self.features) else ""
 
     def figure(self, label: str, metric: str) -> Figure | None:
         """The figure of one sampling in one metric, or None."""
@@ -160,10 +168,11 @@ def _model(place: Folder, name: str) -> Model:
             if len(curves) != 1:
                 raise ValueError(f"straightness has curves of {sorted(curves)} values")
     with reading(f"{place / name}/{CONFIG} does not say how the student was trained", "make or copy the model again"):
-        training = _training(place, name)
+        history = _history(place, name)
         model = Model(
             name=name, figures=figures, samplings=samplings, straightness=straightness, provenance=found["provenance"],
-            training=training, iterations=_iterations(place, name, training),
+            training=history[-1], iterations=tuple(count for record in history for count in _iterations(record)),
+            features=frozenset(measuring_name(network) for record in history for network in record.get("features") or ()),
         )  # fmt: skip
         _ = _order(model), model.about  # the report uses both; damaged settings fail here
     return model
@@ -185,7 +194,9 @@ def _training(place: Folder, name: str) -> Mapping[str, Any]:
     config = None if name == TEACHER else (place / name).read_json(CONFIG)
     if config is None:
         return {}
-    check_layout(config, {"about?": {"trained?": {"init?": str, "phases?": {}}, "phase?": str, "method?": str}})
+    check_layout(
+        config, {"about?": {"trained?": {"init?": str, "phases?": {}}, "phase?": str, "method?": str, "features?": [str]}}
+    )
     return config.get("about") or {}
 
 
@@ -195,16 +206,24 @@ def phases_of(training: Mapping[str, Any]) -> dict[str, Any]:
     return {name: phase for name, phase in phases.items() if phase.get("iterations")}
 
 
-def _iterations(place: Folder, name: str, training: Mapping[str, Any], seen: tuple[str, ...] = ()) -> tuple[int, ...]:
-    """Iterations of each phase since the teacher's weights."""
+def _history(place: Folder, name: str) -> list[Mapping[str, Any]]:
+    """The records of training of a student and of those it started from, the first one first; [{}] for a teacher."""
+    history, seen = [_training(place, name)], {name}
+    while history[0].get("phase", "") in phases_of(history[0]):
+        init = str(history[0]["trained"].get("init", TEACHER))
+        if not re.fullmatch(STUDENT, init) or init in seen:  # a student may have been copied here from elsewhere
+            break
+        seen.add(init)
+        history.insert(0, _training(place, init))
+    return history
+
+
+def _iterations(training: Mapping[str, Any]) -> list[int]:
+    """Iterations of each phase of a training, until the one that published the student."""
     phases, last = phases_of(training), training.get("phase", "")
     if last not in phases:
-        return ()
-    init, own = str(training["trained"].get("init", TEACHER)), list(phases)[: list(phases).index(last) + 1]
-    before: tuple[int, ...] = ()
-    if re.fullmatch(STUDENT, init) and init not in (name, *seen):  # a student may have been copied here from elsewhere
-        before = _iterations(place, init, _training(place, init), (name, *seen))
-    return *before, *(int(phases[phase]["iterations"]) for phase in own)
+        return []
+    return [int(phases[phase]["iterations"]) for phase in list(phases)[: list(phases).index(last) + 1]]
 
 
 def main_metric(models: Sequence[Model]) -> str:

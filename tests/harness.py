@@ -33,10 +33,12 @@ TINY_TEACHER = [
     "--teacher.checkpoint-every", "10",
     "--teacher.log-every", "5",
 ]  # fmt: skip
-LINES, ADVERSARIAL = "--student.phases.reconstruction", "--student.phases.adversarial"  # of the main student
+LINES, ADVERSARIAL, FRECHET = (f"--student.phases.{name}" for name in ("reconstruction", "adversarial", "frechet"))
+"""Phases of the main student."""
 TINY_LMM = [
     f"{LINES}.iterations", "40",
     f"{ADVERSARIAL}.iterations", "40",
+    f"{FRECHET}.iterations", "0",
     "--student.batch-size", "16",
     "--student.checkpoint-every", "10",
     "--student.log-every", "5",

@@ -140,7 +140,7 @@ REFUSED: list[tuple[tuple[str, str], str, str]] = [
     (SWEEP, "--sweep.schedules", "--sweep.schedules is ();"),
     (SWEEP, "--sweep.schedules 0,0.821", "--sweep.schedules is ('0,0.821',); expected values, each text with increasing"),
     (SWEEP, "--sweep.schedules 0,18", "--sweep.schedules is ('0,18',); expected indices below the objective's num_steps, 18"),
-    (SWEEP, "--student kd", "the last phase of 'kd', training, is end points alone"),
+    (SWEEP, "--student kd", "the phases of 'kd' are end points alone"),
     (SWEEP, "--sweep.learning-rates 0 1", "--sweep.learning-rates is (0.0, 1.0);"),
     (SWEEP, "--sweep.learning-rates nan nan", "--sweep.learning-rates is (nan, nan);"),
     (SWEEP, "--sweep.adversarial-weights", "--sweep.adversarial-weights is ();"),

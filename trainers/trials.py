@@ -66,22 +66,31 @@ def _log_uniform(u: float, bounds: tuple[float, float]) -> float:
 
 
 def can_vary(student: StudentConfig) -> bool:
-    """Whether a sweep can vary the student: its last phase is lines matching."""
-    return bool(student.phases) and isinstance(list(student.phases.values())[-1].objective, LinesMatchingConfig)
+    """Whether a sweep can vary the student: one of its phases is lines matching."""
+    return _varied(student) is not None
+
+
+def _varied(student: StudentConfig) -> tuple[str, LinesMatchingConfig] | None:
+    """The last phase of lines matching, and its objective; None if there is none."""
+    lines = {name: phase.objective for name, phase in student.phases.items()}
+    found = [(name, each) for name, each in lines.items() if isinstance(each, LinesMatchingConfig)]
+    return found[-1] if found else None
 
 
 def config_of(trial: Mapping[str, Any], sweep: SweepConfig, student: StudentConfig) -> StudentConfig:
-    """Config of the student of a trial with these `settings`: the last phase of `student`, from the sweep's shared student.
+    """Config of the student of a trial with these `settings`: the last phase of lines matching of `student`, from the sweep's
+    shared student.
 
-    Raises BeelineError unless that phase is lines matching: a sweep varies its settings.
+    Raises BeelineError if no phase is lines matching: a sweep varies its settings.
     """
-    name, phase = list(student.phases.items())[-1]
-    lines = phase.objective
-    if not isinstance(lines, LinesMatchingConfig):
+    if (varied := _varied(student)) is None:
+        methods = "; ".join(phase.objective.about() for phase in student.phases.values())
         raise BeelineError(
-            f"the last phase of {student.name!r}, {name}, is {lines.about()}; a sweep varies settings of lines matching. "
-            "Choose a student with --student"
+            f"the phases of {student.name!r} are {methods}; a sweep varies settings of lines matching. Choose a student with "
+            "--student"
         )
+    name, lines = varied
+    phase = student.phases[name]
     critic = lines.discriminator
     objective = replace(
         lines,

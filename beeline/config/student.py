@@ -97,9 +97,18 @@ class StudentConfig(TrainingConfig):
         return self.ema_half_lives
 
     def record(self, phase: str) -> dict[str, Any]:
-        """Facts about the training, for the config.json of the student after `phase`."""
+        """Facts about the training, for the config.json of the student after `phase`. "features" are the feature networks that
+        the losses so far have used: a distance in them does not measure the student independently."""
+        names = list(self.running)
+        until = names[: names.index(phase) + 1]
+        features = dict.fromkeys(name for part in until for name in self.phases[part].objective.needs().features)
         trained = to_dict(self, resources=False)
-        return {"method": self.phases[phase].objective.about(), "phase": phase, "trained": trained}
+        return {
+            "method": self.phases[phase].objective.about(),
+            "phase": phase,
+            "features": sorted(features),
+            "trained": trained,
+        }
 
     def models(self) -> dict[str, PhaseConfig]:
         """The published models by folder, each with the phase that made it. The last one is the student itself.

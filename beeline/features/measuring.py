@@ -154,6 +154,13 @@ class MeasuringProbe(_Frozen):
 
 MEASURING_PROBE, LOSSES_PROBE = "probe", "probe_losses"  # the two probes as measuring networks
 PROBES = {MEASURING_PROBE: "measure", LOSSES_PROBE: "losses"}  # names of measuring networks, and the probes that they are
+
+
+def measuring_name(network: str) -> str:
+    """The measuring network with the same features as a network of losses."""
+    return LOSSES_PROBE if network == "probe" else network
+
+
 RESIZES: dict[str, str] = {
     **dict.fromkeys(PROBES, MeasuringProbe.resize),
     Inception.name: Inception.resize,

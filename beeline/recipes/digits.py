@@ -21,6 +21,7 @@ from beeline.config import (
     WorkersConfig,
 )
 from beeline.objectives.discriminator import DiscriminatorConfig
+from beeline.objectives.fd_loss import FrechetLossConfig
 from beeline.objectives.lmm import LinesMatchingConfig
 from beeline.recipes.methods import ablations
 
@@ -51,7 +52,9 @@ def digits(seed: int = 0) -> Recipe:
         students=_students(seed, pair_of_cores),
         few_steps=("0", "0,8", "0,6,12"),
         sweep=SweepConfig(trials=4, schedules=("0", "0,8"), ema_half_lives=(50.0,), iterations=40, max_concurrent=2),
-        evaluate=EvaluateConfig(shard_size=599, batch_size=300, seed=1000 + seed, **both_cores),
+        evaluate=EvaluateConfig(
+            features=("probe", "probe_losses"), shard_size=599, batch_size=300, seed=1000 + seed, **both_cores
+        ),
     )  # fmt: skip
 
 
@@ -67,8 +70,11 @@ def _students(seed: int, workers: WorkersConfig) -> dict[str, StudentConfig]:
         objective=replace(lines, steps=(0,), discriminator=critic),
     )
     adversarial = replace(sot, objective=replace(sot.objective, adversarial_weight=0.3))
+    frechet = PhaseConfig(
+        iterations=120, optimizer=replace(optimizer, lr=2e-5, warmup=20), objective=FrechetLossConfig(queue=2048)
+    )
     lmm = StudentConfig(
-        name="lmm", phases={"reconstruction": reconstruction, "adversarial": adversarial}, batch_size=128,
+        name="lmm", phases={"reconstruction": reconstruction, "adversarial": adversarial, "frechet": frechet}, batch_size=128,
         ema_half_lives=(50,), phase_switch="restart", seed=seed, checkpoint_every=200, workers=workers,
     )  # fmt: skip
     one_core = replace(lmm, workers=WorkersConfig(count=1, threads=1))

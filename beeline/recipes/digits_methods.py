@@ -149,30 +149,32 @@ def _progressive() -> dict[str, dict[str, Any]]:
 
 def _scores() -> dict[str, dict[str, Any]]:
     """Score distillation, by divergences and by distances of scores."""
+    faster = OptimizerConfig(lr=1e-3, betas=(0.0, 0.999), clip=0.0)
     dmd2 = DMD2Config(fake_steps=1, fake_levels="lognormal", judged_levels="lognormal")
     return {
         "dmd": _score(187, DMDConfig()),
-        "dmd_pairs": _score(94, DMDConfig(start_levels=(80.0,), regression_weight=0.25, distance="probe", pixel_weight=0.1)),
+        "dmd_pairs": _score(132, DMDConfig(start_levels=(80.0,), regression_weight=0.25, distance="probe", pixel_weight=0.1)),
         "di": _score(187, DMDConfig(scaled=False, levels="lognormal", start_levels=(1.0,))),
-        "dmd2": _score(160, dmd2),
-        "dmd2_two": _score(140, replace(dmd2, start_levels=(80.0, 2.5))),
-        "fdistill": _score(155, replace(dmd2, divergence="kl")),
-        "sid": _score(150, SiDConfig()),
-        "sida": _score(125, SiDAConfig()),
-        "sim": _score(150, SIMConfig()),
+        "dmd2": _score(165, dmd2),
+        "dmd2_two": _score(155, replace(dmd2, start_levels=(80.0, 2.5))),
+        "fdistill": _score(162, replace(dmd2, divergence="kl")),
+        "sid": _score(150, SiDConfig(fake_optimizer=faster), lr=faster.lr, half_life=20.0),
+        "sida": _score(135, SiDAConfig(fake_optimizer=faster), lr=faster.lr, half_life=20.0),
+        "sim": _score(150, SIMConfig(fake_optimizer=faster), lr=faster.lr),
     }
 
 
 def _frechet() -> dict[str, dict[str, Any]]:
     """The Fréchet distance as the loss, from a student of one step."""
-    settings: dict[str, Any] = {"init": "students/lmm", "batch_size": 512}
-    return {"fd": _phases((60, FrechetLossConfig()), lr=5e-5, warmup=20) | settings}
+    settings: dict[str, Any] = {"init": "students/lmm", "ema_half_lives": (20.0,)}
+    return {"fd": _phases((230, FrechetLossConfig(queue=2048)), lr=2e-5, warmup=20) | LARGE | settings}
 
 
-def _score(iterations: int, objective: ObjectiveConfig) -> dict[str, Any]:
+def _score(iterations: int, objective: ObjectiveConfig, *, lr: float = 5e-4, half_life: float = 10.0) -> dict[str, Any]:
     """A phase of score distillation: Adam without momentum, as all its papers have it, and without clipping."""
-    optimizer = OptimizerConfig(lr=5e-4, betas=(0.0, 0.999), warmup=10, decay="cosine", clip=0.0)
-    return {"phases": {"training": PhaseConfig(iterations=iterations, optimizer=optimizer, objective=objective)}}
+    optimizer = OptimizerConfig(lr=lr, betas=(0.0, 0.999), warmup=10, decay="cosine", clip=0.0)
+    phase = PhaseConfig(iterations=iterations, optimizer=optimizer, objective=objective)
+    return {"phases": {"training": phase}, "ema_half_lives": (half_life,)}
 
 
 def _phases(

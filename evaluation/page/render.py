@@ -9,7 +9,7 @@ from pathlib import Path
 import jinja2
 
 from beeline.metrics.measures import VALIDATION, is_diversity, rises
-from evaluation.models import Model, all_metrics, disagreements, main_metric, number
+from evaluation.models import SEEN, Model, all_metrics, disagreements, main_metric, number
 from evaluation.page import cost, curves, headline, paper, provenance, strips, tables, training_cost
 from evaluation.page.charts import GLYPHS, colour
 from evaluation.page.explain import explain
@@ -75,5 +75,6 @@ def _environment() -> jinja2.Environment:
     environment.filters["breaking"] = breaking
     environment.globals |= {
         "rises": rises, "explain": explain, "number": number, "colour": colour, "glyphs": list(GLYPHS.values()),
+        "seen": SEEN,
     }  # fmt: skip
     return environment

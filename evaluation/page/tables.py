@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from beeline.metrics.measures import PAIR_RMS, rises
 from beeline.sampling import Sampling
-from evaluation.models import Figure, Model, number
+from evaluation.models import SEEN, Figure, Model, number
 from evaluation.page.words import NONE
 
 
@@ -52,6 +52,11 @@ class Table:
     rows: tuple[Row, ...]
     tight: bool = False
 
+    @property
+    def marked(self) -> bool:
+        """Whether a figure is in features that the student's own loss used."""
+        return any(cell.text.endswith(SEEN) for row in self.rows for cell in row.cells)
+
 
 def texts(*values: str) -> tuple[Cell, ...]:
     """A cell for each text."""
@@ -76,7 +81,7 @@ def distances(models: Sequence[Model], metric: str, teacher: Figure | None) -> T
         if figure:
             best = max(figure.draws) if rises(metric) else figure.min
             relative = f"{figure.mean / teacher.mean:.2f}×" if teacher and teacher.mean > 0 else NONE
-            cells = [number(figure.mean), figure.spread, number(best), relative]
+            cells = [number(figure.mean) + model.mark(metric), figure.spread, number(best), relative]
         rows.append(_row(model, sampling.text, str(sampling.nfe), *cells))
     columns = (MODEL, SAMPLED_BY, NFE, Column(metric=metric), *titles)
     return Table(label="Distance by evaluations", columns=columns, rows=tuple(rows), tight=True)
@@ -96,7 +101,7 @@ def ingredients(models: Sequence[Model], metric: str, metrics: Sequence[str]) ->
     rows = []
     for model, sampling, figure in measured:
         share = figure.mean / largest if 0 < figure.mean <= largest else None
-        cells = [Cell(text=figure.text), Cell(share=share)]
+        cells = [Cell(text=figure.text + model.mark(metric)), Cell(share=share)]
         if pair:
             near = model.figure(sampling.label, pair)
             cells.append(Cell(text=number(near.mean) if near else NONE))
@@ -118,8 +123,9 @@ def figures(label: str, models: Sequence[Model], metrics: Sequence[str]) -> Tabl
     """Every model and sampling in several metrics."""
     rows = []
     for model, sampling in _samplings(models):
-        measured = [model.figure(sampling.label, metric) for metric in metrics]
-        rows.append(_row(model, sampling.text, str(sampling.nfe), *(figure.text if figure else NONE for figure in measured)))
+        measured = [(model.figure(sampling.label, metric), model.mark(metric)) for metric in metrics]
+        shown = [figure.text + mark if figure else NONE for figure, mark in measured]
+        rows.append(_row(model, sampling.text, str(sampling.nfe), *shown))
     columns = (MODEL, SAMPLED_BY, NFE, *(Column(metric=metric) for metric in metrics))
     return Table(label=label, columns=columns, rows=tuple(rows), tight=True)
 

@@ -105,7 +105,7 @@ def _table(students: Sequence[Student]) -> Table:
             number=student.model.number,
             cells=(
                 *texts(*map(short, (student.training, student.inherited, student.pairs, student.total))),
-                *(_cell(student.figures.get(count)) for count in COUNTS),
+                *(_cell(student, count) for count in COUNTS),
             ),
         )
         for student in students
@@ -113,8 +113,10 @@ def _table(students: Sequence[Student]) -> Table:
     return Table(label="Distance by training cost", columns=tuple(columns), rows=tuple(rows), tight=True)
 
 
-def _cell(figure: Figure | None) -> Cell:
-    return Cell(text=NONE) if figure is None else Cell(text=number(figure.mean), tip=Sampling.parse(figure.sampler).text)
+def _cell(student: Student, count: int) -> Cell:
+    if (figure := student.figures.get(count)) is None:
+        return Cell(text=NONE)
+    return Cell(text=number(figure.mean) + student.model.mark(figure.metric), tip=Sampling.parse(figure.sampler).text)
 
 
 def short(evaluations: float | None) -> str:

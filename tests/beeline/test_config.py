@@ -90,15 +90,18 @@ def test_resources_are_left_out_of_the_identity() -> None:
 
 def test_phases_of_no_iterations_are_left_out() -> None:
     lmm = RECIPES["digits"](0).main
-    first, second = lmm.phases.values()
-    assert (list(lmm.running), lmm.iterations) == (["reconstruction", "adversarial"], 500)
-    assert lmm.models() == {"students/lmm/reconstruction": first, "students/lmm": second}
-    assert lmm.needs() == Needs(pairs=True, images=True, features=("probe",))
+    first, second, third = lmm.phases.values()
+    assert (list(lmm.running), lmm.iterations) == (["reconstruction", "adversarial", "frechet"], 620)
+    assert lmm.models() == {"students/lmm/reconstruction": first, "students/lmm/adversarial": second, "students/lmm": third}
+    assert lmm.needs() == Needs(noise=True, pairs=True, images=True, all_images=True, features=("probe",))
     assert lmm.record("reconstruction") == {
         "method": "lines, perceptual distance (probe)",
         "phase": "reconstruction",
+        "features": ["probe"],
         "trained": to_dict(lmm, resources=False),
     }
+    lmm = dataclasses.replace(lmm, phases={"reconstruction": first, "adversarial": second})
+    assert lmm.models() == {"students/lmm/reconstruction": first, "students/lmm": second}
     alone = dataclasses.replace(lmm, phases=lmm.phases | {"adversarial": dataclasses.replace(second, iterations=0)})
     assert (list(alone.running), alone.iterations) == (["reconstruction"], 300)
     assert alone.models() == {"students/lmm": first}

@@ -15,11 +15,12 @@ TINY = [
     *TINY_TEACHER, *TINY_PAIRS,
     "--probe.iterations", "150",
     "--students.lmm.phases.reconstruction.iterations", "12", "--students.lmm.phases.adversarial.iterations", "6",
+    "--students.lmm.phases.frechet.iterations", "4",
     "--students.l2.phases.reconstruction.iterations", "6", "--students.sot.phases.adversarial.iterations", "6",
     "--sweep.iterations", "4",
     "--evaluate.count", "100", "--evaluate.draws", "2", "--evaluate.nfe", "15", "3",
 ]  # fmt: skip
-STUDENTS = ("students/lmm", "students/l2", "students/sot", "students/lmm/reconstruction")
+STUDENTS = ("students/lmm", "students/l2", "students/sot", "students/lmm/reconstruction", "students/lmm/adversarial")
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from harness import ADVERSARIAL, LINES, ROOT, Head, Run, wait_for
+from harness import ADVERSARIAL, FRECHET, LINES, ROOT, Head, Run, wait_for
 from PIL import Image
 
 import beeline
@@ -160,7 +160,8 @@ def test_students_are_measured_at_any_steps_they_know(run: Run, workspace: Path)
     run(
         "trainers/train_lmm.py", "digits", "--workspace", workspace, "--student.name", "brief",
         f"{LINES}.iterations", "40", f"{LINES}.objective.num-steps", "6", f"{LINES}.objective.steps", "0", "2",
-        f"{ADVERSARIAL}.iterations", "0", "--student.batch-size", "16", "--student.ema-half-lives", "5", "0.2",
+        f"{ADVERSARIAL}.iterations", "0", f"{FRECHET}.iterations", "0",
+        "--student.batch-size", "16", "--student.ema-half-lives", "5", "0.2",
     )  # fmt: skip
     command = ("evaluation/evaluate.py", "digits", "--workspace", workspace, *SMALL, "--model")
     refused = run(*command, "students/brief", "--steps", "0,1", ok=False)

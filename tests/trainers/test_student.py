@@ -44,11 +44,12 @@ CADENCE = loop.Cadence(log_every=2, checkpoint_every=2)
 
 
 def config(**changes: Any) -> StudentConfig:
-    """Four iterations of each phase of the digits' student; `changes` are those of all settings."""
-    phases = {}
-    for name, phase in DIGITS.phases.items():
-        assert isinstance(phase.objective, LinesMatchingConfig)
-        phases[name] = replace(phase, iterations=4, objective=replace(phase.objective, num_steps=6))
+    """Four iterations of each phase of lines matching of the digits' student; `changes` are those of all settings."""
+    phases = {
+        name: replace(phase, iterations=4, objective=replace(phase.objective, num_steps=6))
+        for name, phase in DIGITS.phases.items()
+        if isinstance(phase.objective, LinesMatchingConfig)
+    }
     return replace(DIGITS, **{"name": "tried", "batch_size": 12, "phases": phases, **changes})
 
 
