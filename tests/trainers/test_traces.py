@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,10 @@ from typing import Any
 import pytest
 import small
 
+from beeline.checkpoint import dump
 from beeline.recipes import RECIPES
 from beeline.recipes.digits_methods import LONG
+from pipeline.model_folders import require_model
 from pipeline.storage import Folder
 from trainers import loop
 from trainers.log import read_log
@@ -26,9 +27,11 @@ TRACES: dict[str, list[dict[str, Any]]] = json.loads((Path(__file__).parent / "t
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Folder:
-    path = tmp_path_factory.mktemp("traces") / "ws"
-    place = small.workspace(path)
-    shutil.copytree(path / "teacher", path / "students/weak")
+    place = small.workspace(tmp_path_factory.mktemp("traces") / "ws")
+    weak, _ = require_model(place, "teacher", "digits")
+    for parameter in weak.parameters():
+        parameter.mul_(0.9)
+    small.finished(place, "students/weak", {}, dump(weak, {}))
     return place
 
 
