@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-from beeline.metrics.measures import PAIR_RMS, rises
+from beeline.metrics.measures import PAIR_RMS, is_frechet, rises
 from beeline.sampling import Sampling
 from evaluation.models import SEEN, Figure, Model, number
 from evaluation.page.words import NONE
@@ -88,7 +88,8 @@ def distances(models: Sequence[Model], metric: str, teacher: Figure | None) -> T
 
 
 def ingredients(models: Sequence[Model], metric: str, metrics: Sequence[str]) -> Table | None:
-    """Every student at one evaluation, in the main metric and in the distance to the teacher's images of the same noise."""
+    """Every student at one evaluation: the main metric, distances in other features, and that to the teacher's images of the
+    same noise."""
     measured = [
         (model, sampling, figure)
         for model, sampling in _samplings(models[1:])
@@ -98,18 +99,19 @@ def ingredients(models: Sequence[Model], metric: str, metrics: Sequence[str]) ->
         return None
     largest = max((figure.mean for _, _, figure in measured if math.isfinite(figure.mean)), default=0.0)
     pair = pair_metric(metrics)
+    beside = [other for other in metrics if is_frechet(other) and other != metric] + [pair] * bool(pair)
     rows = []
     for model, sampling, figure in measured:
         share = figure.mean / largest if 0 < figure.mean <= largest else None
         cells = [Cell(text=figure.text + model.mark(metric)), Cell(share=share)]
-        if pair:
-            near = model.figure(sampling.label, pair)
-            cells.append(Cell(text=number(near.mean) if near else NONE))
+        for other in beside:
+            found = model.figure(sampling.label, other)
+            cells.append(Cell(text=number(found.mean) + model.mark(other) if found else NONE))
         iterations = " + ".join(f"{count:,}" for count in model.iterations) or NONE
         cells += texts(iterations, model.about or NONE)
         rows.append(Row(head=model.title, number=model.number, cells=tuple(cells)))
     columns = [Column(title="student", kind=""), Column(metric=metric), Column(title="bar", kind="bars", unseen=True)]
-    columns += [Column(metric=pair)] if pair else []
+    columns += [Column(metric=other) for other in beside]
     columns += [Column(title="iterations"), Column(title="trained with", kind="long")]
     return Table(label="Ingredients", columns=tuple(columns), rows=tuple(rows), tight=True)
 

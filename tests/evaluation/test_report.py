@@ -48,6 +48,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("lmm", "l2", "kd", ODD):
         measure(place, f"students/{name}", [ONE])
     measure(place, "students/lmm/reconstruction", [ONE, TWO, FRESH])
+    measure(place, "students/lmm/adversarial", [ONE])
     with_pairs(place)
     with_sweep(place)
     report(str(path), "digits")
@@ -125,8 +126,9 @@ def test_everything_is_shown(workspace: Path, page: str, parsed: Parsed) -> None
     for expected in (
         "1,797 real images, 8×8, grey, 10 classes",
         "end points alone: knowledge distillation, L2",
-        "lines, perceptual distance (probe), adversarial term, SOT at steps 0",
-        "300 + 200",
+        "lines, perceptual distance (probe)",
+        "Fréchet distance (probe), queue of 2048",
+        "300 + 200 + 120",
         "2,500 pairs of 35 evaluations: 87,500 evaluations of the teacher, in 34.5 actor-seconds",
         "paid back after 2,574 images",
         "The paper has no figures for digits",
@@ -137,7 +139,7 @@ def test_everything_is_shown(workspace: Path, page: str, parsed: Parsed) -> None
     ):
         assert expected in text, expected
     assert "undefined" not in page.lower()
-    strips = 2 + 4 + 3
+    strips = 2 + 5 + 3
     assert len(parsed.pictures()) == 2 * strips
     assert all(given.get("alt") for tag, given in parsed.elements if tag == "img")
 
@@ -153,7 +155,7 @@ def test_the_papers_layout_for_other_data_has_ours_alone(parsed: Parsed) -> None
     assert table[0][2:] == [f"{name}ours, fd_probe_1797" for name in paper.OWN.values()]
     assert [row[:2] for row in table[1:]] == [["(0)", "1"], ["(0, 8)", "2"]]
     assert table[1][4] == "—"
-    assert table[1][5].startswith(number(1 + 0.12 + 0.0004))
+    assert table[1][5].startswith(number(1 + len("students/lmm/adversarial") / 100 + 0.0004))
     assert table[2][2] == "—"
     assert not any(str(figure) in parsed.text for figure in (1.575, 3.124, 1.389))
 
