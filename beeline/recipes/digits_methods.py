@@ -136,9 +136,7 @@ def _progressive() -> dict[str, dict[str, Any]]:
     adam = replace(ADAM, warmup=10)
     halving = ProgressiveConfig(num_steps=8, steps=4, solver="heun")
     weights: dict[str, Any] = {"guidance_max": 2.0, "guidance": 0.5}
-    guided = PhaseConfig(
-        iterations=100, optimizer=adam, objective=GuidedConfig(weak=f"students/{WEAK}", num_steps=8, **weights)
-    )
+    guided = PhaseConfig(iterations=100, optimizer=adam, objective=GuidedConfig(weak=f"students/{WEAK}", **weights))
     return {
         "pd": {"phases": rounds(halving, (100, 75, 85), adam), "ema_half_lives": (10.0,)},
         "guided": {
