@@ -68,6 +68,11 @@ def write_models(place: Folder, network: NetworkConfig) -> None:
     finished(place, "students/lmm", {}, dump(model, {}))
 
 
+def copy_model(place: Folder, source: str, target: str) -> None:
+    """Copy the model in folder `source` to folder `target`."""
+    finished(place, target, {}, {name: (place / source).read(name) for name in ("model.safetensors", "config.json")})
+
+
 def write_pairs(place: Folder, config: PairsConfig = PAIRS) -> None:
     """Write pairs/ of the teacher."""
     teacher, teacher_digest = require_model(place, "teacher", "digits")
