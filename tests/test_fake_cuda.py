@@ -86,15 +86,16 @@ def student(*objectives: ObjectiveConfig, optimizer: OptimizerConfig = OPTIMIZER
 def made(tmp_path_factory: pytest.TempPathFactory) -> Folder:
     """A workspace of 8x8 images, to read from."""
     place = small.workspace(tmp_path_factory.mktemp("small"))
-    small.copy_model(place, "teacher", "students/weak")
+    small.write_weak(place)
     return place
 
 
 @pytest.fixture(scope="module")
 def unlabelled(tmp_path_factory: pytest.TempPathFactory) -> Folder:
     """A workspace of networks without classes, to read from."""
-    place = small.workspace(tmp_path_factory.mktemp("unlabelled"), replace(small.NETWORK, label_dim=0))
-    small.copy_model(place, "teacher", "students/weak")
+    network = replace(small.NETWORK, label_dim=0)
+    place = small.workspace(tmp_path_factory.mktemp("unlabelled"), network)
+    small.write_weak(place, network)
     return place
 
 

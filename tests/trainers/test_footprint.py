@@ -31,7 +31,7 @@ Real = tuple[int, int]
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Folder:
     place = small.workspace(tmp_path_factory.mktemp("footprint") / "ws")
-    small.copy_model(place, "teacher", "students/weak")
+    small.write_weak(place)
     return place
 
 
@@ -93,9 +93,10 @@ def test_score_distillation_holds_two_learning_networks_and_a_teacher() -> None:
     """Weights, gradients and two moments of the student and of the fake score, an average, and a teacher in half precision."""
     network, recipe = RECIPES["imagenet64"](0).teacher.network, RECIPES["cifar10_methods"](0)
     weights, found = counting.network_bytes(network), footprint(network, recipe.probe.losses, recipe.students["sid"])
-    assert (found.student, found.critic, found.averages, found.state) == (4 * weights, 4 * weights, weights, 0)
+    assert (found.averages, found.state) == (weights, 0)
+    assert found.student == found.critic == pytest.approx(4 * weights, rel=1e-4)
     assert weights / 2 < found.frozen < 0.6 * weights  # its embedding stays float32
-    assert found.casts == weights  # two networks, two bytes each
+    assert found.casts == pytest.approx(weights, rel=1e-4)  # two networks, two bytes each
     assert found.total == pytest.approx(10.5 * weights, rel=0.01)
 
 
