@@ -85,10 +85,10 @@ def _phase_bytes(network: NetworkConfig, probe: ProbeNetworkConfig, config: Obje
 
 
 @functools.cache
-def built(network: NetworkConfig, probe: ProbeNetworkConfig, config: ObjectiveConfig) -> tuple[dict[str, nn.Module], Objective]:
+def built(network: NetworkConfig, probe: ProbeNetworkConfig, config: ObjectiveConfig) -> tuple[dict[str, Any], Objective]:
     """The networks of a phase by name (STUDENT, FROZEN, feature networks), and its objective, all on the meta device."""
 
-    def make() -> tuple[dict[str, nn.Module], Objective]:
+    def make() -> tuple[dict[str, Any], Objective]:
         modules = _modules(network, probe, config)
         return modules, _objective(modules, config)
 
