@@ -74,16 +74,27 @@ def step_evaluations(network: NetworkConfig, probe: ProbeNetworkConfig, objectiv
 
 
 def phase_bytes(network: NetworkConfig, probe: ProbeNetworkConfig, objective: ObjectiveConfig) -> tuple[int, int]:
-    """Bytes of the critic, and of the objective's own state, in a checkpoint."""
+    """Bytes of the critic, and of the objective's own state, in a checkpoint. footprint.py counts those in memory."""
     return _phase_bytes(replace(network, dropout=0.0), probe, objective.representative())
 
 
 @functools.cache
 def _phase_bytes(network: NetworkConfig, probe: ProbeNetworkConfig, config: ObjectiveConfig) -> tuple[int, int]:
+    _, objective = built(network, probe, config)
+    return learner_bytes(objective.critic), learner_bytes(objective.state())
+
+
+@functools.cache
+def built(network: NetworkConfig, probe: ProbeNetworkConfig, config: ObjectiveConfig) -> tuple[dict[str, Any], Objective]:
+    """The networks of a phase by name (STUDENT, FROZEN, feature networks), and its objective, all on the meta device."""
+
+    def make() -> tuple[dict[str, Any], Objective]:
+        modules = _modules(network, probe, config)
+        return modules, _objective(modules, config)
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        objective = _on_meta(lambda: _objective(_modules(network, probe, config), config))
-    return learner_bytes(objective.critic), learner_bytes(objective.state())
+        return _on_meta(make)
 
 
 @functools.cache
@@ -221,6 +232,11 @@ def _counted(call: Callable[[], Any]) -> float:
 def state_bytes(module: nn.Module) -> int:
     """Bytes of a module's state: parameters and buffers."""
     return sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
+
+
+def student_bytes(network: NetworkConfig) -> int:
+    """Bytes in a checkpoint of a student's network as it learns. A frozen network that makes its guess has no moments."""
+    return learner_bytes(denoiser(network))
 
 
 def learner_bytes(module: nn.Module | None) -> int:

@@ -87,6 +87,7 @@ class Row:
     wall_hours: float
     stored_bytes: float
     passing_bytes: float
+    memory_bytes: float
     money: float | None
     sources: dict[str, str]
 
@@ -147,7 +148,7 @@ def _row(stage: StageCost, machines: Machines, start: float, price: float, speed
     row = Row(
         stage=stage.name, work=stage.work, amount=stage.amount, flops=flops, gpu_hours=gpu_seconds / 3600,
         core_hours=core_seconds / 3600, wall_hours=wall / 3600, stored_bytes=stage.stored,
-        passing_bytes=stage.peak(running[0] if running else 0),
+        passing_bytes=stage.peak(running[0] if running else 0), memory_bytes=stage.memory,
         money=gpu_seconds / 3600 * price if price else None, sources=sources,
     )  # fmt: skip
     return row, share
@@ -234,18 +235,25 @@ def as_dict(made: Plan, recipe: Recipe, machines: Machines) -> dict[str, Any]:
 def as_text(made: Plan, recipe: Recipe, machines: Machines, there: Workspace) -> str:
     """Format the plan: a table, the sources of its speeds, and notes."""
     priced = made.held_money is not None
-    numbers = ("PFLOP", "GPU-hours", "core-hours", "wall", "stored", *(["money"] if priced else []))
+    numbers = ("PFLOP", "GPU-hours", "core-hours", "wall", "stored", "memory", *(["money"] if priced else []))
     columns = [Column(name, justify="right") for name in numbers]
     table = Table("stage", "work", *columns, box=None, pad_edge=False, padding=(0, 2, 0, 0))
     names = ("flops", "gpu_hours", "core_hours", "stored_bytes", "passing_bytes", "money")
     total = Row(
-        stage="total", work="", amount=0, wall_hours=made.wall_hours, sources={}, **{name: made.total(name) for name in names}
+        stage="total",
+        work="",
+        amount=0,
+        wall_hours=made.wall_hours,
+        memory_bytes=0.0,
+        sources={},
+        **{name: made.total(name) for name in names},
     )
     for row in [*made.rows, total]:
         cells = [
             *map(_number, (row.flops / 1e15, row.gpu_hours, row.core_hours)),
             _time(row.wall_hours),
             _bytes(row.stored_bytes),
+            _bytes(row.memory_bytes),
         ]
         table.add_row(row.stage, row.work, *cells, *([_number(row.money or 0.0)] if priced else []))
     what = f"{machines.gpus} x {machines.gpu}" if machines.gpus else "CPU"
@@ -260,6 +268,7 @@ def as_text(made: Plan, recipe: Recipe, machines: Machines, there: Workspace) ->
         notes.append(
             f"while {fullest.stage} runs, the workspace needs {_bytes(fullest.passing_bytes)} in addition to the stored bytes"
         )
+    notes.append("memory: of each training process, without activations, which grow with its micro-batch (accumulate)")
     notes.append("not counted: communication between machines, compiling, restarts, waiting for machines")
     if priced:
         held = _number(made.held_money or 0.0)

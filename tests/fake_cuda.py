@@ -28,6 +28,7 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
 ATEN = torch.ops.aten
 COPIES = {ATEN.copy_.default, ATEN._foreach_copy_.default}
 INDEXED = {ATEN.index.Tensor, ATEN.index_put_.default, ATEN.index_put.default, ATEN._index_put_impl_.default}
+WAITS = {ATEN._local_scalar_dense.default, ATEN.nonzero.default, ATEN.masked_select.default}
 FACTORIES = (
     "tensor", "as_tensor", "empty", "zeros", "ones", "full", "rand", "randn", "randint", "randperm", "arange", "linspace",
     "eye", "empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like",
@@ -51,12 +52,18 @@ class _Marks:
         return tensor
 
 
+class WaitError(RuntimeError):
+    """The host would wait for the GPU."""
+
+
 class _Mode(TorchDispatchMode):
     """Checks devices and carries marks through every operation.
 
     C++ makes tensors of its own on the way, where it believes its operands to be (`F.one_hot`): they are where they are used.
     Those that Python makes pass its patched doors, which say so by `from_python`.
     """
+
+    waiting = True  # whether the host may wait for the GPU
 
     def __init__(self, marks: _Marks) -> None:
         super().__init__()
@@ -68,6 +75,8 @@ class _Mode(TorchDispatchMode):
         on_gpu = [tensor in self.marks for tensor in tensors]
         if any(on_gpu) and func not in COPIES:
             self._check(func, args, tensors, on_gpu)
+        if any(on_gpu) and not self.waiting and (func in WAITS or (func in INDEXED and _has_mask(args[1]))):
+            raise WaitError(f"the host would wait for the GPU: {func}")
         known = {tensor.untyped_storage()._cdata for tensor in tensors if tensor not in self.anywhere}
         made = func(*args, **kwargs)
         of_its_own = not tensors and not self.from_python
@@ -110,6 +119,11 @@ class _Autocast(torch.autocast):
         super().__init__("cpu", *args, **kwargs)
 
 
+def _has_mask(indices: Any) -> bool:
+    """Whether one of the indices is a mask, whose number of entries the host must know."""
+    return any(isinstance(index, torch.Tensor) and index.dtype == torch.bool for index in indices)
+
+
 def _is_gpu(device: Any) -> bool:
     return device is not None and torch.device(device).type == "cuda"
 
@@ -123,6 +137,17 @@ def _moves(arguments: Any, options: dict[str, Any]) -> Any:
         if isinstance(one, torch.device | str):
             return torch.device(one)
     return None
+
+
+@contextlib.contextmanager
+def without_waiting() -> Iterator[None]:
+    """Within `fake_cuda`, raise WaitError where the host would wait for results of the GPU: `item`, `if tensor`, `cpu`, masks
+    as indices. Copies from the CPU to the GPU are allowed. No effect on a real GPU."""
+    _Mode.waiting = False
+    try:
+        yield
+    finally:
+        _Mode.waiting = True
 
 
 @contextlib.contextmanager
@@ -167,6 +192,8 @@ def fake_cuda() -> Iterator[torch.device]:
         stays = target is None or target.type == self.device.type
         if stays and len(args) + len(kwargs) == 1 and target is not None:
             return self
+        if not (stays or mode.waiting or _is_gpu(target)):
+            raise WaitError("the host would wait for the GPU: a copy to the CPU")
         args = tuple(CPU if isinstance(one, torch.device | str) else one for one in args)
         if "device" in kwargs:
             kwargs["device"] = CPU

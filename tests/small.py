@@ -68,6 +68,15 @@ def write_models(place: Folder, network: NetworkConfig) -> None:
     finished(place, "students/lmm", {}, dump(model, {}))
 
 
+def write_weak(place: Folder, network: NetworkConfig = NETWORK) -> None:
+    """Write students/weak, a model with other weights than the teacher."""
+    model = build(network)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, 0, 0.1, generator)
+    finished(place, "students/weak", {}, dump(model, {}))
+
+
 def write_pairs(place: Folder, config: PairsConfig = PAIRS) -> None:
     """Write pairs/ of the teacher."""
     teacher, teacher_digest = require_model(place, "teacher", "digits")

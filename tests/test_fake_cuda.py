@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import shutil
 from collections.abc import Callable, Iterator
@@ -9,11 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import every_method
 import numpy as np
 import pytest
 import small
 import torch
-from fake_cuda import fake_cuda
+from fake_cuda import WaitError, fake_cuda, without_waiting
 from methods import ConsistencyConfig, MatchingConfig
 
 import beeline
@@ -83,7 +85,18 @@ def student(*objectives: ObjectiveConfig, optimizer: OptimizerConfig = OPTIMIZER
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Folder:
     """A workspace of 8x8 images, to read from."""
-    return small.workspace(tmp_path_factory.mktemp("small"))
+    place = small.workspace(tmp_path_factory.mktemp("small"))
+    small.write_weak(place)
+    return place
+
+
+@pytest.fixture(scope="module")
+def unlabelled(tmp_path_factory: pytest.TempPathFactory) -> Folder:
+    """A workspace of networks without classes, to read from."""
+    network = replace(small.NETWORK, label_dim=0)
+    place = small.workspace(tmp_path_factory.mktemp("unlabelled"), network)
+    small.write_weak(place, network)
+    return place
 
 
 @pytest.fixture
@@ -131,6 +144,19 @@ def test_a_fake_gpu_refuses_what_a_gpu_refuses(device: torch.device) -> None:
     assert all(parameter.grad is not None and parameter.grad.is_cuda for parameter in weight.parameters())
     assert (x * torch.tensor(2.0))[torch.arange(2)].sum().item() == 12  # numbers and indices may be on the CPU
     assert y.copy_(x).device.type == copy.deepcopy(x).cpu().device.type == "cpu"
+
+
+def test_waiting_for_a_fake_gpu_is_noticed() -> None:
+    with fake_cuda() as device:
+        x = torch.arange(3.0).to(device)
+        waits: list[Callable[[], Any]] = [x[0].item, x.cpu, lambda: x[x > 0], x.nonzero, lambda: bool(x[0] > 0)]
+        if not torch.cuda.is_initialized():
+            for wait in waits:
+                with without_waiting(), pytest.raises(WaitError):
+                    wait()
+        with without_waiting():
+            torch.where(x > 0, x, 0).sum()
+        assert [wait() is not None for wait in waits] == [True] * 5
 
 
 # Sampling
@@ -299,6 +325,37 @@ def trained(place: Folder, device: torch.device, config: StudentConfig) -> None:
 )  # fmt: skip
 def test_students(place: Folder, device: torch.device, config: StudentConfig) -> None:
     trained(place, device, config)
+
+
+OBJECTIVES = every_method.objectives("cifar10_methods", "digits_methods")
+WAITS = ("fd", "ot_cfm")  # reads all real images in the first step; pairs noise and images on the CPU
+
+
+@pytest.mark.parametrize("labels", [True, False], ids=["labels", "no labels"])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_method(
+    made: Folder, unlabelled: Folder, device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str,
+    labels: bool,
+) -> None:  # fmt: skip
+    """Steps in which student and critic learn, without waiting for the GPU."""
+    workspace, session = made if labels else unlabelled, loop.Session(folder=Folder(str(tmp_path)), device=device)
+    config = every_method.training(OBJECTIVES[name])
+    task = student_training(session=session, workspace=workspace, recipe="digits", config=config, **small.plans(workspace))
+    backward = task.objective.backward
+
+    def strict(*arguments: Any) -> dict[str, torch.Tensor]:
+        with contextlib.nullcontext() if name in WAITS else without_waiting():
+            return backward(*arguments)
+
+    monkeypatch.setattr(task.objective, "backward", strict)
+    learners = [learner for learner in (task.student, task.critic) if learner is not None]
+    before = [[part.detach().clone() for part in learner.parameters] for learner in learners]
+    for step in range(2):
+        assert all(np.isfinite(float(figure)) for figure in task.step(step).values())
+    for learner, weights in zip(learners, before, strict=True):
+        assert any(not torch.equal(part, old) for part, old in zip(learner.parameters, weights, strict=True))
+    assert all(tensor.is_cuda for average in task.averages for tensor in average.state_dict().values())
+    assert task.state is None or all(tensor.is_cuda for tensor in task.state.state_dict().values())
 
 
 @pytest.mark.parametrize(

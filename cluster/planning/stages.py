@@ -24,6 +24,7 @@ from beeline.config import (
     WorkersConfig,
 )
 from beeline.files.names import maker_of_pairs, pairs_folder
+from beeline.footprint import footprint
 from beeline.metrics.measures import measures_flops
 from beeline.sampling.few_step import FewStep
 from cluster.planning.nodes import Need
@@ -73,6 +74,8 @@ class StageCost:
     passing_each: float = 0.0
     side_by_side: bool = False
     """Whether it runs at the same time as neighbouring stages with this flag, if the machines have room."""
+    memory: float = 0.0
+    """Bytes that a process of a training holds, without activations; 0 for other stages."""
     starts: int = 1
     """Number of processes that start one after another. Each takes the start time of a stage."""
     note: str = ""
@@ -154,6 +157,8 @@ class _Left:
         """A training that publishes `models` models. A checkpoint holds the weights, Adam's two moments, the averages, and the
         state of critic and objective. The oldest is removed only after a new one is complete."""
         done, jobs, kept = self.there.step(folder), [], 0
+        network = replace(self.network, **config.needs().inputs)
+        weights = counting.network_bytes(network)
         iterations = sum(phase.iterations for phase in config.running.values())
         work = f"{iterations - done:,} iterations of {config.batch_size:,}"
         left, need = iterations - done, _ranks(folder, config.workers)
@@ -163,11 +168,12 @@ class _Left:
             if own:
                 jobs.append(self._phase(config, phase, own, need, config.workers.count))
                 kept = max(kept, sum(counting.phase_bytes(self.network, self.recipe.probe.losses, phase.objective)))
-        checkpoint = (3 + len(config.half_lives)) * self.weights + kept
+        checkpoint = counting.student_bytes(network) + len(config.half_lives) * weights + kept
         stay, most = (checkpoints_kept(iterations, config.checkpoint_every, config.keep + k) for k in (0, 1))
         return StageCost(
             name=folder, work=work, amount=left, jobs=tuple(jobs),
-            stored=models * self.weights + stay * checkpoint + TEXT, passing=(most - stay) * checkpoint,
+            stored=models * weights + stay * checkpoint + TEXT, passing=(most - stay) * checkpoint,
+            memory=float(footprint(self.network, self.recipe.probe.losses, config).total),
         )  # fmt: skip
 
     def _phase(

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
+import pkgutil
+
 import pytest
 import torch
 from configs import restored
 
+from beeline import objectives
 from beeline.checkpoint import build
+from beeline.objectives import ObjectiveConfig
+from beeline.objectives.fd_loss import FrechetLossConfig
 from beeline.recipes import RECIPES
 from trainers.trials import can_vary
 
@@ -45,3 +52,26 @@ def test_published_sizes(name: str, parameters: int) -> None:
 def test_edms_training_in_iterations() -> None:
     teacher = RECIPES["cifar10"](0).teacher
     assert (teacher.iterations, teacher.optimizer.warmup, round(teacher.ema_half_life)) == (390_625, 19_531, 977)
+
+
+def test_every_method_has_a_student_in_colour() -> None:
+    modules = pkgutil.walk_packages(objectives.__path__, f"{objectives.__name__}.")
+    classes = [value for module in modules for value in vars(importlib.import_module(module.name)).values()]
+    methods = {value for value in classes if inspect.isclass(value) and issubclass(value, ObjectiveConfig)}
+    recipe = RECIPES["cifar10_methods"](0)
+    used = {type(phase.objective) for student in recipe.students.values() for phase in student.phases.values()}
+    assert used == {method for method in methods if not inspect.isabstract(method)}
+
+
+def test_score_distillation_sees_the_published_number_of_images() -> None:
+    students = RECIPES["cifar10_methods"](0).students
+    assert students["sid"].iterations * students["sid"].batch_size == 800_000_000
+    assert students["sid"].ema_half_lives[0] * students["sid"].batch_size == pytest.approx(500_000, rel=1e-3)
+    assert students["sida"].init == "students/sid"
+
+
+def test_networks_of_the_frechet_loss_do_not_judge_it() -> None:
+    recipe = RECIPES["cifar10_methods"](0)
+    (phase,) = recipe.students["fd"].phases.values()
+    assert isinstance(phase.objective, FrechetLossConfig)
+    assert not set(phase.objective.networks) & {*recipe.evaluate.features, "probe"}
