@@ -66,8 +66,9 @@ def _log_uniform(u: float, bounds: tuple[float, float]) -> float:
 
 
 def can_vary(student: StudentConfig) -> bool:
-    """Whether a sweep can vary the student: its last phase is lines matching."""
-    return bool(student.phases) and isinstance(list(student.phases.values())[-1].objective, LinesMatchingConfig)
+    """Whether a sweep can vary the student: its last phase is lines matching, and it is not a set."""
+    lines = bool(student.phases) and isinstance(list(student.phases.values())[-1].objective, LinesMatchingConfig)
+    return lines and student.subsets == 1
 
 
 def config_of(trial: Mapping[str, Any], sweep: SweepConfig, student: StudentConfig) -> StudentConfig:
@@ -75,6 +76,10 @@ def config_of(trial: Mapping[str, Any], sweep: SweepConfig, student: StudentConf
 
     Raises BeelineError unless that phase is lines matching: a sweep varies its settings.
     """
+    if student.subsets > 1:
+        raise BeelineError(
+            f"{student.name!r} is a set of {student.subsets} students; a sweep varies one. Choose another --student"
+        )
     name, phase = list(student.phases.items())[-1]
     lines = phase.objective
     if not isinstance(lines, LinesMatchingConfig):
