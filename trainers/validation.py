@@ -39,7 +39,8 @@ def sampling_of(few_step: FewStep | None) -> Sampling:
 class Validation:
     """Compares `count` samples with as many real images of the same classes.
 
-    `images` is the plan of images/; `classes` as `ShardReader` takes them. All students are sampled from the same noise, which no pair and no reported draw uses.
+    `images` is the plan of images/; `classes` as `ShardReader` takes them. All students are sampled from the same noise,
+    which no pair and no reported draw uses.
     """
 
     def __init__(
