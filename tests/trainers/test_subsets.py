@@ -23,7 +23,6 @@ from beeline.objectives.fd_loss import FrechetLossConfig
 from beeline.objectives.kd import DistillationConfig
 from beeline.objectives.scores.dmd import DMD2Config, DMDConfig
 from beeline.recipes import RECIPES
-from cluster.steps import check_recipe, steps
 from evaluation.models import student_folders
 from pipeline.reader import some_images
 from pipeline.records import cost_in, success_in
@@ -33,6 +32,7 @@ from trainers.cost import training_cost
 from trainers.student import check_subsets, student_training
 from trainers.sweep_lmm import check_sweep
 from trainers.training import Training
+from trainers.trials import can_vary
 from trainers.validation import Validation
 
 DIGITS = RECIPES["digits"](0)
@@ -192,7 +192,7 @@ def test_a_part_sees_its_classes_alone(number: int, place: Folder, tmp_path: Pat
                 real |= set() if batch.real_labels is None else set(batch.real_labels.argmax(dim=1).tolist())
         assert seen == classes
         assert real == (classes if objective.needs().images else set())
-    training = task(place, student(FrechetLossConfig(features=("probe",))), number, tmp_path)
+    training = task(place, student(FrechetLossConfig(networks=("probe",))), number, tmp_path)
     images, labels = some_images(place / "images", small.plans(place)["images"]["images"], small.COUNT)
     of_classes = images[[label in classes for label in labels]]
     found = torch.cat(list(training._real_images()))
@@ -279,38 +279,8 @@ def test_identities_of_other_students_stay() -> None:
     assert to_dict(DMD, resources=False)["subsets"] == 2
 
 
-def test_steps_of_a_set() -> None:
-    """Parts side by side, and the set after them. It is measured as any student."""
-    lmm = DIGITS.students["l2"]
-    recipe = replace(DIGITS, students={"lmm": DIGITS.main, "msd": replace(lmm, name="msd", subsets=3), "l2": lmm})
-    check_recipe(recipe)
-    found = {step.name: step for step in steps("unused", recipe)}
-    parts = [f"students/msd/{number}" for number in range(3)]
-    assert [name for name in found if "msd" in name] == [*parts, "students/msd"]
-    assert all(found[name].after == ("pairs", "teacher") and found[name].side_by_side for name in parts)
-    assert found["students/msd"].after == tuple(parts)
-    assert "students/msd" in found["evaluation"].after
-    assert "evaluation/students/msd" in found["evaluation"].folders
-    assert recipe.students["msd"].trainings == tuple(parts)
-    assert lmm.trainings == ("students/l2",)
-
-
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"subsets": 11}, "student 'msd' has 11 subsets of classes, but teacher has 10 classes"),
-        ({"name": "l2", "init": "students/msd"}, "student 'l2' starts from students/msd, which is a set of students"),
-    ],
-)
-def test_recipes_that_cannot_work(changes: dict[str, Any], said: str) -> None:
-    msd = replace(DIGITS.students["l2"], name="msd", subsets=2)
-    students = {"lmm": DIGITS.main, "msd": msd} | {changes.get("name", "msd"): replace(msd, **{"subsets": 1, **changes})}
-    with pytest.raises(BeelineError, match=said):
-        check_recipe(replace(DIGITS, students=students))
-
-
 def test_a_sweep_of_a_set_is_refused() -> None:
     main = replace(DIGITS.main, subsets=2)
-    assert not any(step.name.startswith("sweeps") for step in steps("unused", replace(DIGITS, students={"lmm": main})))
+    assert not can_vary(main)
     with pytest.raises(BeelineError, match="'lmm' is a set of 2 students; a sweep varies one"):
         check_sweep(DIGITS.sweep, main)
