@@ -168,7 +168,7 @@ def test_a_set_costs_the_sum_of_its_trainings(place: Folder) -> None:
     found, one = cost_in(place / "students/msd"), training_cost(place, "digits", replace(DMD, subsets=1), small.NETWORK)
     assert found is not None
     assert found["training"] == pytest.approx(2 * one["training"], abs=1)
-    assert found["training"] > 2 * 4 * 6 * 8
+    assert found["training"] == pytest.approx(2 * 4 * 6 * 8, rel=0.02)  # 8 evaluations for each image of a step of DMD
     assert cost_in(place / "students/msd/0") is None
 
 
