@@ -2,6 +2,9 @@
 
 config.json: {"format": 1, "kind": "denoiser" | "probe", "network": {...}, "few_step": {...} | null, "about": {...}}.
 Weights carry the names of EDM's state dicts (`model.enc...`) and load in plain PyTorch. Nothing here unpickles.
+
+A model of several networks, each for a subset of the classes, also has "parts": their number. `network` describes each of them,
+and names of weights begin with `model.parts.<number>.`.
 """
 
 from __future__ import annotations
@@ -9,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,7 @@ from beeline.features.probe import Probe
 from beeline.files.names import CONFIG, SOLVER, WEIGHTS
 from beeline.networks.blueprint import Shapes, mismatch, shapes_of
 from beeline.networks.dhariwal import DhariwalUNet
+from beeline.networks.routed import Routed
 from beeline.networks.songunet import SongUNet
 from beeline.objectives import Needs
 from beeline.sampling.adams import check_levels
@@ -32,10 +36,36 @@ from beeline.sampling.few_step import FewStep
 
 FORMAT = 1
 MAX_LEVELS = 10_000  # of a student's schedule
+PARTS = "parts"  # key of config.json
 
 
-def build(config: NetworkConfig) -> Denoiser:
-    """Build a denoiser with freshly initialised weights."""
+def build(config: NetworkConfig, parts: int = 1) -> Denoiser:
+    """Build a denoiser with freshly initialised weights, of one network or of several `parts`."""
+    network = _network(config) if parts == 1 else Routed(_network(config) for _ in range(parts))
+    model = Denoiser(
+        network, img_resolution=config.img_resolution, img_channels=config.img_channels, label_dim=config.label_dim
+    )
+    model.network_config, model.parts = config, parts
+    if config.guess:
+        model.guess = build(replace(config, dropout=0.0, **Needs().inputs)).requires_grad_(False)
+    return model
+
+
+def joined(parts: Sequence[Denoiser]) -> Denoiser:
+    """Join models of equal networks to one that sends each row to the part of its class, in eval mode. They share the network
+    that makes a first guess, if they have one: it is that of the model they started from."""
+    first = parts[0]
+    assert first.network_config is not None
+    model = build(first.network_config, len(parts))
+    weights = {name: tensor for name, tensor in first.state_dict().items() if not name.startswith("model.")}
+    for number, part in enumerate(parts):
+        weights |= {f"model.parts.{number}.{name}": tensor for name, tensor in part.model.state_dict().items()}
+    model.load_state_dict(weights)
+    model.few_step = first.few_step
+    return model.eval().requires_grad_(False)
+
+
+def _network(config: NetworkConfig) -> nn.Module:
     arguments = to_dict(config)
     kind = arguments.pop("kind")
     channels = arguments.pop("img_channels")
@@ -43,20 +73,14 @@ def build(config: NetworkConfig) -> Denoiser:
     if kind not in ("ddpmpp", "ncsnpp", "adm"):
         raise ValueError(f"network kind is {kind!r}; expected 'ddpmpp', 'ncsnpp' or 'adm'")
     if kind == "adm":
-        network: nn.Module = DhariwalUNet(**arguments)
-    else:
-        ncsnpp = {
-            "embedding_type": "fourier",
-            "encoder_type": "residual",
-            "channel_mult_noise": 2,
-            "resample_filter": (1, 3, 3, 1),
-        }
-        network = SongUNet(**arguments, **(ncsnpp if kind == "ncsnpp" else {}))
-    model = Denoiser(network, img_resolution=config.img_resolution, img_channels=channels, label_dim=config.label_dim)
-    model.network_config = config
-    if config.guess:
-        model.guess = build(replace(config, dropout=0.0, **Needs().inputs)).requires_grad_(False)
-    return model
+        return DhariwalUNet(**arguments)
+    ncsnpp = {
+        "embedding_type": "fourier",
+        "encoder_type": "residual",
+        "channel_mult_noise": 2,
+        "resample_filter": (1, 3, 3, 1),
+    }
+    return SongUNet(**arguments, **(ncsnpp if kind == "ncsnpp" else {}))
 
 
 def dump(model: Denoiser | Probe, about: Mapping[str, Any]) -> dict[str, bytes]:
@@ -67,6 +91,7 @@ def dump(model: Denoiser | Probe, about: Mapping[str, Any]) -> dict[str, bytes]:
     if isinstance(model, Denoiser):
         few_step = None if model.few_step is None else to_dict(model.few_step)
         config = {"kind": "denoiser", "network": to_dict(model.network_config), "few_step": few_step}
+        config |= {PARTS: model.parts} if model.parts > 1 else {}
     else:
         network = to_dict(model.config) | {"channels": model.channels, "num_classes": model.num_classes}
         config = {"kind": "probe", "network": network}
@@ -146,7 +171,9 @@ def _maker(config: Mapping[str, Any]) -> tuple[Callable[[], Denoiser | Probe], i
         channels, num_classes = network.pop("channels"), network.pop("num_classes")
         described = from_dict(ProbeNetworkConfig, network)
         return lambda: Probe(described, channels=channels, num_classes=num_classes), len(described.widths)
-    denoiser, how = from_dict(NetworkConfig, network), None
+    denoiser, parts, how = from_dict(NetworkConfig, network), config.get(PARTS, 1), None
+    if type(parts) is not int or not 1 <= parts <= max(1, denoiser.label_dim):
+        raise BeelineError(f"{PARTS} is {parts!r:.30}; expected 1 to {max(1, denoiser.label_dim)}, one for each class at most")
     if config["few_step"]:
         few_step = dict(config["few_step"])
         few_step.setdefault("line", "ve" if few_step.get("rule") == "same_noise" else "lerp")  # old files lack this key
@@ -155,11 +182,11 @@ def _maker(config: Mapping[str, Any]) -> tuple[Callable[[], Denoiser | Probe], i
             raise BeelineError(f"few_step.num_steps is {how.num_steps!r:.30}; expected 1 to {MAX_LEVELS:,}")
 
     def make() -> Denoiser:
-        model = build(denoiser)
+        model = build(denoiser, parts)
         model.few_step = how
         return model
 
-    return make, layers_of(denoiser)
+    return make, layers_of(denoiser) * parts
 
 
 def layers_of(config: NetworkConfig) -> int:
@@ -200,8 +227,8 @@ def digest(files: Mapping[str, bytes]) -> str:
     Provenance ("about") is not included. Raises ValueError if config.json is not JSON.
     """
     config = json.loads(files[CONFIG])
-    parts = {key: config.get(key) for key in ("format", "kind", "network", "few_step")}
-    described = json.dumps({**parts, WEIGHTS: digest_of(files[WEIGHTS])}, sort_keys=True)
+    keys = ("format", "kind", "network", "few_step", *([PARTS] if PARTS in config else []))
+    described = json.dumps({**{key: config.get(key) for key in keys}, WEIGHTS: digest_of(files[WEIGHTS])}, sort_keys=True)
     return hashlib.sha256(described.encode()).hexdigest()
 
 

@@ -35,9 +35,10 @@ class Denoiser(nn.Module):
         self.img_resolution = img_resolution
         self.img_channels = img_channels
         self.label_dim = label_dim
-        self.network_config: NetworkConfig | None = None  # the config that `checkpoint.build` used
+        self.network_config: NetworkConfig | None = None  # the config that `checkpoint.build` used, of each of the parts
         self.guess: Denoiser | None = None  # frozen network that makes the first guess, for networks with `guess`
         self.few_step: FewStep | None = None  # set on students: allowed sampling
+        self.parts = 1  # networks, each for a subset of the classes (networks/routed.py)
         self.levels: tuple[float, ...] | None = None  # set on calibrated teachers: noise levels of the Adams solver
 
     @property

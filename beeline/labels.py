@@ -1,8 +1,9 @@
-"""Class labels: one-hot encoding for networks, and the classes of pairs."""
+"""Class labels: one-hot encoding for networks, the classes of pairs, and subsets of consecutive classes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,6 +26,32 @@ def as_one_hot(labels: torch.Tensor | None, num_classes: int, batch: int, device
     if labels.shape != (batch, num_classes):
         raise ValueError(f"labels have shape {tuple(labels.shape)}; expected ({batch},) or ({batch}, {num_classes})")
     return labels.to(device=device, dtype=torch.float32)
+
+
+class Subset(NamedTuple):
+    """One of several subsets of consecutive classes."""
+
+    number: int
+    classes: range
+
+
+def subset(number: int, count: int, num_classes: int) -> Subset:
+    """Return subset `number` of `count`. Class c belongs to subset c * count // num_classes."""
+    first, last = (-(-k * num_classes // count) for k in (number, number + 1))
+    return Subset(number, range(first, last))
+
+
+def subset_of(one_hot: torch.Tensor, count: int) -> torch.Tensor:
+    """Return the number of the subset of each row's class, int64 (B,), for one-hot labels (B, K).
+
+    Raises ValueError for rows that do not name exactly one class.
+    """
+    unclear = int((one_hot.count_nonzero(dim=1) != 1).sum())
+    if unclear:
+        raise ValueError(
+            f"{unclear} of {len(one_hot)} rows of labels do not name one class; a set of students needs one per row"
+        )
+    return one_hot.argmax(dim=1) * count // one_hot.shape[1]
 
 
 def pair_labels(indices: Sequence[int], num_classes: int) -> np.ndarray:

@@ -31,7 +31,6 @@ import tyro
 
 from beeline.checkpoint import WEIGHTS
 from beeline.config import Recipe
-from beeline.config.student import student_folder
 from beeline.errors import BeelineError
 from beeline.files.names import EVALUATION, STUDENTS, SUCCESS, TEACHER, maker_of_pairs
 from beeline.machine import describe
@@ -90,7 +89,7 @@ def all_steps(there: Workspace, here: Folder, recipe: Recipe, works: Callable[[s
     """List the steps of run_pipeline.py, plus a check of the pairs and a resumed training. Students are measured together; only
     those that `works` confirms."""
     yield from substitutes.pretrained(there, here, recipe, random=random)
-    main, given = student_folder(recipe.main.name), substitutes.teacher(there, here)
+    main, given = recipe.main.trainings[0], substitutes.teacher(there, here)
     for step in steps(here.uri, recipe):
         if step.name == EVALUATION:
             schedules_of = models(recipe)

@@ -40,7 +40,8 @@ def run_pipeline(workspace: str, recipe: Annotated[Recipe, tyro.conf.arg(name=""
     start, place = time.monotonic(), Folder(workspace).uri  # absolute, because tasks run in other folders
     check_recipe(recipe)
     if not can_vary(recipe.main):
-        print(f"sweeps/{recipe.sweep.name}: skipped, because {recipe.main.name!r} does not use lines matching", flush=True)
+        why = "is a set of students" if recipe.main.subsets > 1 else "does not use lines matching"
+        print(f"sweeps/{recipe.sweep.name}: skipped, because {recipe.main.name!r} {why}", flush=True)
     ensure_ray()
     for side_by_side, group in itertools.groupby(steps(place, recipe), key=lambda step: step.side_by_side):
         if side_by_side:

@@ -20,6 +20,7 @@ from evaluation.evaluate import measure
 from evaluation.report import report
 from pipeline.gen_pairs import gen_pairs
 from pipeline.ingest_images import ingest_images
+from trainers.student import check_subsets
 from trainers.sweep_lmm import check_sweep, sweep_lmm
 from trainers.train_lmm import check_resolution, check_student, train_lmm
 from trainers.train_probe import train_probes
@@ -62,7 +63,11 @@ def steps(workspace: str, recipe: Recipe) -> Iterator[Step]:
             left.remove(student.pairs)
             pairs, maker = recipe.pairs_of(student.pairs), made_by(student.pairs)
             yield step(pairs_folder(student.pairs), gen_pairs, pairs, after=(maker,), parallel=True)
-        yield step(student_folder(student.name), train_lmm, student, after=_inputs(student), parallel=student != main)
+        parts = student.trainings if student.subsets > 1 else ()
+        for number, folder in enumerate(parts):
+            yield step(folder, train_lmm, student, number, after=_inputs(student), parallel=student != main)
+        after = parts or _inputs(student)
+        yield step(student_folder(student.name), train_lmm, student, after=after, parallel=student != main)
     after = (IMAGES, PROBE, pairs_folder(main.pairs), made_by(recipe.sweep.init))
     if can_vary(main):
         yield step(f"{SWEEPS}/{recipe.sweep.name}", sweep_lmm, recipe.sweep, main, recipe.evaluate, after=after)
@@ -100,6 +105,7 @@ def check_recipe(recipe: Recipe) -> None:
     for student in recipe.students.values():
         check_student(student)
         check_resolution(student, images.resolution)
+        check_subsets(student, network.label_dim)
     if can_vary(recipe.main):
         check_sweep(recipe.sweep, recipe.main)
     for folder, phase in _students(recipe).items():
@@ -122,9 +128,16 @@ def _check_schedules(folder: str, sampling: FewStep, schedules: tuple[str, ...])
 
 
 def _check_order(recipe: Recipe) -> None:
-    """Raise BeelineError for a student that needs a later student, or pairs of one that cannot make any."""
+    """Raise BeelineError for a student that needs a later student or starts from a set of students, or needs pairs of one that
+    cannot make any."""
     folders = [student_folder(name) for name in recipe.students]
+    sets = {model for student in recipe.students.values() if student.subsets > 1 for model in student.models()}
     for number, student in enumerate(recipe.students.values()):
+        if student.start in sets:
+            raise BeelineError(
+                f"student {student.name!r} starts from {student.start}, which is a set of students, one for each subset of the "
+                "classes; a student starts from one network. Choose another --student.init"
+            )
         for model in (student.start, student.pairs, *student.needs().models):
             if made_by(model) in folders[number:]:
                 raise BeelineError(

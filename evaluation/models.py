@@ -135,6 +135,15 @@ class Model:
         return sorted((found for found in self.figures if found.metric == metric), key=lambda found: found.nfe)
 
 
+def student_folders(place: Folder) -> list[str]:
+    """The folders of all students, each followed by those of its parts if it is a set of students."""
+    found = []
+    for student in map(student_folder, (place / STUDENTS).folders()):
+        parts = sorted(filter(str.isdecimal, (place / student).folders()), key=int)
+        found += [student, *(f"{student}/{part}" for part in parts)]
+    return found
+
+
 def measured_models(place: Folder) -> list[Model]:
     """List the teacher, then the students, those with an ingredient after those without. Raises BeelineError for damaged
     metrics."""

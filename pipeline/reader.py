@@ -3,6 +3,9 @@
 Each epoch shuffles the row groups of the whole store, then the rows within windows of WINDOW row groups. The state of a reader
 is the position that the caller asks for: nothing needs to be saved, and any rank can ask for any rows. Background threads
 prepare the next window and the next batch, including the noise, which is not stored but drawn from the index.
+
+A reader of some classes first reads all labels. It then does the same with the rows of those classes, and leaves out row groups
+without any.
 """
 
 from __future__ import annotations
@@ -53,13 +56,14 @@ class _Window(NamedTuple):
 class ShardReader:
     """Random access to batches of a finished images/ or pairs/ folder (`config` from its plan: count, shard_size).
 
-    Raises BeelineError if a shard is damaged, or if this NumPy draws other noise than was used for the pairs.
+    `classes` are those whose rows are read, by default all. `count` is the number of these rows. Raises BeelineError if a shard
+    is damaged, if there are no such rows, or if this NumPy draws other noise than was used for the pairs.
     """
 
-    def __init__(self, folder: Folder, config: dict[str, Any], seed: int) -> None:
-        self.folder, self.seed = folder, seed
-        self.count, self.shard_size = int(config["count"]), int(config["shard_size"])
-        self.shards = shard_count(self.count, self.shard_size)
+    def __init__(self, folder: Folder, config: dict[str, Any], seed: int, classes: range | None = None) -> None:
+        self.folder, self.seed, self.classes = folder, seed, classes
+        self.stored, self.shard_size = int(config["count"]), int(config["shard_size"])
+        self.shards = shard_count(self.stored, self.shard_size)
         self.config, self.metadata = dict(config), {}
         self._footer = functools.lru_cache(maxsize=4096)(self._read_footer)
         self._group = functools.lru_cache(maxsize=2 * WINDOW)(self._read_group)
@@ -74,8 +78,21 @@ class ShardReader:
         self.metadata: dict[str, Any] = self._footer(0)[1]
         self.group_rows = min(self.metadata["group_rows"], self.shard_size)
         self._groups_of_shard = -(-self.shard_size // self.group_rows)
-        last = len(shard_rows(self.shards - 1, self.shard_size, self.count))
-        self.groups = (self.shards - 1) * self._groups_of_shard - (-last // self.group_rows)
+        last = len(shard_rows(self.shards - 1, self.shard_size, self.stored))
+        groups = (self.shards - 1) * self._groups_of_shard - (-last // self.group_rows)
+        sizes = np.fromiter(map(self._group_size, range(groups)), np.int64, groups)
+        if classes is not None:
+            labels = real_labels(folder, config)
+            chosen = (labels >= classes.start) & (labels < classes.stop)
+            sizes = np.add.reduceat(chosen, np.cumsum(sizes) - sizes, dtype=np.int64)
+        self._members = sizes.nonzero()[0]  # groups with rows of the classes
+        self._sizes, self.groups, self.count = sizes, len(self._members), int(sizes.sum())
+        if not self.count:
+            assert classes is not None
+            raise BeelineError(
+                f"{folder} has no rows of the classes {classes[0]} to {classes[-1]}; make it with more rows, or choose fewer "
+                "subsets (--student.subsets)"
+            )
         self._check_noise()
 
     def batch(self, start: int, size: int) -> dict[str, np.ndarray]:
@@ -126,7 +143,7 @@ class ShardReader:
     def _check_noise(self) -> None:
         if "x0_crc32" not in self.metadata:
             return
-        rows = np.asarray(shard_rows(0, self.shard_size, self.count))
+        rows = np.asarray(shard_rows(0, self.shard_size, self.stored))
         if crc32(self._noise(rows)) != self.metadata["x0_crc32"]:
             raise BeelineError(
                 f"{self.folder}/{shard_name(0)} was made from other noise than NumPy {np.__version__} draws here: the CRC-32 "
@@ -135,14 +152,14 @@ class ShardReader:
 
     def _shuffled(self, epoch: int) -> tuple[np.ndarray, list[int]]:
         """Return an epoch's order of row groups, and the stream position at which each window of them begins."""
-        order = stream(self.seed, "shards", epoch).permutation(self.groups)
-        rows = np.fromiter((self._group_size(g) for g in order), np.int64, self.groups)
-        begins = np.concatenate([[0], np.cumsum(rows)])[:-1:WINDOW]
+        order = self._members[stream(self.seed, "shards", epoch).permutation(self.groups)]
+        begins = np.concatenate([[0], np.cumsum(self._sizes[order])])[:-1:WINDOW]
         return order, begins.tolist()
 
     def _group_size(self, group: int) -> int:
-        shard, inner = divmod(int(group), self._groups_of_shard)
-        return min(self.group_rows, len(shard_rows(shard, self.shard_size, self.count)) - inner * self.group_rows)
+        """The number of stored rows of a group."""
+        shard, inner = divmod(group, self._groups_of_shard)
+        return min(self.group_rows, len(shard_rows(shard, self.shard_size, self.stored)) - inner * self.group_rows)
 
     def _window(self, epoch: int, number: int) -> _Window:
         """Return a window of row groups; the next one is loaded in the background."""
@@ -173,7 +190,7 @@ class ShardReader:
                         file = pq.ParquetFile(source, metadata=footer, page_checksum_verification=True, pre_buffer=True)
                         rows_read = columns(file.read_row_group(inner), metadata)
                     check_group(rows_read, metadata, rows, inner)
-                    return rows_read
+                    return self._chosen(rows_read)
             except StorageError:
                 raise
             except BeelineError:
@@ -181,13 +198,20 @@ class ShardReader:
                     raise
         raise AssertionError
 
+    def _chosen(self, rows: Columns) -> Columns:
+        """The rows of the reader's classes."""
+        if self.classes is None:
+            return rows
+        chosen = (rows.labels >= self.classes.start) & (rows.labels < self.classes.stop)
+        return Columns(*(column[chosen] for column in rows))
+
     def _read_footer(self, shard: int) -> tuple[pq.FileMetaData, dict[str, Any]]:
         with reading(self.folder, shard):
             with self.folder.open(shard_name(shard)) as source:
                 footer = pq.read_metadata(source)
             metadata = shard_metadata(footer)
             check_plan(metadata, self.config, self.metadata)
-            check_footer(footer, metadata, shard_rows(shard, self.shard_size, self.count))
+            check_footer(footer, metadata, shard_rows(shard, self.shard_size, self.stored))
             return footer, metadata
 
 
@@ -229,7 +253,7 @@ def _gather(window: _Window, take: np.ndarray) -> Columns:
 
 
 def real_labels(folder: Folder, config: dict[str, Any]) -> np.ndarray:
-    """Read the labels of images/ in order, int32 (n,), without reading the images."""
+    """Read the labels of images/ or pairs/ in order, int32 (n,), without reading the images."""
     count, shard_size = int(config["count"]), int(config["shard_size"])
 
     def labels_of(k: int) -> np.ndarray:

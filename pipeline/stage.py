@@ -62,8 +62,7 @@ class Stage:
     """A stage's folder `name` in the workspace, and its plan (config and digests of inputs, as JSON values)."""
 
     def __init__(self, workspace: Folder, name: str, plan: Mapping[str, Any]) -> None:
-        self.name = name
-        self.folder = workspace / name
+        self.workspace, self.name, self.folder = workspace, name, workspace / name
         self.plan: dict[str, Any] = json.loads(json.dumps(plan))  # in the form in which JSON is read back
         self._started = time.monotonic()
 

@@ -102,6 +102,14 @@ def denoiser_files() -> dict[str, bytes]:
     return checkpoint.dump(model, {"trained": {"seed": 0}})
 
 
+def set_files() -> dict[str, bytes]:
+    config = NetworkConfig(
+        kind="ddpmpp", img_resolution=8, img_channels=1, label_dim=3, model_channels=8, channel_mult=(1,), num_blocks=1,
+        attn_resolutions=(),
+    )  # fmt: skip
+    return checkpoint.dump(checkpoint.build(config, 2), {"trained": {"seed": 0}})
+
+
 def probe_files() -> dict[str, bytes]:
     config = ProbeNetworkConfig(widths=(8, 12), strides=(1, 2))
     return checkpoint.dump(Probe(config, channels=1, num_classes=3), {})
@@ -115,7 +123,7 @@ def headers(weights: bytes, rng: random.Random) -> bytes:
     return safetensors(mutated_json(json.loads(weights[8 : 8 + size]), rng), weights[8 + size :])
 
 
-@pytest.mark.parametrize("make", [denoiser_files, probe_files])
+@pytest.mark.parametrize("make", [denoiser_files, set_files, probe_files])
 def test_model_folders(make: Callable[[], dict[str, bytes]], tmp_path: Path) -> None:
     files = make()
     config = json.loads(files[CONFIG])

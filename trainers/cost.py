@@ -8,7 +8,8 @@ feature networks, derivatives) counts by its FLOPs, in units of one evaluation. 
     pairs        evaluations for the pairs that it trained on, 0 if it needs none; null if unknown
     inherited    the same two numbers of each student that it started from, learned from or has pairs of, and of theirs
 
-Sums count everything once: at most one entry counts the teacher's pairs. Training the teacher is not included.
+A set of students costs the sum of its trainings, one for each subset of the classes. Sums count everything once: at most one
+entry counts the teacher's pairs. Training the teacher is not included.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ def training_cost(place: Folder, recipe: str, student: StudentConfig, network: N
         assert network is not None
         probed = "probe" in phase.objective.needs().features
         probe = require_probe(place, "losses", recipe)[0].config if probed else NO_PROBE
-        return round(counting.step_evaluations(network, probe, phase.objective) * phase.iterations * student.batch_size)
+        images = phase.iterations * student.batch_size * student.subsets
+        return round(counting.step_evaluations(network, probe, phase.objective) * images)
 
     def of_pairs() -> int:
         done = success_in(place / pairs_folder(student.pairs), PAIRS_DONE)

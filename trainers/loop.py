@@ -53,9 +53,9 @@ class Session:
     trackers: Sequence[Tracker] = ()
     readers: list[ShardReader] = dataclasses.field(default_factory=list, init=False)
 
-    def read(self, folder: Folder, config: dict[str, Any], seed: int) -> ShardReader:
+    def read(self, folder: Folder, config: dict[str, Any], seed: int, classes: range | None = None) -> ShardReader:
         """A reader of shards. The log shows how long steps wait for it."""
-        self.readers.append(ShardReader(folder, config, seed))
+        self.readers.append(ShardReader(folder, config, seed, classes))
         return self.readers[-1]
 
     def share(self, batch_size: int, step: int) -> tuple[int, int]:

@@ -13,6 +13,7 @@ from beeline.config import StudentConfig
 from beeline.config.student import SCRATCH
 from beeline.denoiser import Denoiser
 from beeline.errors import BeelineError
+from beeline.labels import Subset
 from beeline.noise import stream_seed
 from beeline.objectives import Needs
 from pipeline.model_folders import require_model
@@ -32,9 +33,11 @@ def student_training(
     config: StudentConfig,
     pairs: dict[str, Any] | None,
     images: dict[str, Any] | None,
+    subset: Subset | None = None,
     task: type[Training] = Training,
 ) -> Training:
-    """Build the training of a student from the weights in `config.init`. New weights depend on `config.seed` alone."""
+    """Build the training of a student from the weights in `config.init`. New weights depend on `config.seed` alone. `subset` is
+    the one that it learns, if there are several."""
 
     def start() -> Denoiser:
         torch.manual_seed(stream_seed(config.seed, "student"))
@@ -46,11 +49,33 @@ def student_training(
     validation = None
     if config.validate_every:
         assert images is not None
-        validation = functools.partial(Validation, workspace, recipe, images, count=config.validate_count, seed=config.seed)
+        validation = functools.partial(
+            Validation, workspace, recipe, images, count=config.validate_count, seed=config.seed,
+            classes=None if subset is None else subset.classes,
+        )  # fmt: skip
     return task(
         session=session, workspace=workspace, recipe=recipe, config=config, start=start, pairs=pairs, images=images,
-        validation=validation,
+        validation=validation, subset=subset,
     )  # fmt: skip
+
+
+def check_subsets(config: StudentConfig, num_classes: int) -> None:
+    """Raise BeelineError for more subsets than classes; `num_classes` is 0 without classes."""
+    if config.subsets > max(1, num_classes):
+        found = f"{num_classes} classes" if num_classes else "no classes"
+        raise BeelineError(
+            f"student {config.name!r} has {config.subsets} subsets of classes, but {config.start} has {found}; set "
+            f"--student.subsets to {max(1, num_classes)} or less"
+        )
+
+
+def check_start(name: str, model: Denoiser) -> None:
+    """Raise BeelineError if `model`, in folder `name`, is a set of students: training starts from one network."""
+    if model.parts > 1:
+        raise BeelineError(
+            f"{name} is a set of {model.parts} students, one for each subset of the classes; a student starts from one "
+            f"network: take a model of all classes, or one of the parts, for example {name}/0"
+        )
 
 
 def check_phases(config: StudentConfig) -> None:
@@ -74,6 +99,7 @@ def start_from(init: Denoiser, *, needs: Needs = PLAIN, dropout: float = 0.0, ne
     student starts as `init`. The frozen network that makes a guess is `init`, or that of `init`.
     """
     assert init.network_config is not None
+    assert init.parts == 1
     student = build(dataclasses.replace(init.network_config, dropout=dropout, augment_dim=0, **needs.inputs))
     weights = {} if new else init.state_dict()
     if student.guess is not None and init.guess is None:  # the model to start from makes the guess

@@ -56,6 +56,7 @@ from pipeline.stage import Stage, fingerprint, require
 from pipeline.storage import Folder
 from trainers import checkpoints
 from trainers.launch import check_batch
+from trainers.student import check_start
 from trainers.train_lmm import check_resolution
 from trainers.trials import PerSchedule, Shared, config_of, folder_name, run_trial, rungs_in, settings, trials_of
 
@@ -78,6 +79,7 @@ def sweep_lmm(
     configs = trials_of(sweep, student)
     names = dict.fromkeys(name for config in configs.values() for name in config.needs().features)
     init, init_sha256 = require_model(place, sweep.init, recipe)
+    check_start(sweep.init, init)
     for config in configs.values():
         check_resolution(config, init.img_resolution)
     plan = {

@@ -17,7 +17,7 @@ from beeline.config.student import BEST, SAMPLES, average_name
 from beeline.denoiser import Denoiser
 from beeline.features import Frozen
 from beeline.files.names import IMAGES, TEACHER, pairs_folder
-from beeline.labels import as_one_hot, pair_labels
+from beeline.labels import Subset, as_one_hot, pair_labels
 from beeline.metrics.measures import VALIDATION
 from beeline.noise import stream_seed, unit_noise
 from beeline.objectives import Batch, Context
@@ -39,7 +39,8 @@ class Training:
     """Trains a model phase by phase. Publishes the model after each phase but the last in <folder>/<phase>.
 
     `start` builds the model with its first weights, the same on all ranks. `pairs` and `images` are the plans of those
-    stages, None if no phase needs them. `validation(device=...)` builds the `Validation` of rank 0.
+    stages, None if no phase needs them. `validation(device=...)` builds the `Validation` of rank 0. With a `subset`, labels,
+    pairs and real images are of its classes alone.
     """
 
     def __init__(
@@ -53,9 +54,11 @@ class Training:
         pairs: dict[str, Any] | None = None,
         images: dict[str, Any] | None = None,
         validation: Callable[..., Validation] | None = None,
+        subset: Subset | None = None,
     ) -> None:
         self.session, self.config, self.folder = session, config, session.folder
-        self.workspace, self.recipe, self.name = workspace, recipe, config.name
+        self.workspace, self.recipe, self.subset = workspace, recipe, subset
+        self.name = config.name if subset is None else f"{config.name}/{subset.number}"
         self.phases = list(config.running.items())
         self.phase_ends = list(itertools.accumulate(phase.iterations for _, phase in self.phases))
         self.iterations, self.images_per_step = self.phase_ends[-1], config.batch_size
@@ -67,14 +70,14 @@ class Training:
             if self.model.guess is not None:
                 compile_trunk(self.model.guess)
         self.pairs = self.images = self.validation = None
-        self.images_plan = images
+        self.images_plan, self.classes = images, None if subset is None else subset.classes
         if needs.pairs:
             assert pairs is not None
             made_by = config.pairs if isinstance(config, StudentConfig) else TEACHER
-            self.pairs = session.read(workspace / pairs_folder(made_by), pairs["pairs"], config.seed)
+            self.pairs = session.read(workspace / pairs_folder(made_by), pairs["pairs"], config.seed, self.classes)
         if needs.images:
             assert images is not None
-            self.images = session.read(workspace / IMAGES, images["images"], config.seed + needs.pairs)
+            self.images = session.read(workspace / IMAGES, images["images"], config.seed + needs.pairs, self.classes)
         if validation is not None and session.rank == 0:
             self.validation = validation(device=session.device)
         self.best = float("inf")
@@ -187,10 +190,10 @@ class Training:
         return batches
 
     def _real_images(self) -> Iterator[torch.Tensor]:
-        """This rank's share of all real images, in batches of at most READ images: `Context.images`."""
+        """This rank's share of all real images (of the classes), in batches of at most READ images: `Context.images`."""
         assert self.needs.all_images
         assert self.images_plan is not None
-        reader = ShardReader(self.workspace / IMAGES, self.images_plan["images"], self.config.seed)
+        reader = ShardReader(self.workspace / IMAGES, self.images_plan["images"], self.config.seed, self.classes)
         start, size = self.session.share(reader.count, 0)
         for first in range(start, start + size, READ):
             rows = reader.batch(first, min(READ, start + size - first))
@@ -199,7 +202,8 @@ class Training:
     def _fresh(self, indices: range) -> dict[str, np.ndarray]:
         """Noise that no pair uses, a function of (seed, position in the stream of rows), with labels chosen as for pairs."""
         noise = unit_noise(stream_seed(self.config.seed, "training noise"), indices, self.model.image_shape)
-        return {"noise": noise, "labels": pair_labels(indices, self.model.label_dim)}
+        classes = self.classes or range(self.model.label_dim)
+        return {"noise": noise, "labels": classes.start + pair_labels(indices, len(classes))}
 
     def _tensor(self, name: str, column: np.ndarray) -> torch.Tensor | None:
         device = self.session.device
@@ -256,5 +260,7 @@ class Training:
         return model
 
     def _publish(self, folder: Folder, average: Denoiser | None = None, about: dict[str, Any] | None = None) -> None:
-        record = self.config.record(self.phases[self.number][0])
-        publish_model(folder, dump(self.average(average), record | (about or {})))
+        record = self.config.record(self.phases[self.number][0]) | (about or {})
+        if self.classes is not None:
+            record |= {"classes": [self.classes[0], self.classes[-1]]}
+        publish_model(folder, dump(self.average(average), record))

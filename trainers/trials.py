@@ -66,8 +66,8 @@ def _log_uniform(u: float, bounds: tuple[float, float]) -> float:
 
 
 def can_vary(student: StudentConfig) -> bool:
-    """Whether a sweep can vary the student: one of its phases is lines matching."""
-    return _varied(student) is not None
+    """Whether a sweep can vary the student: one of its phases is lines matching, and it is not a set."""
+    return _varied(student) is not None and student.subsets == 1
 
 
 def _varied(student: StudentConfig) -> tuple[str, LinesMatchingConfig] | None:
@@ -83,6 +83,10 @@ def config_of(trial: Mapping[str, Any], sweep: SweepConfig, student: StudentConf
 
     Raises BeelineError if no phase is lines matching: a sweep varies its settings.
     """
+    if student.subsets > 1:
+        raise BeelineError(
+            f"{student.name!r} is a set of {student.subsets} students; a sweep varies one. Choose another --student"
+        )
     if (varied := _varied(student)) is None:
         methods = "; ".join(phase.objective.about() for phase in student.phases.values())
         raise BeelineError(

@@ -39,14 +39,23 @@ def sampling_of(few_step: FewStep | None) -> Sampling:
 class Validation:
     """Compares `count` samples with as many real images of the same classes.
 
-    `images` is the plan of images/. All students are sampled from the same noise, which no pair and no reported draw uses.
+    `images` is the plan of images/; `classes` as `ShardReader` takes them. All students are sampled from the same noise,
+    which no pair and no reported draw uses.
     """
 
     def __init__(
-        self, workspace: Folder, recipe: str, images: dict[str, Any], *, count: int, seed: int, device: torch.device
+        self,
+        workspace: Folder,
+        recipe: str,
+        images: dict[str, Any],
+        *,
+        count: int,
+        seed: int,
+        device: torch.device,
+        classes: range | None = None,
     ) -> None:
-        count = min(count, images["images"]["count"])
-        rows = ShardReader(workspace / IMAGES, images["images"], seed=0).batch(0, count)
+        reader = ShardReader(workspace / IMAGES, images["images"], 0, classes)
+        rows = reader.batch(0, min(count, reader.count))
         self.labels: np.ndarray = rows["label"]
         self.seed = stream_seed(seed, "validation")
         self._eye: Eye | None = None

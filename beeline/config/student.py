@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from beeline.config.serialization import resource, to_dict
 from beeline.config.training import PhaseConfig, TrainingConfig
 from beeline.files.names import CHECKPOINTS, CONFIG, LOG, PAIRS, PLAN, STUDENTS, SUCCESS, TEACHER, TENSORBOARD, WEIGHTS
-from beeline.settings import MAX_SIZE, HalfLife, ModelPath, Name, Range, ShareBelow1, Some, Whole, added
+from beeline.settings import MAX_SIZE, HalfLife, ModelPath, Name, Range, ShareBelow1, Some, Steps, Whole, added
 
 # Folders in a student's folder: the best of its validations, the validations' samples, and its other averages.
 BEST, SAMPLES, AVERAGE = "best", "samples", "ema-"
@@ -47,6 +47,9 @@ class StudentConfig(TrainingConfig):
     """Folder of the model whose pairs the student trains on: "teacher", or "students/<name>", a rectified flow (reflow)."""
     dropout: ShareBelow1 = added(0.0)
     """Dropout of the network in training."""
+    subsets: Steps = added(1)
+    """Subsets of consecutive classes, each with a student of its own, students/<name>/<number>. students/<name> then sends each
+    sample to the student of its class. One evaluation per sample, and as many trainings as subsets."""
     phases: dict[Name, PhaseConfig]
     """Phases by name, in order. After each phase but the last, the student is published as students/<name>/<phase>."""
     ema_half_lives: Some[HalfLife] = (693.0,)
@@ -70,6 +73,8 @@ class StudentConfig(TrainingConfig):
         taken = [name for name in self.phases if name in RESERVED or name.startswith(AVERAGE)]
         names = f"{', '.join(RESERVED)} and {AVERAGE}..."
         self.require(not taken, "phases", f"names other than {names}, which the student's folder uses")
+        numbers = [name for name in self.phases if self.subsets > 1 and name.isdecimal()]
+        self.require(not numbers, "phases", "names that are not numbers, because a set of students uses them for its parts")
         folders = {average_name(half_life) for half_life in self.ema_half_lives}
         distinct = len(folders) == len(self.ema_half_lives)
         self.require(
@@ -87,8 +92,17 @@ class StudentConfig(TrainingConfig):
         return {name: phase for name, phase in self.phases.items() if phase.iterations}
 
     @property
+    def trainings(self) -> tuple[str, ...]:
+        """Folders of the student's trainings: its own, or one for each of its subsets."""
+        return tuple(student_folder(self.name, self.part_name(number)) for number in range(self.subsets))
+
+    def part_name(self, number: int) -> str:
+        """The folder of the training of subset `number` within the student's folder; "" if there is one training."""
+        return str(number) if self.subsets > 1 else ""
+
+    @property
     def iterations(self) -> int:
-        """Total steps of all phases."""
+        """Total steps of all phases, of one training."""
         return sum(phase.iterations for phase in self.phases.values())
 
     @property

@@ -147,13 +147,14 @@ def _progressive() -> dict[str, dict[str, Any]]:
 
 
 def _scores() -> dict[str, dict[str, Any]]:
-    """Score distillation, by divergences and by distances of scores."""
+    """Score distillation, by divergences and by distances of scores; `msd` has a student for each half of the classes."""
     faster = OptimizerConfig(lr=1e-3, betas=(0.0, 0.999), clip=0.0)
     dmd2 = DMD2Config(fake_steps=1, fake_levels="lognormal", judged_levels="lognormal")
     return {
         "dmd": _score(187, DMDConfig()),
         "dmd_pairs": _score(132, DMDConfig(start_levels=(80.0,), regression_weight=0.25, distance="probe", pixel_weight=0.1)),
         "di": _score(187, DMDConfig(scaled=False, levels="lognormal", start_levels=(1.0,))),
+        "msd": _score(93, DMDConfig()) | {"subsets": 2},
         "dmd2": _score(165, dmd2),
         "dmd2_two": _score(155, replace(dmd2, start_levels=(80.0, 2.5))),
         "fdistill": _score(162, replace(dmd2, divergence="kl")),

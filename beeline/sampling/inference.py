@@ -14,6 +14,7 @@ from torch import nn
 
 from beeline.denoiser import Denoiser
 from beeline.networks.layers import NOTHING, Conv2d, Extra, GroupNorm
+from beeline.networks.routed import Routed
 
 Precision = Literal["fp32", "bf16", "fp16"]
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -33,18 +34,26 @@ def prepare(
     for module in network.modules():
         if isinstance(module, Conv2d | GroupNorm):
             module.to(dtype)
-    if compiled:
-        on_gpu = next(network.parameters()).is_cuda
-        options: dict[str, Any] = {"triton.cudagraphs": True} if on_gpu else {"freezing": True}
-        network = cast(nn.Module, torch.compile(network, dynamic=False, options=options))
-    prepared.model = _Network(network, dtype, batch_size)
+    if isinstance(network, Routed):  # its parts share the batch, so each of them sees a smaller one
+        share = -(-batch_size // len(network.parts)) if batch_size else None
+        prepared.model = Routed(_prepared(part, dtype, share, compiled=compiled) for part in network.parts)
+    else:
+        prepared.model = _prepared(network, dtype, batch_size, compiled=compiled)
     if prepared.guess is not None:
         prepared.guess = prepare(prepared.guess, precision=precision, compiled=compiled, batch_size=batch_size)
     return prepared
 
 
+def _prepared(network: nn.Module, dtype: torch.dtype, batch_size: int | None, *, compiled: bool) -> nn.Module:
+    if compiled:
+        on_gpu = next(network.parameters()).is_cuda
+        options: dict[str, Any] = {"triton.cudagraphs": True} if on_gpu else {"freezing": True}
+        network = cast(nn.Module, torch.compile(network, dynamic=False, options=options))
+    return _Network(network, dtype, batch_size)
+
+
 class _Network(nn.Module):
-    """Converts the network's inputs to its precision, and pads batches."""
+    """Converts the network's inputs to its precision, and divides and pads batches to `batch_size`."""
 
     def __init__(self, network: nn.Module, dtype: torch.dtype, batch_size: int | None) -> None:
         super().__init__()
@@ -58,8 +67,10 @@ class _Network(nn.Module):
         augment_labels: torch.Tensor | None = None,
         extra: Extra = NOTHING,
     ) -> torch.Tensor:
-        """Same arguments and result as the network, for any batch up to `batch_size`."""
+        """Same arguments and result as the network."""
         size = len(x)
+        if self.batch_size and size > self.batch_size:
+            return self._divided(x, noise_labels, labels, augment_labels, extra)
         missing = (self.batch_size or size) - size
         if missing > 0:
             x, noise_labels = _filled(x, missing), _filled(noise_labels, missing)
@@ -70,6 +81,24 @@ class _Network(nn.Module):
         if "guess" in extra:
             extra = {**extra, "guess": extra["guess"].to(self.dtype, memory_format=torch.channels_last)}
         return self.network(x, noise_labels, labels, augment_labels, extra)[:size]
+
+    def _divided(
+        self,
+        x: torch.Tensor,
+        noise_labels: torch.Tensor,
+        labels: torch.Tensor | None,
+        augment_labels: torch.Tensor | None,
+        extra: Extra,
+    ) -> torch.Tensor:
+        """The result for a batch of more than `batch_size` rows, copied part by part: CUDA graphs reuse their memory."""
+        assert self.batch_size
+        outputs = []
+        for start in range(0, len(x), self.batch_size):
+            rows = slice(start, start + self.batch_size)
+            more = [None if tensor is None else tensor[rows] for tensor in (labels, augment_labels)]
+            named = {name: value[rows] for name, value in extra.items()}
+            outputs.append(self(x[rows], noise_labels[rows], *more, named).clone())
+        return torch.cat(outputs)
 
 
 def _filled(tensor: torch.Tensor, missing: int) -> torch.Tensor:

@@ -21,7 +21,6 @@ from beeline.config import (
     Recipe,
     StudentConfig,
     TeacherConfig,
-    WorkersConfig,
 )
 from beeline.files.names import maker_of_pairs, pairs_folder
 from beeline.footprint import footprint
@@ -30,7 +29,7 @@ from beeline.sampling.few_step import FewStep
 from cluster.planning.nodes import Need
 from cluster.planning.speeds import IMAGES, Work, kind_of_phase
 from cluster.planning.workspace import Workspace
-from cluster.steps import models, needed_weights, steps
+from cluster.steps import made_by, models, needed_weights, steps
 from evaluation.bench import Setup
 from evaluation.reference import KEPT, reference_bytes
 from evaluation.workload import workload
@@ -100,8 +99,9 @@ def stages(recipe: Recipe, there: Workspace, teacher: str) -> list[StageCost]:
         elif maker is not None:
             stage = left.pairs(maker)
         elif kind == "students":
-            student = recipe.students[name]
-            stage = left.training(step.name, student, models=published(student))
+            student = recipe.students[name.partition("/")[0]]
+            trained = step.name in student.trainings
+            stage = left.training(step.name, student, models=published(student)) if trained else left.joined(step.name, student)
         else:
             stage = getattr(left, "imported" if kind == "teacher" and teacher == "import" else kind)()
         found.append(replace(stage, side_by_side=step.side_by_side))
@@ -161,7 +161,7 @@ class _Left:
         weights = counting.network_bytes(network)
         iterations = sum(phase.iterations for phase in config.running.values())
         work = f"{iterations - done:,} iterations of {config.batch_size:,}"
-        left, need = iterations - done, _ranks(folder, config.workers)
+        left, need = iterations - done, _ranks(folder, config)
         for phase in config.running.values():
             own = max(0, phase.iterations - done)
             done = max(0, done - phase.iterations)
@@ -175,6 +175,11 @@ class _Left:
             stored=models * weights + stay * checkpoint + TEXT, passing=(most - stay) * checkpoint,
             memory=float(footprint(self.network, self.recipe.probe.losses, config).total),
         )  # fmt: skip
+
+    def joined(self, folder: str, student: StudentConfig) -> StageCost:
+        """A set of students whose parts are trained."""
+        stored = student.subsets * (published(student) - bool(student.validate_every)) * self.weights + TEXT
+        return StageCost(name=folder, work=f"{student.subsets} parts joined", amount=student.subsets, stored=stored)
 
     def _phase(
         self, config: TeacherConfig | StudentConfig, phase: PhaseConfig, iterations: int, need: Need, ranks: int = 1
@@ -294,8 +299,9 @@ def _pool(stage: str, section: str, config: PoolConfig) -> Need:
     )  # fmt: skip
 
 
-def _ranks(folder: str, workers: WorkersConfig) -> Need:
+def _ranks(folder: str, config: TeacherConfig | StudentConfig) -> Need:
+    workers, section = config.workers, made_by(folder).replace("/", ".")
     return Need(
-        stage=folder, option=f"--{folder.replace('/', '.')}.workers.count", least=workers.min_count or workers.count,
+        stage=folder, option=f"--{section}.workers.count", least=workers.min_count or workers.count,
         most=workers.count, gpus=workers.gpus, cpus=workers.threads, threads=workers.threads,
     )  # fmt: skip

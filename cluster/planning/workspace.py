@@ -14,7 +14,7 @@ from beeline.checkpoint import CONFIG, SOLVER, WEIGHTS
 from beeline.config import EvaluateConfig, PairsConfig, PoolConfig, Recipe, WorkersConfig
 from beeline.errors import BeelineError, reading
 from beeline.files.layout import check_layout
-from beeline.files.names import LOG, maker_of_pairs, pairs_folder
+from beeline.files.names import LOG, TEACHER, maker_of_pairs, pairs_folder
 from beeline.recipes import RECIPES
 from cluster.planning.speeds import ANY_GPU, CPU, IMAGES, Measured, Work, kind_of, kind_of_phase, where
 from cluster.steps import makers, models
@@ -119,7 +119,7 @@ class Workspace:
 
     def measured(self) -> list[Measured]:
         """Speeds in the records of its stages, with the recipe's settings, then speeds in its rehearsal."""
-        names = ["pairs", "teacher", *(f"students/{student.name}" for student in self.recipe.students.values())]
+        names = ["pairs", "teacher", *(name for student in self.recipe.students.values() for name in student.trainings)]
         names += map(pairs_folder, makers(self.recipe))
         names += [f"evaluation/{name}" for name in models(self.recipe)]
         return [speed for name in names for speed in self.speeds(name)] + list(self._of_rehearsal())
@@ -177,7 +177,7 @@ class Workspace:
     def _of_log(self, folder: str) -> Iterator[Measured]:
         """The speed of each phase of a training."""
         recipe = self.recipe
-        config = recipe.students.get(folder.partition("/")[2]) or recipe.teacher
+        config = recipe.students[folder.split("/")[1]] if folder != TEACHER else recipe.teacher
         phases = list(config.running.values())
         for number, images in images_per_second(read_log(self.place / folder)).items():
             if not 0 <= number < len(phases):

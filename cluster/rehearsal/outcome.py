@@ -55,11 +55,11 @@ def with_figures(row: Outcome, folders: Sequence[str], here: Workspace) -> Outco
     folder = here.place / folders[0]
     records = [record for name in folders if (record := here.complete(name))]
     key = next((key for key in COUNTED if records and key in records[0]), None)
-    if key is None:
+    log = read_log(folder if key != "trials" else folder / folder_name(0))
+    if key is None or (key == "images_seen" and not log):  # a set of students is joined here, and trained elsewhere
         return row
     done, units = records[0], sum(int(record[key]) for record in records)
     row = replace(row, unit=COUNTED[key], units=units, seconds_per_unit=row.seconds / max(1, units))
-    log = read_log(folder if key != "trials" else folder / folder_name(0))
     if log:
         each = [1 / rate for rate in images_per_second(log).values()]
         note = f"phases {' and '.join(map(_seconds, each))}" if len(each) > 1 else row.note

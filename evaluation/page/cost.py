@@ -10,10 +10,9 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from beeline.config.student import student_folder
-from beeline.files.names import EVALUATION, IMAGES, PAIRS, PROBE, STUDENTS, SWEEPS, TEACHER
+from beeline.files.names import EVALUATION, IMAGES, PAIRS, PROBE, SWEEPS, TEACHER, pairs_folder
 from evaluation.bench import HELD_OUT
-from evaluation.models import Model
+from evaluation.models import Model, student_folders
 from evaluation.page.tables import Column, Row, Table, texts
 from evaluation.page.words import plural, seconds
 from evaluation.reference import REFERENCE
@@ -28,8 +27,9 @@ LEFT_OUT = (*FILES, "device_seconds", COST)  # facts of a stage that have a colu
 def stages(place: Folder, models: Sequence[Model]) -> Table | None:
     """Every complete stage, in the order of the data."""
     folders = [IMAGES, PROBE, TEACHER, PAIRS]
-    folders += [f"{parent}/{name}" for parent in (STUDENTS, SWEEPS, REFERENCE) for name in (place / parent).folders()]
-    folders += [student_folder(name, PAIRS) for name in (place / STUDENTS).folders()]
+    students = student_folders(place)
+    folders += students + [f"{parent}/{name}" for parent in (SWEEPS, REFERENCE) for name in (place / parent).folders()]
+    folders += [pairs_folder(student) for student in students]
     folders += [HELD_OUT, *(f"{EVALUATION}/{model.name}" for model in models)]
     rows = []
     for folder in folders:

@@ -8,11 +8,10 @@ from typing import Any
 
 from markupsafe import Markup
 
-from beeline.config.student import student_folder
 from beeline.errors import reading
 from beeline.files.layout import check_layout
-from beeline.files.names import CONFIG, EVALUATION, IMAGES, PAIRS, PROBE, STUDENTS, SWEEPS, TEACHER
-from evaluation.models import Model
+from beeline.files.names import CONFIG, EVALUATION, IMAGES, PAIRS, PROBE, SWEEPS, TEACHER
+from evaluation.models import Model, student_folders
 from evaluation.page.tables import MODEL, Cell, Column, Row, Table, texts
 from evaluation.page.words import NONE
 from evaluation.results import METRICS, again
@@ -76,7 +75,7 @@ def facts(place: Folder, model: Model) -> list[tuple[str, Markup]]:
 
 def plans(place: Folder, models: Sequence[Model]) -> list[tuple[str, str]]:
     """The settings of every stage and measurement, as (folder, JSON)."""
-    students = [student_folder(name) for name in (place / STUDENTS).folders()]
+    students = student_folders(place)
     students += [f"{student}/{PAIRS}" for student in students]
     swept = [f"{SWEEPS}/{name}" for name in (place / SWEEPS).folders()]
     found: list[tuple[str, Mapping[str, Any] | None]] = [

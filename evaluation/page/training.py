@@ -6,12 +6,11 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from beeline.config.student import student_folder
 from beeline.errors import reading
 from beeline.files.names import LOG, STUDENTS, TEACHER
 from beeline.objectives.learner import SKIPPED
 from beeline.objectives.lmm import LOSS, loss_label
-from evaluation.models import LINES, Model, phases_of
+from evaluation.models import LINES, Model, phases_of, student_folders
 from evaluation.page.charts import Chart, Series, chart
 from evaluation.page.tables import Column, Row, Table, texts
 from evaluation.page.words import NONE
@@ -39,7 +38,7 @@ def trainings(place: Folder, models: Sequence[Model]) -> Trainings | None:
     rows: list[Row] = []
     curves: dict[str, list[Series]] = {}
     numbers = {model.name: model.number for model in models}
-    for folder in [TEACHER, *(student_folder(name) for name in (place / STUDENTS).folders())]:
+    for folder in [TEACHER, *student_folders(place)]:
         number = numbers.setdefault(folder, len(numbers))
         log = log_in(place / folder)
         if not log:

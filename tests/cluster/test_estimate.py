@@ -44,6 +44,7 @@ from pipeline.manifest import SCHEMA
 from pipeline.shards import encode, shard_count, shard_rows, store_bytes
 from pipeline.stage import Stage
 from pipeline.storage import Folder
+from trainers import checkpoints
 
 H200 = Machines(gpu="h200", gpus=8, cores=64)
 TWO_CORES = Machines(gpu="cpu", gpus=0, cores=2)
@@ -142,6 +143,28 @@ def test_phases_by_any_name_and_number_are_planned(on_gpus: Recipe, tmp_path: Pa
     assert found.work == "600 iterations of 128"
     assert found.flops == pytest.approx(600 / phase.iterations * before.flops)
     assert found.stored_bytes - before.stored_bytes >= 2 * counting.network_bytes(on_gpus.teacher.network)
+
+
+def test_a_set_of_students_is_a_training_for_each_part(on_gpus: Recipe, tmp_path: Path) -> None:
+    """Each costs as much as one student, is measured by its own log and continues by itself; joining them costs nothing."""
+    l2, before = on_gpus.students["l2"], row(planned(on_gpus, tmp_path), "students/l2")
+    recipe = replace(on_gpus, students=on_gpus.students | {"l2": replace(l2, subsets=3)})
+    found = planned(recipe, tmp_path)
+    for number in range(3):
+        part = row(found, f"students/l2/{number}")
+        assert (part.flops, part.work, part.stored_bytes) == (before.flops, before.work, before.stored_bytes)
+    joined, weights = row(found, "students/l2"), counting.network_bytes(recipe.teacher.network)
+    assert (joined.work, joined.flops) == ("3 parts joined", 0)
+    assert 3 * weights <= joined.stored_bytes < 3 * weights + 1e5
+    needs = {job.need for stage in stages(recipe, Workspace(str(tmp_path), recipe), "train") for job in stage.jobs}
+    assert {need.option for need in needs if need.stage == "students/l2/1"} == {"--students.l2.workers.count"}
+    row_of_log = {"step": 50, "phase": 0, "images_per_s": 100.0, "seconds": 5.0}
+    log = "".join(json.dumps(row_of_log | {"step": 50 * k}) + "\n" for k in range(1, 4))
+    Folder(str(tmp_path)).write("students/l2/1/train.jsonl", log.encode())
+    assert [speed.task.kind for speed in Workspace(str(tmp_path), recipe).measured()] == ["reconstruction"]
+    checkpoints.save(Folder(str(tmp_path)) / "students/l2/1", 20, {}, keep=2)
+    left = [row(planned(recipe, tmp_path), f"students/l2/{number}").amount for number in range(3)]
+    assert left == [before.amount, before.amount - 20, before.amount]
 
 
 @pytest.mark.parametrize("factor", [2, 5])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 from methods import ConsistencyConfig
@@ -15,7 +17,9 @@ from beeline.objectives.maps.progressive import ProgressiveConfig, rounds
 from beeline.objectives.rectified_flow import RectifiedFlowConfig
 from beeline.recipes import RECIPES
 from beeline.sampling.few_step import FewStep
-from cluster.steps import check_recipe, models
+from cluster.planning.workspace import Workspace
+from cluster.rehearse import all_steps
+from cluster.steps import check_recipe, models, steps
 
 DIGITS = RECIPES["digits"](0)
 
@@ -100,3 +104,44 @@ def test_a_student_of_single_levels_is_measured_at_them() -> None:
     assert measured["students/pd/steps-2"] == ("0", "0,32")
     assert measured["students/pd"] == measured["students/sot"] == measured["teacher"] == ("0",)
     assert measured["students/l2"] == recipe.few_steps
+
+
+def test_steps_of_a_set() -> None:
+    """Parts side by side, and the set after them. It is measured as any student."""
+    lmm = DIGITS.students["l2"]
+    recipe = replace(DIGITS, students={"lmm": DIGITS.main, "msd": replace(lmm, name="msd", subsets=3), "l2": lmm})
+    check_recipe(recipe)
+    found = {step.name: step for step in steps("unused", recipe)}
+    parts = [f"students/msd/{number}" for number in range(3)]
+    assert [name for name in found if "msd" in name] == [*parts, "students/msd"]
+    assert all(found[name].after == ("pairs", "teacher") and found[name].side_by_side for name in parts)
+    assert found["students/msd"].after == tuple(parts)
+    assert "students/msd" in found["evaluation"].after
+    assert "evaluation/students/msd" in found["evaluation"].folders
+    assert recipe.students["msd"].trainings == tuple(parts)
+    assert lmm.trainings == ("students/l2",)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"subsets": 11}, "student 'msd' has 11 subsets of classes, but teacher has 10 classes"),
+        ({"name": "l2", "init": "students/msd"}, "student 'l2' starts from students/msd, which is a set of students"),
+    ],
+)
+def test_recipes_that_cannot_work(changes: dict[str, Any], said: str) -> None:
+    msd = replace(DIGITS.students["l2"], name="msd", subsets=2)
+    students = {"lmm": DIGITS.main, "msd": msd} | {changes.get("name", "msd"): replace(msd, **{"subsets": 1, **changes})}
+    with pytest.raises(BeelineError, match=said):
+        check_recipe(replace(DIGITS, students=students))
+
+
+def test_a_rehearsal_resumes_a_part_of_a_set(tmp_path: Path) -> None:
+    """And it does not try a set if one of its parts has failed."""
+    recipe = replace(DIGITS, students={"lmm": replace(DIGITS.main, subsets=2)})
+    there = Workspace(str(tmp_path), recipe)
+    found = {step.name: step for step in all_steps(there, there.place / "rehearsal", recipe, lambda name: True, random=False)}
+    names = ["students/lmm/0", "students/lmm/0 (resumed)", "students/lmm/1", "students/lmm", "evaluation/teacher"]
+    assert [name for name in found if "lmm" in name or name == "evaluation/teacher"] == names
+    assert found["students/lmm"].after == ("students/lmm/0", "students/lmm/1")
+    assert not any(name.startswith("sweeps") for name in found)

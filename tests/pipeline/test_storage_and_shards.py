@@ -188,6 +188,47 @@ def test_reader_order_depends_on_seed_and_position_alone(
         assert parts[-1] == whole[:batch]
 
 
+@pytest.mark.parametrize("sorted_rows", [False, True])
+def test_a_reader_of_some_classes(sorted_rows: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It reads their rows alone, each once per epoch, in an order that seed and position determine; and of a sorted store only
+    the row groups that hold them."""
+    monkeypatch.setattr(shards, "ROW_GROUP_BYTES", 3 * 64)
+    monkeypatch.setattr(pipeline.reader, "WINDOW", 4)
+    labels = np.arange(50, dtype=np.int32)
+    labels = labels // 5 if sorted_rows else labels % 10
+    folder, classes = Folder(str(tmp_path)), range(3, 6)
+    for k in range(shards.shard_count(50, 8)):
+        rows = shards.shard_rows(k, 8, 50)
+        x1 = np.stack([np.full((1, 4, 4), i, np.float32) for i in rows])
+        folder.write(shards.shard_name(k), shards.encode("x1", x1, labels[rows.start : rows.stop], rows, PLAN))
+
+    def reader(seed: int = 2) -> ShardReader:
+        return ShardReader(folder, PLAN["pairs"], seed, classes)
+
+    first = reader()
+    assert first.count == 15
+    groups = {(i // 8, i % 8 // 3) for i in range(50) if labels[i] in classes}
+    assert first.groups == len(groups) < 19
+    stream = first.batch(0, 45)
+    assert stream["x1"][:, 0, 0, 0].astype(int).tolist() == stream["index"].tolist()
+    assert (stream["label"] == labels[stream["index"]]).all()
+    np.testing.assert_array_equal(stream["noise"], noise.unit_noise(3, stream["index"], (1, 4, 4)))
+    epochs = stream["index"].reshape(3, 15)
+    for epoch in epochs:
+        assert sorted(epoch) == [i for i in range(50) if labels[i] in classes]
+    assert epochs[0].tolist() != epochs[1].tolist()
+    for start, size in ((0, 4), (13, 5), (31, 14)):
+        np.testing.assert_array_equal(reader().batch(start, size)["index"], stream["index"][start : start + size])
+    assert reader(seed=3).batch(0, 45)["index"].tolist() != stream["index"].tolist()
+    assert first._members.tolist() == sorted(shard * 3 + inner for shard, inner in groups)
+
+
+def test_classes_without_rows_are_refused(tmp_path: Path) -> None:
+    write_pairs(Folder(str(tmp_path)))
+    with pytest.raises(BeelineError, match=r"has no rows of the classes 10 to 19; make it with more rows"):
+        ShardReader(Folder(str(tmp_path)), PLAN["pairs"], 0, range(10, 20))
+
+
 def test_noise_that_cannot_be_made_again_is_noticed(tmp_path: Path) -> None:
     folder = Folder(str(tmp_path))
     rows = range(50)

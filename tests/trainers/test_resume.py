@@ -45,6 +45,22 @@ def test_a_killed_rank_in_each_phase(head: Head, undisturbed: Path, trained: Pat
     assert {"lambda", "critic", "adversarial"} <= ours[-1].keys()
 
 
+def test_a_killed_rank_in_a_part_of_a_set(head: Head, run: Run, trained: Path, tmp_path: Path) -> None:
+    """The parts, and the model that joins them, have the bytes of an undisturbed run."""
+    options = ["--student", "l2", "--student.subsets", "2", f"{LINES}.iterations", "40", "--student.batch-size", "16"]
+    options += ["--student.checkpoint-every", "10", f"{LINES}.objective.num-steps", "6", *TWO_RANKS]
+    for name in ("ours", "theirs"):
+        shutil.copytree(trained, tmp_path / name)
+    run("trainers/train_lmm.py", "digits", "--workspace", tmp_path / "theirs", *options)
+    command = [sys.executable, "trainers/train_lmm.py", "digits", "--workspace", str(tmp_path / "ours"), *options]
+    kill_a_rank_after(head, command, tmp_path / "ours/students/l2/1", [20])
+    for folder in ("students/l2", "students/l2/0", "students/l2/1"):
+        ours, theirs = (files(tmp_path / name / folder, "*.*") for name in ("ours", "theirs"))
+        assert {"model.safetensors", "config.json", "plan.json"} <= ours.keys()
+        for file in ("model.safetensors", "config.json", "plan.json"):
+            assert ours[file] == theirs[file]
+
+
 def test_a_killed_driver(head: Head, run: Run, trained: Path, tmp_path: Path) -> None:
     workspace = tmp_path / "ws"
     shutil.copytree(trained, workspace, ignore=shutil.ignore_patterns("teacher"))
