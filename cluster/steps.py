@@ -180,9 +180,17 @@ def _schedules(recipe: Recipe, sampling: FewStep | None) -> tuple[str, ...]:
     if sampling.trained_steps is None:
         return recipe.few_steps
     schedules = dict.fromkeys((*recipe.few_steps, *recipe.evaluate.steps))
-    fitting = [text for text in schedules if not sampling.unseen(parse_steps(text))]
+    fitting = [text for text in schedules if _fits(sampling, text)]
     own = write_steps(sampling.trained_steps)
     return tuple(dict.fromkeys([*fitting, *[own] * (len(sampling.trained_steps) <= MAX_TRAINED or not fitting)]))
+
+
+def _fits(sampling: FewStep, schedule: str) -> bool:
+    """Whether a student may be sampled at a schedule."""
+    try:
+        return bool(sampling.check(parse_steps(schedule)))
+    except BeelineError:
+        return False
 
 
 def _inputs(student: StudentConfig) -> tuple[str, ...]:

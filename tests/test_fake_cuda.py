@@ -281,6 +281,7 @@ def test_a_validation(made: Folder, device: torch.device) -> None:
     validation = Validation(made, "digits", small.plans(made)["images"], count=20, seed=0, device=device)
     figures, sheet = validation.judge(model)
     assert figures["fd_probe_losses"] > 0
+    assert figures.keys() == {"fd_probe_losses", "precision_probe_losses", "recall_probe_losses"}
     assert sheet.startswith(b"\x89PNG")
 
 

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 
 from beeline.denoiser import Denoiser
-from beeline.features.measuring import Eye, MeasuringProbe
+from beeline.features.measuring import LOSSES_PROBE, Eye, MeasuringProbe
 from beeline.files.names import IMAGES, PROBE
 from beeline.metrics.frechet import Statistics, frechet_distance
-from beeline.metrics.measures import VALIDATION
+from beeline.metrics.measures import NEAREST_DC, VALIDATION, neighbourhoods
 from beeline.noise import stream_seed
 from beeline.pixels import quantised
 from beeline.sampling import Sampling
@@ -62,12 +62,14 @@ class Validation:
         if not (workspace / PROBE / "losses").sizes():
             return
         self._eye = Eye(MeasuringProbe(require_probe(workspace, "losses", recipe)[0]), device)
-        self._real = self._statistics(torch.from_numpy(rows["image"]))
+        self._real = self._eye.look(torch.from_numpy(rows["image"])).features
 
     def judge(self, model: Denoiser, steps: tuple[Step, ...] | None = None) -> tuple[dict[str, float], bytes]:
-        """The figure `fd_probe_losses` (NaN for samples that are not finite), and a PNG of the first samples.
+        """The figures `fd_probe_losses` (NaN for samples that are not finite), `precision_probe_losses` and
+        `recall_probe_losses`, and a PNG of the first samples.
 
-        There are no figures without a probe. `steps` is the schedule to sample at, by default the steps that the student was
+        Recall shows what the distance alone may hide: a student that has collapsed to a few images of each class. There are
+        no figures without a probe. `steps` is the schedule to sample at, by default the steps that the student was
         trained on, or one step.
         """
         sampling = Sampling(steps=steps) if steps else sampling_of(model.few_step)
@@ -78,8 +80,9 @@ class Validation:
             return {}, sheet
         if not bool(images.isfinite().all()):
             return {VALIDATION: math.nan}, sheet
-        return {VALIDATION: frechet_distance(self._statistics(quantised(images)), self._real)}, sheet
-
-    def _statistics(self, images: torch.Tensor) -> Statistics:
-        assert self._eye is not None
-        return Statistics.of(self._eye.look(images).features)
+        seen = self._eye.look(quantised(images)).features
+        figures = {VALIDATION: frechet_distance(Statistics.of(seen), Statistics.of(self._real))}
+        if len(seen) > NEAREST_DC:
+            near = neighbourhoods(seen, self._real)
+            figures |= {f"{name}_{LOSSES_PROBE}": near[name] for name in ("precision", "recall")}
+        return figures, sheet

@@ -15,8 +15,9 @@ from beeline.objectives.kd import DistillationConfig
 from beeline.objectives.lmm import LinesMatchingConfig
 from beeline.objectives.maps.progressive import ProgressiveConfig, rounds
 from beeline.objectives.rectified_flow import RectifiedFlowConfig
+from beeline.objectives.scores.dmd import DMDConfig
 from beeline.recipes import RECIPES
-from beeline.sampling.few_step import FewStep
+from beeline.sampling.few_step import FewStep, parse_steps
 from cluster.planning.workspace import Workspace
 from cluster.rehearse import all_steps
 from cluster.steps import check_recipe, models, steps
@@ -60,6 +61,24 @@ def test_students_of_some_steps_are_measured_at_what_they_know() -> None:
 
 def test_without_a_fitting_schedule_all_trained_steps_are_taken() -> None:
     assert schedules(sot(0, 3, 9), ("0,8", "0,1"), ("0,1,2",)) == ("0,3,9",)
+
+
+def test_students_of_a_level_of_their_own_are_measured_at_it() -> None:
+    """1.0 is a trained level of this student, but no second step after it."""
+    assert schedules(DMDConfig(start_levels=(1.0,)), ("0", "0,1.0", "0,8")) == ("0",)
+    assert schedules(DMDConfig(start_levels=(80.0, 1.0)), ("0", "0,1.0", "0,8")) == ("0", "0,1.0", "0,1")
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_recipes_measure_students_as_they_may_be_sampled(name: str) -> None:
+    recipe = RECIPES[name](0)
+    check_recipe(recipe)
+    phases = {folder: phase for student in recipe.students.values() for folder, phase in student.models().items()}
+    for folder, measured in models(recipe).items():
+        sampling = phases[folder].objective.sampling() if folder in phases else None
+        if sampling is not None:
+            assert measured
+            assert all(sampling.check(parse_steps(steps)) for steps in measured)
 
 
 def test_students_sampled_by_solvers_have_no_schedules() -> None:
