@@ -77,7 +77,7 @@ def table(teachers: Sequence[Model], students: dict[str, list[Student]], metric:
     ]
     for sampling in teachers[0].samplings:
         value = _over([teacher.figure(sampling.label, metric) for teacher in teachers])
-        lines.append(f"| {TEACHER} | {sampling.label}: {value} {'| ' * (len(COUNTS) + len(FIDELITY) + 4)}".rstrip() + "|")
+        lines.append(f"| {TEACHER} | {sampling.label}: {value} {'| ' * (len(COUNTS) + len(FIDELITY) + 4)}".rstrip())
     sign = -1 if rises(metric) else 1
 
     def rank(name: str) -> float:

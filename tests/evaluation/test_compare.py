@@ -53,6 +53,7 @@ def test_students_of_all_workspaces_are_listed(tmp_path: Path, capsys: pytest.Ca
     students = [line.split(" | ")[0] for line in page.splitlines()[4:]]
     assert students == ["| longer", "| one"]  # the better first
     assert page.splitlines()[2].startswith("| teacher | heun 18: ")
+    assert len({line.count("|") for line in page.splitlines()}) == 1
 
 
 def test_workspaces_that_do_not_compare_are_refused(tmp_path: Path) -> None:
