@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import ray
-from harness import ADVERSARIAL, LINES, ROOT, Run
+from harness import ADVERSARIAL, FRECHET, LINES, ROOT, Run
 
 from beeline.errors import BeelineError
 from pipeline.command import run_command
@@ -129,7 +129,7 @@ REFUSED: list[tuple[tuple[str, str], str, str]] = [
     (LMM, "--student.accumulate 0", "--student.accumulate is 0;"),
     (LMM, "--student.validate-every -1", "--student.validate-every is -1;"),
     (LMM, "--student.validate-count 0", "--student.validate-count is 0;"),
-    (LMM, f"{LINES}.iterations 0 {ADVERSARIAL}.iterations 0", "student 'lmm' needs at least one phase"),
+    (LMM, f"{LINES}.iterations 0 {ADVERSARIAL}.iterations 0 {FRECHET}.iterations 0", "student 'lmm' needs at least one phase"),
     (LMM, "--student.batch-size 33", "batch size 33 does not divide among"),
     (SWEEP, "--sweep.name ../x", "--sweep.name is '../x';"),
     (SWEEP, "--sweep.promote a/b", "--sweep.promote is 'a/b';"),

@@ -82,8 +82,8 @@ def check_phases(config: StudentConfig) -> None:
     """Raise BeelineError for a student without phases, and for phases whose optimisers cannot continue each other."""
     if not config.running:
         raise BeelineError(f"student {config.name!r} needs at least one phase with iterations above 0")
-    kinds = [phase.optimizer.kind for phase in config.running.values()]
-    if config.phase_switch == "continue" and len(set(kinds)) > 1:
+    kinds = list(dict.fromkeys(phase.optimizer.kind for phase in config.running.values()))
+    if config.phase_switch == "continue" and len(kinds) > 1:
         raise BeelineError(
             f"the phases use the optimisers {' and '.join(kinds)}, and phase_switch is 'continue': one kind cannot use "
             "the moments of the other. Use the same kind in all phases, or set phase_switch to 'restart'"

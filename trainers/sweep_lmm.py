@@ -41,7 +41,6 @@ from beeline.errors import BeelineError, StorageError, reading
 from beeline.files.layout import check_layout
 from beeline.files.names import CONFIG, EVALUATION, IMAGES, LOG, SWEEPS, WEIGHTS, pairs_folder
 from beeline.metrics.measures import VALIDATION
-from beeline.objectives.lmm import LinesMatchingConfig
 from beeline.sampling.few_step import parse_steps
 from evaluation.evaluate import check_measurable, measure
 from evaluation.results import metrics_in
@@ -58,7 +57,7 @@ from trainers import checkpoints
 from trainers.launch import check_batch
 from trainers.student import check_start
 from trainers.train_lmm import check_resolution
-from trainers.trials import PerSchedule, Shared, config_of, folder_name, run_trial, rungs_in, settings, trials_of
+from trainers.trials import PerSchedule, Shared, config_of, folder_name, run_trial, rungs_in, settings, trials_of, varied_phase
 
 PARETO = "pareto.png"
 
@@ -111,8 +110,8 @@ def sweep_lmm(
 
 def check_sweep(sweep: SweepConfig, student: StudentConfig) -> None:
     """Raise BeelineError for settings that contradict each other. Does not read the workspace."""
-    lines = list(student.phases.values())[-1].objective
-    if isinstance(lines, LinesMatchingConfig):
+    if (varied := varied_phase(student)) is not None:
+        _, lines = varied
         allowed = f"indices below the objective's num_steps, {lines.num_steps}"
         for text in sweep.schedules:
             sweep.require(parse_steps(text)[-1] < lines.num_steps, "schedules", allowed)

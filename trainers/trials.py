@@ -67,10 +67,10 @@ def _log_uniform(u: float, bounds: tuple[float, float]) -> float:
 
 def can_vary(student: StudentConfig) -> bool:
     """Whether a sweep can vary the student: one of its phases is lines matching, and it is not a set."""
-    return _varied(student) is not None and student.subsets == 1
+    return varied_phase(student) is not None and student.subsets == 1
 
 
-def _varied(student: StudentConfig) -> tuple[str, LinesMatchingConfig] | None:
+def varied_phase(student: StudentConfig) -> tuple[str, LinesMatchingConfig] | None:
     """The last phase of lines matching, and its objective; None if there is none."""
     lines = {name: phase.objective for name, phase in student.phases.items()}
     found = [(name, each) for name, each in lines.items() if isinstance(each, LinesMatchingConfig)]
@@ -87,7 +87,7 @@ def config_of(trial: Mapping[str, Any], sweep: SweepConfig, student: StudentConf
         raise BeelineError(
             f"{student.name!r} is a set of {student.subsets} students; a sweep varies one. Choose another --student"
         )
-    if (varied := _varied(student)) is None:
+    if (varied := varied_phase(student)) is None:
         methods = "; ".join(phase.objective.about() for phase in student.phases.values())
         raise BeelineError(
             f"the phases of {student.name!r} are {methods}; a sweep varies settings of lines matching. Choose a student with "

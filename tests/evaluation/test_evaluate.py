@@ -72,7 +72,8 @@ def undisturbed(run: Run, trained: Path, tmp_path_factory: pytest.TempPathFactor
 
 def test_what_a_measurement_says(undisturbed: Path) -> None:
     made = figures(undisturbed)
-    names = [f"{name}_probe_200" for name in ("fd", "precision", "recall", "density", "coverage", "authenticity")]
+    metrics = ("fd", "precision", "recall", "density", "coverage", "authenticity")
+    names = [f"{name}_{network}_200" for network in ("probe", "probe_losses") for name in metrics]
     assert list(made) == [f"{row} {name}" for row in ("heun 8", "euler 2") for name in (*names, "pair_rms_256")]
     for key, row in made.items():
         assert row["mean"] == pytest.approx(sum(row["draws"]) / len(row["draws"]))
@@ -85,7 +86,7 @@ def test_what_a_measurement_says(undisturbed: Path) -> None:
     metrics = json.loads(published(undisturbed)["metrics.json"])
     assert {len(metrics["straightness"][key]) for key in ("sigmas", "values", "own", "speed")} == {18}
     assert metrics["provenance"]["libraries"]["torch"] == torch.__version__
-    assert metrics["provenance"]["resize"] == {"probe": "none"}
+    assert metrics["provenance"]["resize"] == {"probe": "none", "probe_losses": "none"}
     left = {path.name for path in (undisturbed / "evaluation/teacher").iterdir()}
     rows = {f"{kind}-{row}" for row in ("heun-8", "euler-2") for kind in ("row", "sheet")}
     assert {name.partition(".")[0] for name in left} - {"plan", "_SUCCESS", "lines"} == rows | {"metrics", "samples", "nearest"}
