@@ -72,10 +72,11 @@ def test_resources_are_left_out_of_the_identity() -> None:
     lmm = RECIPES["digits"](0).students["lmm"]
     everything, identity = to_dict(lmm), to_dict(lmm, resources=False)
     cadence = {"log_every", "checkpoint_every", "validate_every", "validate_count", "keep"}
-    assert set(everything) - set(identity) == {"workers", "accumulate", "trackers", "pairs", "dropout"} | cadence
+    assert set(everything) - set(identity) == {"workers", "accumulate", "trackers", "pairs", "dropout", "subsets"} | cadence
     assert everything["workers"]["count"] == lmm.workers.count
     spread = dataclasses.replace(lmm, workers=WorkersConfig(count=7), log_every=1, checkpoint_every=1)
     assert to_dict(spread, resources=False) == identity
+    assert to_dict(dataclasses.replace(lmm, subsets=2), resources=False) != identity
     phase = lmm.phases["adversarial"]
     for changed in (
         dataclasses.replace(phase, iterations=9),
