@@ -70,7 +70,7 @@ def train_lmm(workspace: str, recipe: tyro.conf.Suppress[str], student: StudentC
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """What a training reads: plans of pairs/ and images/ (None if it does not need them) and the model that it starts from.
+    """Inputs of a training: plans of pairs/ and images/, None if it does not need them, and the model that it starts from.
     `plan` is that of the student, with digests of all inputs."""
 
     plan: dict[str, Any]

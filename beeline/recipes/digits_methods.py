@@ -61,7 +61,8 @@ def digits_methods(seed: int = 0) -> Recipe:
 
 
 def three_times(student: StudentConfig) -> StudentConfig:
-    """The same student with three times the iterations of each phase. Other students that it needs are the long ones too."""
+    """The same student with three times the iterations of each phase. Students that it starts from or has pairs of are the long
+    ones too; the weak teacher stays the short one."""
     phases = {name: replace(phase, iterations=3 * phase.iterations) for name, phase in student.phases.items()}
     models = {key: getattr(student, key) for key in ("init", "pairs")}
     long = {key: f"{model}{LONG}" for key, model in models.items() if model.startswith("students/")}

@@ -60,8 +60,8 @@ def flow_maps(base: StudentConfig) -> dict[str, StudentConfig]:
 
 
 def halving(base: StudentConfig) -> dict[str, StudentConfig]:
-    """Progressive distillation (Salimans & Ho 2022), guided distillation (Meng et al. 2023; autoguidance, weak model and
-    iterations ours) and BOOT (Gu et al. 2023; ours)."""
+    """Progressive distillation (Salimans & Ho 2022), guided distillation (Meng et al. 2023; autoguidance, weak model,
+    levels, iterations and the weight in sampling ours) and BOOT (Gu et al. 2023; ours)."""
     adam = OptimizerConfig(lr=5e-5, decay="cosine")
     pd = rounds(ProgressiveConfig(num_steps=4096, steps=2048, flip=True), (50_000,) * 10 + (100_000,) * 2, adam)
     weight: dict[str, Any] = {"guidance_max": 4.0, "guidance": 0.3}

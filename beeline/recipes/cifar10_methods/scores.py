@@ -1,7 +1,8 @@
 """Students of score distillation on CIFAR-10, and one that descends the Fréchet distance.
 
 Optimisers are Adam's: the weight decay of 0.01 in DMD and DMD2 is left out. Settings whose source is not at hand are ours: the
-weight of regression and the iterations of DMD, batch and iterations of DI, c and iterations of SIM, iterations of SiDA.
+weight of regression, batch, warm-up, clipping and iterations of DMD, clipping of DMD2 and f-distill, batch and iterations of
+DI, c and iterations of SIM, iterations of SiDA.
 """
 
 from __future__ import annotations
